@@ -5,6 +5,7 @@ MASKED_LOSS_EXT_BUILD = auto | aot | jit. torch is not a build requirement on pu
 build would download several GB of it, and not the one that is installed.
 """
 
+import filecmp
 import os
 import shutil
 import sys
@@ -29,8 +30,6 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         try:
             tools = find_toolchain()
-            names = ", ".join(tools.architectures) or "no"
-            say(f"building with PyTorch {tools.torch_version}, CUDA kernels: {names}")
             # A folder that outlives the command: only what changed is compiled the next time.
             kind = "cuda" if tools.cuda_home else "cpu"
             folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"
@@ -38,6 +37,8 @@ class BuildLibrary(build_ext):
         except BuildError as error:
             raise CompileError(f"masked_loss_ext: {error}") from None
         target = Path(self.get_ext_fullpath(ext.name))
+        if target.is_file() and filecmp.cmp(library, target, shallow=False):
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         # Under a new inode: a process that has the old one mapped keeps it.
         partial = target.with_suffix(".part")

@@ -54,6 +54,7 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17"]
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]  # cudart's symbols stay inside
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
+SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 6, 20  # rough, for the progress message alone
 INFO_MARKER = "masked_loss_ext build info:"
 
 
@@ -161,7 +162,7 @@ def locked(folder):
         yield
 
 
-def compile_library(tools, folder):
+def compile_library(tools, folder, note=""):
     """Bring folder/_C.abi3.so up to date (only what changed is compiled) and return its path."""
     folder = Path(folder).resolve()
     try:
@@ -170,7 +171,7 @@ def compile_library(tools, folder):
             info = build_info_source(tools.architectures, tools.torch_version)
             _write_if_changed(folder / "build_info.cpp", info)
             _write_if_changed(folder / "build.ninja", ninja_file(tools, LIBRARY))
-            _run_ninja(tools, folder)
+            _announce_and_run(tools, folder, note)
     except PermissionError as error:
         raise BuildError(
             f"no permission to write {error.filename}; "
@@ -179,13 +180,36 @@ def compile_library(tools, folder):
     return folder / LIBRARY
 
 
-def _run_ninja(tools, folder):
+def _announce_and_run(tools, folder, note):
     command = [tools.ninja, "-C", str(folder)]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
-    if os.environ.get("MASKED_LOSS_EXT_VERBOSE") == "1":
-        command.append("-v")
+    would_do = subprocess.run([*command, "-n"], capture_output=True, text=True)
+    if "no work to do" in would_do.stdout:
+        return
+    kinds = "the CPU kernels"
+    if tools.cuda_home:
+        kinds += f" and the CUDA kernels ({', '.join(tools.architectures)})"
+    seconds = _estimate(would_do.stdout)
+    say(f"compiling {kinds} with PyTorch {tools.torch_version}, takes about {seconds} s{note}")
     started = time.monotonic()
+    _run_ninja(command, started)
+    say(f"compiled in {time.monotonic() - started:.0f} s")
+
+
+def _estimate(steps):
+    """Seconds, roughly, for ninja's list of steps."""
+    cuda = len(re.findall(r"^\[.*bin/nvcc ", steps, re.M))
+    cpu = len(re.findall(r"^\[.* -c .*\.cpp ", steps, re.M)) - cuda
+    cores = len(os.sched_getaffinity(0))
+    longest = SECONDS_PER_CUDA_SOURCE if cuda else SECONDS_PER_CPU_SOURCE
+    total = cuda * SECONDS_PER_CUDA_SOURCE + cpu * SECONDS_PER_CPU_SOURCE
+    return max(total // cores, longest)
+
+
+def _run_ninja(command, started):
+    verbose = os.environ.get("MASKED_LOSS_EXT_VERBOSE") == "1"
+    command = [*command, *(["-v"] if verbose else [])]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     output = []
     with subprocess.Popen(
@@ -193,16 +217,16 @@ def _run_ninja(tools, folder):
     ) as ninja:
         for line in ninja.stdout:
             output.append(line)
-            _show(line, started)
+            _show(line, started, verbose)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     if ninja.returncode:
         raise BuildError(_failure(output))
 
 
-def _show(line, started):
+def _show(line, started, verbose):
     step = re.match(r"\[\d+/\d+\]", line)
-    if os.environ.get("MASKED_LOSS_EXT_VERBOSE") == "1":
+    if verbose:
         print(line, end="", file=sys.stderr, flush=True)
     elif step and sys.stderr.isatty():
         seconds = time.monotonic() - started
@@ -223,7 +247,10 @@ def _failure(output):
 
 def cmake_lists():
     """The same lists as CMake code, for include()."""
-    torch_root, _, _ = torch_about()
+    try:
+        torch_root = torch_about()[0]
+    except BuildError:  # CMake has another way to be told where it is
+        torch_root = ""
     # The language standards are CMake's own properties there.
     flags = [flag for flag in CXX_FLAGS if not flag.startswith("-std")]
     lists = {
@@ -245,7 +272,4 @@ def cmake_lists():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--cmake"]:
         sys.exit("usage: python masked_loss_ext/_build.py --cmake")
-    try:
-        print(cmake_lists(), end="")
-    except BuildError as error:
-        sys.exit(f"masked_loss_ext: {error}")
+    print(cmake_lists(), end="")

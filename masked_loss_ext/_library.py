@@ -7,7 +7,6 @@ MASKED_LOSS_EXT_JIT=1 ignores a built library; MASKED_LOSS_EXT_BUILD=aot refuses
 import hashlib
 import os
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -16,9 +15,6 @@ from . import _build
 from ._build import BuildError, say
 from ._toolchain import cuda_home, find_toolchain, torch_about
 from ._version import __version__
-
-# Rough, of one core, for the message alone.
-SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 8, 25
 
 
 def load():
@@ -102,17 +98,8 @@ def compile_at_import():
     library = folder / _build.LIBRARY
     if library.is_file():
         return library
-    tools = find_toolchain()
-    cuda = bool(tools.cuda_home)
-    seconds = SECONDS_PER_CPU_SOURCE * len(_build.CPU_SOURCES)
-    seconds += cuda * SECONDS_PER_CUDA_SOURCE * len(_build.CUDA_SOURCES)
-    seconds = max(seconds // max(len(os.sched_getaffinity(0)), 1), 10)
-    kinds = "CPU and CUDA" if cuda else "CPU"
-    say(f"compiling the {kinds} kernels, once: takes about {seconds} s (cached in {folder})")
-    started = time.monotonic()
-    library = _build.compile_library(tools, folder)
-    say(f"compiled in {time.monotonic() - started:.0f} s")
-    return library
+    note = f", once (kept in {folder})"
+    return _build.compile_library(find_toolchain(), folder, note)
 
 
 def _cache_key():
