@@ -60,7 +60,8 @@ inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, Scal
     strides[d] = numel > 0 ? numel : 1;
     numel *= sizes[d];
   }
-  const auto bytes = static_cast<size_t>(numel) * c10::elementSize(dtype);
+  const size_t element = torch::stable::new_empty(like, {0}, dtype).element_size();
+  const size_t bytes = static_cast<size_t>(numel) * element;
   return torch::stable::from_blob(cuda_sim::device_allocate(bytes, true), sizes,
                                   IntHeaderOnlyArrayRef(strides.data(), strides.size()),
                                   like.device(), dtype);
