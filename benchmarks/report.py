@@ -16,7 +16,8 @@ COLUMNS = (
     "bytes_moved", "gb_per_s", "of_copy",
     "loss_error", "gradient_error",
     "gradient_bytes", "peak_extra_bytes", "peak_over_gradient",
-    "other_cores", "device", "processor", "capability", "threads", "torch", "masked_loss_ext", "date",
+    "other_cores", "device", "processor", "capability", "threads",
+    "torch", "masked_loss_ext", "date",
 )  # fmt: skip
 
 
