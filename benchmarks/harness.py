@@ -27,9 +27,9 @@ REGION_US = 2000.0
 MAX_CALLS = 1000
 
 # Arithmetic is fp32 inside for both dtypes. The loss is one long fp32 sum; an element of the
-# gradient takes about six fp32 roundings and, for half inputs, one rounding to the input's dtype.
+# gradient takes about six fp32 roundings and, for bf16, one more of at most 2^-8 at the end.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5}
-GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
+GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8 + 2e-6}
 
 
 @dataclass(frozen=True)
