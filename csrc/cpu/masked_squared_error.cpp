@@ -2,6 +2,7 @@
 // masked_squared_error on CPU: argument checks, allocation, the cut into chunks, the final sum.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "cpu/capability.h"
@@ -50,9 +51,12 @@ Array array_of(const std::optional<Tensor>& tensor) {
   return tensor ? array_of(*tensor) : Array{};
 }
 
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, type);
-  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, ScalarType type) {
+  Tensor tensor = torch::stable::new_empty(prediction, sizes, type);
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  // Without channels there are still tokens, but no kernel comes to write their 0.
+  if (prediction.numel() == 0 && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);
   return tensor;
 }
 
@@ -163,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   const Reduction reduction = parse_reduction(op, reduction_name);
   check_inputs(op, in, reduction);
   check_grad_loss(op, grad_loss, in, reduction);
+  check_count(op, count, prediction);
   needs_weighting = needs_weighting && weighting.has_value();
   const std::vector<int64_t> all = output_sizes(prediction, OutputShape::kElements), none = {0};
   const OutputShape weighting_shape =
