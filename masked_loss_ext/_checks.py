@@ -8,7 +8,12 @@ import torch
 
 
 def shape_text(tensor):
-    return str(list(tensor.shape))
+    return sizes_text(tensor.shape)
+
+
+def sizes_text(sizes):
+    # Not str(list(...)): torch.compile cannot trace that for sizes that change.
+    return "[" + ", ".join([f"{n}" for n in sizes]) + "]"
 
 
 def check_tensor(function, name, value):
@@ -71,8 +76,8 @@ def check_mask(function, name, mask, like_name, like, dims, label=None):
     check_tensor(function, name, mask)
     if mask.shape != like.shape[:dims]:
         raise ValueError(
-            f"{function}: {label or name + ' shape'} must be {list(like.shape[:dims])}, the first "
-            f"{dims} dimensions of {like_name}, got {shape_text(mask)}"
+            f"{function}: {label or name + ' shape'} must be {sizes_text(like.shape[:dims])}, the "
+            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}"
         )
     if mask.is_complex():
         raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")

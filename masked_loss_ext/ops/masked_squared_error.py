@@ -127,7 +127,8 @@ def _backward_fake(
 def _gradients(backward, grad_loss, inputs, count, options, needs):
     """Gradients of the operator's eight arguments, in the inputs' own shapes and dtypes."""
     prediction, target, mask, edit_mask, weighting = inputs
-    needs = (needs[0], needs[1], needs[4])
+    # The dispatcher leaves out trailing arguments that have their default, weighting perhaps too.
+    needs = (needs[0], needs[1], len(needs) > 4 and needs[4])
     grads = backward(
         grad_loss, prediction, target, mask, edit_mask, weighting, count, *options, *needs
     )
