@@ -16,6 +16,7 @@ import torch
 from masked_loss_ext import reference
 
 INPUTS = ("prediction", "target", "weighting")  # what has a gradient
+ROUNDINGS_OF_A_TERM = 8  # difference, square, edit weight (3), weighting, scale (2)
 
 
 def widened(inputs):
@@ -41,8 +42,9 @@ class Expected:
     """What the reference says: in the inputs' dtypes, in truth, and how exact that is.
 
     ``size`` is the sum of what is summed without its signs: grad_loss may make terms cancel.
-    ``relative_error`` is the reference's largest. In float64 the truth is the reference itself, so
-    there it is the bound of a pairwise sum, log2(number of terms) roundings.
+    ``relative_error`` is the reference's largest, and at least the bound of a pairwise sum: a single
+    sum may be exact by luck. In float64 the truth is the reference itself, so that the roundings of
+    a term count too.
     """
 
     def __init__(self, inputs, grad_loss=None, **options):
@@ -57,10 +59,16 @@ class Expected:
             name: _relative_error(self.in_dtype[name], self.truth[name], self.size[name])
             for name in self.truth
         }
-        if self.in_dtype["loss"].dtype == torch.float64:
-            pairwise = math.log2(max(inputs["prediction"].numel(), 2)) * 2.0**-52
-            for name, error in self.relative_error.items():
-                self.relative_error[name] = max(error, pairwise)
+        for name, error in self.relative_error.items():
+            bound = self._pairwise_bound(inputs["prediction"].numel(), self.truth[name].numel())
+            self.relative_error[name] = max(error, bound)
+
+    def _pairwise_bound(self, terms, results):
+        """log2(terms per result) roundings, each of half a unit in the last place."""
+        dtype = self.in_dtype["loss"].dtype
+        in_a_term = ROUNDINGS_OF_A_TERM if dtype == torch.float64 else 0
+        roundings = math.log2(max(terms / max(results, 1), 1)) + in_a_term
+        return roundings * torch.finfo(dtype).eps / 2
 
 
 def _relative_error(result, truth, size):

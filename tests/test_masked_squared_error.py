@@ -128,6 +128,20 @@ def test_count_is_exact_above_2_to_24():
     assert loss.item() == 1.0
 
 
+@pytest.mark.parametrize("columns", [1 << 20, 3_000_001])
+def test_long_rows_keep_float32_accuracy(columns):
+    # partial sums of one row added up in float32 were off by 6e-7 here
+    prediction = torch.rand(1, 1, columns)
+    weighting = torch.ones(1, 1, 1, requires_grad=True)
+    loss = masked_squared_error(
+        prediction, torch.zeros_like(prediction), weighting=weighting, reduction="token"
+    )
+    loss.sum().backward()
+    exact = prediction.double().square().mean().item()
+    assert loss.item() == pytest.approx(exact, rel=1.5e-7)
+    assert weighting.grad.item() == pytest.approx(exact, rel=1.5e-7)
+
+
 def test_half_counts_past_65504():
     # a count or a sum kept in float16 would be inf, and in bfloat16 rounded to a multiple of 512
     for dtype in (torch.float16, torch.bfloat16):

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kernels of every instruction-set level that this machine can run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from masked_loss_ext import _build
+
+TESTS = Path(__file__).resolve().parent
+LEVELS = ("default", "avx2", "avx512")  # an upper bound, each contains the one before
+VARIABLE = "MASKED_LOSS_EXT_CPU_CAPABILITY"
+QUESTION = "import masked_loss_ext, torch; print(torch.ops.masked_loss_ext.cpu_capability())"
+NUMBERS = [
+    "test_masked_squared_error.py::test_agrees_with_reference",
+    "test_masked_squared_error.py::test_every_float16_number",
+    "test_masked_squared_error.py::test_gradients_round_to_nearest_even",
+    "test_masked_squared_error.py::test_squares_that_overflow_float16",
+    "test_mask_laws.py::test_poison_in_every_dtype",
+]
+
+
+def run(level, *command):
+    environment = {**os.environ, VARIABLE: level}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+    )
+
+
+def level_for(asked):
+    done = run(asked, "-c", QUESTION)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_numbers_at_level(level):
+    got = level_for(level)
+    assert LEVELS.index(got) <= LEVELS.index(level)
+    if got != level:
+        pytest.skip(f"this machine has no {level}; its best is {got}")
+    if level == torch.ops.masked_loss_ext.cpu_capability():
+        pytest.skip(f"{level} is what the other tests of this process run with")
+    files = [str(TESTS / name) for name in NUMBERS]
+    done = run(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mask_", *files)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_unknown_level_is_the_best_one():
+    assert level_for("no_such_level") == level_for("avx512")
+
+
+def test_no_function_of_a_wide_file_is_shared():
+    """A weak function compiled for AVX-512 could be the copy that the linker keeps for everyone."""
+    compiler, nm = shutil.which(os.environ.get("CXX", "c++")), shutil.which("nm")
+    if not compiler or not nm:
+        pytest.skip("needs a C++ compiler and nm")
+    root = _build.csrc_dir()
+    wide = [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
+    assert len(wide) == 2
+    for source in wide:
+        flags = ["-O1", "-std=c++17", "-fopenmp-simd", "-I", str(root)]
+        # Assembly is enough: a shared function is declared .weak in it.
+        done = subprocess.run(
+            [compiler, *flags, "-S", "-o", "-", str(root / source)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        weak = [line for line in done.stdout.splitlines() if line.strip().startswith(".weak")]
+        assert not weak, f"{source}: {weak}"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every operator, as the dispatcher lists them, has all its parts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import masked_loss_ext
+from masked_loss_ext import _build
+
+TESTS = Path(__file__).resolve().parent
+SOURCES = _build.csrc_dir()
+NAMESPACE = "masked_loss_ext"
+WITHOUT_TENSORS = {"_version", "cpu_capability"}
+
+
+def operators():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith(NAMESPACE + "::")})
+
+
+TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_TENSORS]
+
+
+def has_kernel(name, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def source_text(pattern):
+    return "\n".join(p.read_text() for p in sorted(SOURCES.rglob(pattern)))
+
+
+def base_name(name):
+    return name.removeprefix("_").removesuffix("_backward")
+
+
+def test_the_operators_are_these():
+    assert operators() == [
+        "_masked_squared_error_backward",
+        "_version",
+        "cpu_capability",
+        "masked_squared_error",
+    ]
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_cpu_kernel_fake_and_derivative(name):
+    assert has_kernel(name, "CPU")
+    assert has_kernel(name, "Meta"), "no fake"
+    # A derivative, or one that refuses: without it a gradient would be lost in silence.
+    assert has_kernel(name, "Autograd"), "no derivative"
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_cuda_kernel(name):
+    library = _build.PACKAGE / _build.LIBRARY
+    built_with_cuda = library.is_file() and _build.read_build_info(library)["cuda"] != "none"
+    if masked_loss_ext._library_kind == "aot" and built_with_cuda:
+        assert has_kernel(name, "CUDA")
+    texts = [(SOURCES / source).read_text() for source in _build.CUDA_SOURCES]
+    registered = re.compile(rf'm\.impl\(\s*"{name}"')
+    assert any(registered.search(text) for text in texts), f"no .cu source registers {name}"
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_one_name_in_every_layer(name):
+    base = base_name(name)
+    layers = [f"{base}.h", f"cpu/{base}.cpp", f"cpu/{base}.inc", f"cuda/{base}.cu"]
+    missing = [layer for layer in layers if not (SOURCES / layer).is_file()]
+    assert not missing
+    assert (_build.PACKAGE / "ops" / f"{base}.py").is_file()
+    assert hasattr(masked_loss_ext.reference, base)
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_every_operator_has_its_tests(name):
+    base = base_name(name)
+    assert (TESTS / f"test_{base}.py").is_file()
+    compiled = (TESTS / "test_compile.py").read_text()
+    assert f"torch.ops.{NAMESPACE}.{name}.default" in compiled, "no opcheck"
+    registered = (TESTS / "test_errors.py").read_text()
+    assert f"torch.ops.{NAMESPACE}.{name}" in registered, "no test of its errors"
+
+
+def test_each_schema_is_written_once():
+    schemas = (SOURCES / "schemas.cpp").read_text()
+    everything = source_text("*.cpp") + source_text("*.h") + source_text("*.cu*")
+    for name in operators():
+        declared = re.compile(rf'"{name}\([^"]*')
+        assert len(declared.findall(schemas)) == 1, name
+        assert len(declared.findall(everything)) == 1, name
+    package = "\n".join(p.read_text() for p in _build.PACKAGE.rglob("*.py"))
+    assert "library.define" not in package and "custom_op" not in package
+
+
+def test_inputs_are_declared_read_only():
+    for name in TENSOR_OPERATORS:
+        schema = getattr(torch.ops.masked_loss_ext, name).default._schema
+        assert not schema.is_mutable
+        aliases = [a.alias_info for a in (*schema.arguments, *schema.returns)]
+        assert aliases == [None] * len(aliases)
+
+
+def test_version():
+    assert torch.ops.masked_loss_ext._version() == masked_loss_ext.__version__
