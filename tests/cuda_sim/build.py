@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compile .cu files and the simulator's runtime into one library, with a cache of objects by content."""
+"""Compile .cu files and the simulator's runtime into one library; objects are cached by content."""
 
 import hashlib
 import os
@@ -69,7 +69,7 @@ def _make(command, target):
     return target
 
 
-def build(name, sources, flags=()):
+def build(name, sources, runtime_flags=()):
     """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
     cxx = compiler()
     if cxx is None:
@@ -81,8 +81,9 @@ def build(name, sources, flags=()):
 
     def compile_one(source):
         source = Path(source).resolve()
-        kernel = KERNEL_FLAGS if source.suffix == ".cu" else []
-        command = [cxx, *FLAGS, *kernel, *flags, *includes, "-c", source]
+        extra = KERNEL_FLAGS if source.suffix == ".cu" else []
+        extra = [*extra, *(runtime_flags if source in RUNTIME else [])]
+        command = [cxx, *FLAGS, *extra, *includes, "-c", source]
         key = _digest(common, *command, source.read_text())
         return _make(command, cache / f"{source.stem}-{key}.o")
 
