@@ -47,9 +47,9 @@ def _digest(*parts):
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _headers_digest():
-    files = [f for d in (HERE, ROOT / "csrc") for f in sorted(d.rglob("*")) if f.is_file()]
-    return _digest(*(f.read_text() for f in files if f.suffix in (".h", ".cuh", ".inc")))
+def _headers_digest(directory):
+    files = [f for f in sorted(directory.rglob("*")) if f.suffix in (".h", ".cuh", ".inc")]
+    return _digest(*(f.read_text() for f in files))
 
 
 def _run(command):
@@ -77,14 +77,17 @@ def build(name, sources, runtime_flags=()):
     cache = _cache_directory()
     includes = ["-I", ROOT / "csrc", "-I", HERE, "-isystem", TORCH / "include"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    common = _digest(version, torch.__version__, _headers_digest())
+    common = _digest(version, torch.__version__, _headers_digest(HERE))
+    csrc_headers = _headers_digest(ROOT / "csrc")
 
     def compile_one(source):
         source = Path(source).resolve()
-        extra = KERNEL_FLAGS if source.suffix == ".cu" else []
-        extra = [*extra, *(runtime_flags if source in RUNTIME else [])]
+        if source in RUNTIME:
+            headers, extra = "", runtime_flags
+        else:
+            headers, extra = csrc_headers, KERNEL_FLAGS if source.suffix == ".cu" else []
         command = [cxx, *FLAGS, *extra, *includes, "-c", source]
-        key = _digest(common, *command, source.read_text())
+        key = _digest(common, headers, *command, source.read_text())
         return _make(command, cache / f"{source.stem}-{key}.o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
