@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Every verb sets up what it needs: .venv with the pinned packages, and the native library, with
+# its CUDA kernels where PyTorch is a CUDA build and nvcc is found. Done once, renewed when needed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench lint wheel clean
+
+help:
+	@echo "make demo    train a denoiser on photographs with the losses; table and pictures   < 4 min"
+	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 10 min"
+	@echo "make bench   masked squared error against eager and compiled PyTorch; CSV, table   ~ 5 min"
+	@echo "make lint    ruff and the repository's own checks                                  ~ 5 s"
+	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 1 min"
+	@echo "make wheel   dist/*.whl (abi3, compiled) and the source archive                    ~ 1 min"
+	@echo "make clean   remove all that these made, .venv too"
+	@echo "The first one also makes .venv from requirements.txt: 1 to 10 minutes of installing."
+	@echo "Variables: PYTHON=python3.12 (the interpreter of .venv), ARGS (passed on), MAX_JOBS."
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@echo "[1/3] making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv or pip of $(PYTHON) is missing: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/packages: requirements.txt | $(PY)
+	@echo "[2/3] installing PyTorch and the other packages of requirements.txt (minutes, the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# Only makes the source tree importable; the library itself is compiled by `build`.
+$(VENV)/package: pyproject.toml setup.py masked_loss_ext/_version.py $(VENV)/packages
+	@echo "[3/3] making the package importable"
+	@MASKED_LOSS_EXT_BUILD=jit $(PY) -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/package
+
+# Always asked: ninja knows what changed, and says nothing when nothing did.
+build: setup
+	@$(PY) setup.py --quiet build_ext --inplace
+
+demo: build
+	@$(PY) examples/demo.py $(ARGS)
+
+test: build
+	@$(PY) -m pytest $(ARGS)
+
+bench: build
+	@$(PY) -m benchmarks squared_error $(ARGS)
+
+lint: $(VENV)/packages
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "not formatted: $(VENV)/bin/ruff format ."; exit 1; }
+	@$(PY) .ci/check_text.py
+
+wheel: setup
+	@rm -rf build/lib* build/bdist*
+	@MASKED_LOSS_EXT_BUILD=aot $(PY) setup.py --quiet sdist bdist_wheel
+	@ls dist/*
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info masked_loss_ext/*.so demo_output .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

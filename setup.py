@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ahead-of-time build where torch can be found, else a package that compiles itself.
+
+MASKED_LOSS_EXT_BUILD = auto | aot | jit. torch is not a build requirement on purpose: an isolated
+build would download several GB of it, and not the one that is installed.
+"""
+
+import filecmp
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "masked_loss_ext"))
+import _build  # noqa: E402
+from _toolchain import BuildError, find_toolchain, say  # noqa: E402
+
+sys.path.pop(0)
+
+
+class BuildLibrary(build_ext):
+    """Hands the one extension to the project's own build."""
+
+    def build_extension(self, ext):
+        try:
+            tools = find_toolchain()
+            # A folder that outlives the command: only what changed is compiled the next time.
+            kind = "cuda" if tools.cuda_home else "cpu"
+            folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"
+            library = _build.compile_library(tools, folder)
+        except BuildError as error:
+            raise CompileError(f"masked_loss_ext: {error}") from None
+        target = Path(self.get_ext_fullpath(ext.name))
+        if target.is_file() and filecmp.cmp(library, target, shallow=False):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Under a new inode: a process that has the old one mapped keeps it.
+        partial = target.with_suffix(".part")
+        shutil.copy(library, partial)
+        partial.replace(target)
+
+
+def ahead_of_time():
+    mode = os.environ.get("MASKED_LOSS_EXT_BUILD") or "auto"
+    if mode not in ("auto", "aot", "jit"):
+        raise OptionError(f"MASKED_LOSS_EXT_BUILD must be auto, aot or jit, got {mode!r}")
+    if mode == "auto" and find_spec("torch") is None:
+        say(
+            "PyTorch is not visible to this build, so the kernels will be compiled at the first "
+            "import; to compile them now: pip install --no-build-isolation ."
+        )
+        return False
+    return mode != "jit"
+
+
+# ninja is a run-time dependency only of the package that compiles itself.
+native = {"install_requires": ["torch>=2.10", "ninja"]}
+if ahead_of_time():
+    native = {
+        "install_requires": ["torch>=2.10"],
+        "ext_modules": [Extension("masked_loss_ext._C", sources=[], py_limited_api=True)],
+        "cmdclass": {"build_ext": BuildLibrary},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+# The sources travel inside the package, for the builds that are made at the first import.
+csrc = ["masked_loss_ext.csrc", "masked_loss_ext.csrc.cpu", "masked_loss_ext.csrc.cuda"]
+setup(
+    packages=find_packages(include=["masked_loss_ext", "masked_loss_ext.*"]) + csrc,
+    package_dir={"masked_loss_ext.csrc": "csrc"},
+    **native,
+)
