@@ -86,6 +86,10 @@ def add_peaks(rows: list[dict], weighed: set[str], wanted: argparse.Namespace) -
         row["peak_over_gradient"] = peak / row["gradient_bytes"]
 
 
+def is_refused(row: dict) -> bool:
+    return row["status"] != "timed"
+
+
 def csv_path(wanted: argparse.Namespace) -> Path | None:
     """Only a full run may replace the committed figures without being told so."""
     if wanted.csv or wanted.quick or wanted.cases or wanted.contenders or wanted.rounds:
@@ -109,6 +113,8 @@ def run_benchmark(wanted: argparse.Namespace) -> None:
     if (path := csv_path(wanted)) is not None:
         report.write_csv(path, rows)
         print(f"written: {path}")
+    if refused := [f"{row['contender']} in {row['case']}" for row in rows if is_refused(row)]:
+        sys.exit(f"refused, so not timed: {', '.join(refused)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

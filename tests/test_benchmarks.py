@@ -92,6 +92,17 @@ def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
     assert "rival refused" in report.case_table(list(rows.values()))
 
 
+def test_a_run_with_a_refusal_fails_after_it_has_written_what_it_has(monkeypatch, tmp_path):
+    rival, _ = WRONG["shifted"]
+    case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
+    monkeypatch.setattr(command, "chosen_cases", lambda *_: [case])
+    path = tmp_path / "out.csv"
+    with pytest.raises(SystemExit, match="refused, so not timed: rival in toy"):
+        command.main(["squared_error", "--quick", "--csv", str(path)])
+    refused = [row["contender"] for row in report.read_csv(path) if row["status"] != "timed"]
+    assert refused == ["rival"]
+
+
 def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate(monkeypatch):
     monkeypatch.setattr(harness, "REGION_US", 0.0)  # one call a sample
     seen = []
