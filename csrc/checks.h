@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Argument errors of the operators: "<op>: <argument> must <rule>, got <what>".
+// std::invalid_argument reaches Python as ValueError. Never throw inside parallel_for: the text is lost.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace masked_loss_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + "]";
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  if (is_floating(tensor.scalar_type())) return;
+  fail(op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+       torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// bool, integer or floating: what a mask may be made of.
+inline void check_mask_type(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Bool: case ScalarType::Byte: case ScalarType::Char: case ScalarType::Short:
+    case ScalarType::Int: case ScalarType::Long: return;
+    default:
+      if (is_floating(tensor.scalar_type())) return;
+      fail(op, ": ", name, " must be bool, integer or floating, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                              const Tensor& prediction) {
+  const auto device = tensor.device(), expected = prediction.device();
+  if (device.type() == expected.type() && device.index() == expected.index()) return;
+  fail(op, ": ", name, " must be on the device of prediction (they differ in type or index)");
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& tensor,
+                             const Tensor& prediction) {
+  bool same = tensor.dim() == prediction.dim();
+  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == prediction.size(d);
+  if (!same) {
+    fail(op, ": ", name, " must have the shape of prediction ", shape_text(prediction), ", got ",
+         shape_text(tensor));
+  }
+}
+
+inline void check_leading_shape(const char* op, const char* name, const Tensor& tensor,
+                                const Tensor& prediction) {
+  bool leading = tensor.dim() <= prediction.dim();
+  for (int64_t d = 0; leading && d < tensor.dim(); ++d) {
+    leading = tensor.size(d) == prediction.size(d);
+  }
+  if (!leading) {
+    fail(op, ": ", name, " must have the leading dimensions of prediction ",
+         shape_text(prediction), ", got ", shape_text(tensor));
+  }
+}
+
+inline void check_broadcastable(const char* op, const char* name, const Tensor& tensor,
+                                const Tensor& prediction) {
+  const int64_t extra = prediction.dim() - tensor.dim();
+  bool fits = extra >= 0;
+  for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
+    fits = tensor.size(d) == 1 || tensor.size(d) == prediction.size(d + extra);
+  }
+  if (!fits) {
+    fail(op, ": ", name, " must be broadcastable to prediction ", shape_text(prediction),
+         ", got ", shape_text(tensor));
+  }
+}
+
+}  // namespace masked_loss_ext

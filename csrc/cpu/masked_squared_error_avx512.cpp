@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+#include "cpu/masked_squared_error_cpu.h"
+#include "cpu/row_cursor.h"
+#include "masked_squared_error.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+
+namespace masked_loss_ext {
+namespace {
+#include "cpu/masked_squared_error.inc"
+}  // namespace
+extern const SquaredErrorKernels squared_error_avx512 = {forward, backward};
+}  // namespace masked_loss_ext
+#endif

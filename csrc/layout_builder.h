@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Makes a Layout from tensors. Host only.
+#pragma once
+
+#include "checks.h"
+#include "layout.h"
+
+namespace masked_loss_ext {
+
+constexpr int kTorchDims = 64;  // what PyTorch allows
+
+// Collects strides, then merges.
+class LayoutBuilder {
+ public:
+  explicit LayoutBuilder(const Tensor& prediction) : dims_(static_cast<int>(prediction.dim())) {
+    for (int d = 0; d < dims_; ++d) size_[d] = prediction.size(d);
+  }
+
+  // The tensor's dimension i is dimension i + first of prediction; size-1 dimensions broadcast.
+  void add(Operand operand, const Tensor& tensor, int first = 0) {
+    for (int d = 0; d < tensor.dim(); ++d) {
+      stride_[d + first][operand] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
+    }
+  }
+
+  Layout build(const char* op) const {
+    int keep[kTorchDims], kept = 0;
+    int64_t size[kTorchDims];
+    Layout layout;
+    for (int d = 0; d < dims_; ++d) {
+      if (size_[d] == 1) continue;
+      if (kept > 0 && mergeable(keep[kept - 1], d)) {
+        size[kept - 1] *= size_[d];
+        keep[kept - 1] = d;
+      } else {
+        size[kept] = size_[d];
+        keep[kept++] = d;
+      }
+    }
+    if (kept - 1 > kMaxOuter) {
+      fail(op, ": prediction must merge into at most ", kMaxOuter + 1,
+           " dimensions with these strides, got ", kept);
+    }
+    if (kept > 0) fill(layout, keep, size, kept);
+    return layout;
+  }
+
+ private:
+  // Walking dimension d and then `outer` is one walk along d, for every operand.
+  bool mergeable(int outer, int d) const {
+    for (int o = 0; o < kOperands; ++o) {
+      if (stride_[outer][o] != stride_[d][o] * size_[d]) return false;
+    }
+    return true;
+  }
+
+  void fill(Layout& layout, const int* keep, const int64_t* size, int kept) const {
+    layout.outer = kept - 1;
+    for (int i = 0; i < kept - 1; ++i) {
+      layout.outer_size[i] = size[i];
+      layout.rows *= size[i];
+      for (int o = 0; o < kOperands; ++o) layout.outer_stride[i][o] = stride_[keep[i]][o];
+    }
+    layout.cols = size[kept - 1];
+    for (int o = 0; o < kOperands; ++o) layout.col_stride[o] = stride_[keep[kept - 1]][o];
+  }
+
+  int dims_;
+  int64_t size_[kTorchDims] = {};
+  int64_t stride_[kTorchDims][kOperands] = {};
+};
+
+}  // namespace masked_loss_ext

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the CPU and the CUDA side of masked_squared_error do before a kernel runs: check, allocate,
+// lay out. Each side brings its own `Device` with allocate(like, sizes, dtype).
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "layout_builder.h"
+
+namespace masked_loss_ext {
+
+enum class Reduction { kMean, kSum, kBatchMean, kTokenSum, kToken, kNone };
+
+struct SquaredErrorInputs {
+  const Tensor& prediction;
+  const Tensor& target;
+  const std::optional<Tensor>& mask;
+  const std::optional<Tensor>& edit_mask;
+  const std::optional<Tensor>& weighting;
+};
+
+inline Reduction parse_reduction(const char* op, const std::string& name) {
+  if (name == "mean") return Reduction::kMean;
+  if (name == "sum") return Reduction::kSum;
+  if (name == "batch_mean") return Reduction::kBatchMean;
+  if (name == "token_sum") return Reduction::kTokenSum;
+  if (name == "token") return Reduction::kToken;
+  if (name == "none") return Reduction::kNone;
+  fail(op, ": reduction must be mean, sum, batch_mean, token_sum, token or none, got ", name);
+}
+
+inline bool is_scalar(Reduction reduction) {
+  return reduction != Reduction::kToken && reduction != Reduction::kNone;
+}
+
+// What the sum is divided by, but for kMean, whose count only the kernel knows.
+inline double fixed_denominator(Reduction reduction, const Tensor& prediction) {
+  const int64_t dims = prediction.dim();
+  switch (reduction) {
+    case Reduction::kBatchMean: return dims > 0 && prediction.size(0) > 1 ? prediction.size(0) : 1;
+    case Reduction::kToken:
+    case Reduction::kTokenSum: return dims > 0 ? prediction.size(dims - 1) : 1;
+    default: return 1;
+  }
+}
+
+// float64 where prediction or target is, else float32.
+inline ScalarType accumulate_type(const SquaredErrorInputs& in) {
+  const bool wide = in.prediction.scalar_type() == ScalarType::Double ||
+                    in.target.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction reduction) {
+  check_floating(op, "prediction", in.prediction);
+  check_floating(op, "target", in.target);
+  check_same_shape(op, "target", in.target, in.prediction);
+  check_same_device(op, "target", in.target, in.prediction);
+  if (reduction == Reduction::kToken && in.prediction.dim() == 0) {
+    fail(op, ": prediction must have a dimension for reduction token, got []");
+  }
+  if (in.mask) {
+    check_mask_type(op, "mask", *in.mask);
+    check_leading_shape(op, "mask", *in.mask, in.prediction);
+    check_same_device(op, "mask", *in.mask, in.prediction);
+  }
+  if (in.edit_mask) {
+    check_mask_type(op, "edit_mask", *in.edit_mask);
+    check_leading_shape(op, "edit_mask", *in.edit_mask, in.prediction);
+    check_same_device(op, "edit_mask", *in.edit_mask, in.prediction);
+  }
+  if (in.weighting) {
+    check_floating(op, "weighting", *in.weighting);
+    check_broadcastable(op, "weighting", *in.weighting, in.prediction);
+    check_same_device(op, "weighting", *in.weighting, in.prediction);
+  }
+}
+
+inline void check_grad_loss(const char* op, const Tensor& grad_loss, const SquaredErrorInputs& in,
+                            Reduction reduction) {
+  const int64_t dims = reduction == Reduction::kNone    ? in.prediction.dim()
+                       : reduction == Reduction::kToken ? in.prediction.dim() - 1
+                                                        : 0;
+  if (grad_loss.scalar_type() != accumulate_type(in) || grad_loss.dim() != dims) {
+    fail(op, ": grad_loss must have the dtype and shape of the loss, got ", shape_text(grad_loss));
+  }
+  check_leading_shape(op, "grad_loss", grad_loss, in.prediction);
+  check_same_device(op, "grad_loss", grad_loss, in.prediction);
+}
+
+// prediction.shape, cut to the tokens, with the last dimension 1, or []
+enum class OutputShape { kElements, kTokens, kColumn, kScalar };
+
+inline std::vector<int64_t> output_sizes(const Tensor& prediction, OutputShape shape) {
+  std::vector<int64_t> sizes;
+  if (shape == OutputShape::kScalar) return sizes;
+  for (int64_t d = 0; d < prediction.dim(); ++d) sizes.push_back(prediction.size(d));
+  if (shape == OutputShape::kTokens) sizes.pop_back();
+  if (shape == OutputShape::kColumn && !sizes.empty()) sizes.back() = 1;
+  return sizes;
+}
+
+inline OutputShape loss_shape(Reduction reduction) {
+  if (reduction == Reduction::kNone) return OutputShape::kElements;
+  return reduction == Reduction::kToken ? OutputShape::kTokens : OutputShape::kScalar;
+}
+
+// grad_weighting is summed over the columns in the kernel where weighting has one for all of them.
+inline OutputShape weighting_gradient_shape(const Tensor& weighting) {
+  const int64_t dims = weighting.dim();
+  return dims == 0 || weighting.size(dims - 1) == 1 ? OutputShape::kColumn : OutputShape::kElements;
+}
+
+inline LayoutBuilder input_layout(const SquaredErrorInputs& in) {
+  LayoutBuilder builder(in.prediction);
+  builder.add(kPrediction, in.prediction);
+  builder.add(kTarget, in.target);
+  if (in.mask) builder.add(kMask, *in.mask);
+  if (in.edit_mask) builder.add(kEditMask, *in.edit_mask);
+  if (in.weighting) {
+    builder.add(kWeighting, *in.weighting,
+                static_cast<int>(in.prediction.dim() - in.weighting->dim()));
+  }
+  return builder;
+}
+
+}  // namespace masked_loss_ext

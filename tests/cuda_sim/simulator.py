@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A simulated CUDA device as tests see it: its memory, its order of execution, its launches."""
+
+import contextlib
+import ctypes
+import weakref
+
+import torch
+
+# Taken together they bring out a missing barrier in either direction and in between.
+ORDERS = ("ascending", "descending", "1", "2")
+
+
+class Simulator:
+    """The simulator inside one library that build() made; loads the library and its operators.
+
+    Device memory belongs to the library. A launch alone can reach it: to torch an uploaded tensor is a
+    CPU tensor, and reading its data on the host ends the process with a message.
+    """
+
+    def __init__(self, library):
+        torch.ops.load_library(library)
+        self._c = ctypes.CDLL(str(library))
+        for name in ("allocate", "release", "write", "read", "reset", "launches"):
+            getattr(self._c, f"cuda_sim_{name}").restype = ctypes.c_char_p
+
+    def _call(self, name, *args):
+        error = getattr(self._c, f"cuda_sim_{name}")(*args)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def upload(self, tensor, writable=False):
+        """A copy in device memory: same storage size, offset and strides. A kernel's write to it ends
+        the process unless it is writable."""
+        storage = tensor.detach().untyped_storage()
+        nbytes = storage.nbytes()
+        if nbytes == 0:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        data = ctypes.c_void_p()
+        self._call("allocate", ctypes.c_size_t(nbytes), int(writable), ctypes.byref(data))
+        self._call("write", data, ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(nbytes))
+        memory = (ctypes.c_char * nbytes).from_address(data.value)
+        weakref.finalize(memory, self._call, "release", data)
+        device_storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        return _on_storage(device_storage, tensor)
+
+    def download(self, tensor):
+        """An ordinary copy of a tensor in device memory, with its strides."""
+        if tensor.numel() == 0:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        storage = tensor.untyped_storage()
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        source, target = ctypes.c_void_p(storage.data_ptr()), ctypes.c_void_p(copy.data_ptr())
+        self._call("read", target, source, ctypes.c_size_t(storage.nbytes()))
+        return _on_storage(copy, tensor)
+
+    def holds(self, tensor):
+        """Whether the tensor's data lies in device memory."""
+        return bool(self._c.cuda_sim_is_device_pointer(ctypes.c_void_p(tensor.data_ptr())))
+
+    def reset(self):
+        """Release all device memory, forget the launches. Tensors made before must not be used again."""
+        self._call("reset")
+
+    def set_order(self, order):
+        """Order of threads and of blocks: "ascending", "descending", or the seed of a random one."""
+        if not self._c.cuda_sim_set_order(str(order).encode()):
+            raise ValueError(f"order must be ascending, descending or a seed, got {order!r}")
+
+    @contextlib.contextmanager
+    def order(self, order):
+        """set_order() for a block of code, ascending afterwards."""
+        self.set_order(order)
+        try:
+            yield self
+        finally:
+            self.set_order("ascending")
+
+    def launches(self):
+        """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each."""
+        return self._c.cuda_sim_launches().decode().splitlines()
+
+
+def _on_storage(storage, like):
+    tensor = torch.empty(0, dtype=like.dtype)
+    return tensor.set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def mirror_schemas(source="masked_loss_ext", target="masked_loss_ext_sim"):
+    """Define in `target` every schema that `source` has, so that the .cu registers its kernels there.
+
+    Returns the torch.library.Library that holds the definitions: keep it.
+    """
+    library = torch.library.Library(target, "FRAGMENT")
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith(f"{source}::"):
+            library.define(str(schema).removeprefix(f"{source}::"))
+    return library

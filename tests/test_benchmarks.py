@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmarks: statistics by hand, wrong contenders refused, the CSV, the README's table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# benchmarks/ is never installed; at the end of the path, so that an installed library wins.
+sys.path.append(str(ROOT))
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import harness, machine, memory, readme, report, squared_error  # noqa: E402
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def test_summary_of_five_samples_with_an_outlier():
+    assert harness.summarize([100.0, 1.0, 3.0, 2.0, 4.0]) == harness.Summary(3.0, 1.0, 2.0)
+
+
+def test_summary_of_one_sample_has_no_spread():
+    assert harness.summarize([7.0]) == harness.Summary(7.0, 7.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("call_us", "calls"),
+    [(5000.0, 1), (2000.0, 1), (1999.0, 2), (30.0, 67), (0.5, 1000), (0.0, 1000)],
+)
+def test_short_calls_are_repeated_until_a_sample_is_long_enough(call_us, calls):
+    assert harness.calls_needed(call_us) == calls
+
+
+@pytest.mark.parametrize(("target", "met"), [(2.5, "yes"), (2.6, "no"), (None, None)])
+def test_ratios_are_taken_against_ours(target, met):
+    ours = harness.Samples(1, [10.0, 12.0, 14.0], [5.0, 5.0, 5.0])
+    rival = harness.Samples(1, [40.0, 20.0, 30.0], [9.0, 8.0, 7.0])
+    row = report.contender_row("rival", rival, ours, target)
+    assert (row["ratio_of_medians"], row["ratio_of_minima"]) == (2.5, 2.0)
+    assert row["forward_median_us"] == 8.0
+    assert row.get("met") == met
+    assert "ratio_of_medians" not in report.contender_row("ours", ours, ours, None)
+
+
+def test_relative_error_asks_for_an_exact_zero_where_the_truth_is_zero():
+    truth = torch.tensor([2.0, 0.0, -4.0], dtype=torch.float64)
+    assert harness.relative_error(torch.tensor([2.0, 0.0, -5.0]), truth) == 0.25
+    assert harness.relative_error(torch.tensor([2.0, 1e-20, -4.0]), truth) > 1e6
+    assert math.isnan(harness.relative_error(torch.tensor([2.0, 0.0, math.nan]), truth))
+
+
+# --- what is timed, and in which order ---------------------------------------------------------
+
+
+def square(x):
+    return (x**2).sum()
+
+
+def problem_with(rival) -> harness.Problem:
+    data = (torch.tensor([1.0, -2.0, 3.0], requires_grad=True),)
+    calls = {"ours": square, "rival": rival}
+    contenders = [harness.Contender(name, call, [data]) for name, call in calls.items()]
+    return harness.Problem(contenders, square, bytes_moved=48, gradient_bytes=12)
+
+
+WRONG = {
+    "shifted": (lambda x: square(x) + 0.01, "loss is off by 7.1e-04"),
+    "nan": (lambda x: square(x) * math.nan, "loss is off by nan"),
+    "wrong_gradient": (lambda x: square(x) + x[0] - x[0].detach(), "gradient is off by 5.0e-01"),
+    "does_not_run": (lambda x: x @ torch.ones(2), "RuntimeError"),
+    "no_gradient": (lambda x: square(x.detach()), "RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
+    rival, reason = WRONG[wrong]
+    case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
+    wanted = command.parser().parse_args(["squared_error", "--quick"])
+    rows = {row["contender"]: row for row in command.measure_case(case, wanted)}
+    assert rows["rival"]["status"].startswith(f"refused: {reason}")
+    assert "median_us" not in rows["rival"]
+    assert rows["ours"]["median_us"] > 0
+    assert "rival refused" in report.case_table(list(rows.values()))
+
+
+def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate(monkeypatch):
+    monkeypatch.setattr(harness, "REGION_US", 0.0)  # one call a sample
+    seen = []
+    data = torch.ones(4, requires_grad=True)
+
+    def named(name):
+        def call(x):
+            assert x.grad is None
+            seen.append(name)
+            return square(x)
+
+        return harness.Contender(name, call, [(data,)])
+
+    samples = harness.interleave([named(name) for name in "abc"], "cpu", rounds=8)
+    rounds = [tuple(seen[i : i + 3]) for i in range(len(seen) - 24, len(seen), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 1
+    assert all(len(one.total_us) == 8 for one in samples.values())
+    assert all(
+        0 < forward < total
+        for one in samples.values()
+        for forward, total in zip(one.forward_us, one.total_us, strict=True)
+    )
+    assert data.grad is None
+
+
+def test_the_copy_moves_as_many_bytes_as_the_formula_says():
+    copy = harness.plain_copy(1000, "cpu")
+    source, target = copy.inputs[0]
+    target.zero_()
+    copy.call(source, target)
+    assert source.nbytes + target.nbytes == 1000 and torch.equal(source, target)
+
+
+def test_a_machine_without_a_free_core_is_called_crowded():
+    cores = len(os.sched_getaffinity(0))
+    meter = machine.NeighbourMeter()
+    meter.other_cores = 0.05
+    assert not meter.crowded(cores)
+    meter.other_cores = 0.5
+    assert meter.crowded(cores)
+
+
+# --- squared_error -----------------------------------------------------------------------------
+
+
+def test_bytes_of_a_token_case_by_hand():
+    # 2 tokens of 3 channels, 1 valid: a pass reads 2 bytes of mask, 2 rows of 12, 2 weights of 4.
+    rows, weights = torch.zeros(1, 2, 3), torch.zeros(1, 2)
+    mask = torch.tensor([[True, False]])
+    assert squared_error.token_bytes(rows, rows, mask, weights, weights) == 2 * (2 + 24 + 8) + 24
+
+
+def test_bytes_of_a_masked_mse_case_by_hand():
+    values, mask = torch.zeros(1, 4), torch.tensor([[True, False, True, False]])
+    assert squared_error.half_selected_bytes(values, values, mask) == 2 * (4 + 2 * 8) + 16
+
+
+def test_right_padded_rows_are_unequal_and_60_percent_valid():
+    mask = squared_error.token_data((32, 4096, 4), "right", torch.float32)[2]
+    assert mask.float().mean().item() == pytest.approx(0.6, abs=1e-3)
+    assert mask.sum(1).unique().numel() == 32
+    assert not (mask[:, 1:] & ~mask[:, :-1]).any()
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def quick_rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "out.csv"
+    chosen = ["--cases", "token_small", "masked_mse_bf16", "--csv", str(path)]
+    done = run_cli("squared_error", "--quick", *chosen)
+    assert done.returncode == 0, done.stderr
+    assert "token_small" in done.stdout and "masked_mse_bf16" in done.stdout
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_quick_run_times_every_contender(quick_rows):
+    names = {(row["case"], row["contender"]) for row in quick_rows}
+    token = {"ours", "eager", "compile", "copy", "fresh fill"}
+    half = {"ours", "boolean indexing", "where", "compiled where", "ours in fp32"}
+    half |= {"copy", "fresh fill"}
+    wanted = {("token_small", one) for one in token} | {("masked_mse_bf16", one) for one in half}
+    assert names == wanted
+    assert [row["status"] for row in quick_rows] == ["timed"] * len(wanted)
+
+
+def test_quick_run_writes_sane_columns(quick_rows):
+    for row in quick_rows:
+        assert tuple(row) == report.COLUMNS
+        assert 0 < float(row["min_us"]) <= float(row["median_us"])
+        assert 0 < float(row["forward_median_us"]) <= 2 * float(row["median_us"])
+        assert row["rounds"] == str(command.QUICK_ROUNDS) and int(row["calls_per_sample"]) >= 1
+        assert row["threads"] == "2" and row["torch"] == torch.__version__
+        assert row["processor"] and row["capability"] and row["date"]
+        if row["contender"] not in ("ours", "copy", "fresh fill"):
+            assert float(row["ratio_of_medians"]) > 0 and float(row["gradient_error"]) < 2**-8
+    ours = next(row for row in quick_rows if row["contender"] == "ours")
+    rate = float(ours["bytes_moved"]) / float(ours["median_us"]) / 1e3
+    assert float(ours["gb_per_s"]) == pytest.approx(rate, rel=1e-4)
+
+
+def test_an_unknown_case_is_answered_with_the_known_ones():
+    done = run_cli("squared_error", "--cases", "nonsense")
+    assert done.returncode != 0
+    assert "token_large" in done.stderr and "got nonsense" in done.stderr
+
+
+@pytest.mark.parametrize("partial", [["--quick"], ["--cases", "a"], ["--rounds", "2"]])
+def test_a_partial_run_leaves_the_committed_figures_alone(partial):
+    assert command.csv_path(command.parser().parse_args(["squared_error", *partial])) is None
+    full = command.csv_path(command.parser().parse_args(["squared_error"]))
+    assert full == ROOT / "benchmarks" / "results" / "squared_error_cpu.csv"
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+needs_high_water_mark = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="this system does not let a process reset its memory high-water mark",
+)
+
+
+@needs_high_water_mark
+def test_peak_sees_memory_that_is_gone_when_the_step_returns():
+    def step():
+        one = torch.ones(16 << 20)  # 64 MiB each, both alive at once
+        return (one + 1).sum().item()
+
+    assert memory.peak_extra_bytes(step) == pytest.approx(128 << 20, rel=0.1)
+
+
+@needs_high_water_mark
+def test_ours_needs_the_gradient_and_nothing_else_of_its_size():
+    gradient = 64 * 16384 * 4
+    peaks = {}
+    for name in ("ours", "where"):
+        peaks[name], trouble = memory.measure_apart("squared_error", "masked_mse", name, "cpu", 2)
+        assert trouble == ""
+    assert 0.9 < peaks["ours"] / gradient < 1.3
+    assert peaks["where"] / gradient > 2
+
+
+# --- README ------------------------------------------------------------------------------------
+
+
+def toy_row(contender: str, **values: object) -> dict:
+    row = {"benchmark": "toy", "case": "one", "summary": "all", "shape": "2x3", "dtype": "float32"}
+    setting = {"rounds": 3, "processor": "abacus", "capability": "beads", "threads": 2}
+    return {**row, **setting, "torch": "2.x", "date": "today", "contender": contender, **values}
+
+
+@pytest.fixture
+def toy_results(tmp_path):
+    ours = toy_row("ours", median_us=1500.0, gb_per_s=4.0, of_copy=0.5, peak_over_gradient=1.02)
+    slow = toy_row("slow", median_us=4500.0, ratio_of_medians=3.0, target=2.0)
+    wrong = toy_row("wrong", status="refused: loss is off")
+    report.write_csv(tmp_path / "toy_cpu.csv", [ours, slow, wrong])
+    return tmp_path
+
+
+def test_the_readme_table_is_made_from_the_csv(toy_results):
+    text = "before\n<!-- benchmark toy_cpu -->\nold\n<!-- /benchmark -->\nafter\n"
+    made = readme.regenerate(text, toy_results)
+    assert made.startswith("before\n<!-- benchmark toy_cpu -->\n| case |")
+    assert made.endswith("<!-- /benchmark -->\nafter\n") and "old" not in made
+    cells = ("1.50 ms", "slow 3.0x (aim 2x), wrong not timed", "4.0 (50% of a copy)", "1.02")
+    assert "| `one` | [2, 3] float32, all | " + " | ".join(cells) + " |" in made
+    assert readme.regenerate(made, toy_results) == made
+
+
+def test_check_finds_a_table_that_differs_and_changes_nothing(toy_results):
+    path = toy_results / "README.md"
+    stale = "<!-- benchmark toy_cpu -->\n9.9x\n<!-- /benchmark -->\n"
+    path.write_text(stale)
+    assert "differs from the CSV" in readme.update(path, toy_results, check=True)
+    assert path.read_text() == stale
+    assert readme.update(path, toy_results) == ""
+    assert readme.update(path, toy_results, check=True) == ""
+
+
+def test_a_readme_without_a_place_for_the_table_is_an_error(toy_results):
+    with pytest.raises(ValueError, match="no '<!-- benchmark NAME -->'"):
+        readme.regenerate("no table here", toy_results)
+
+
+def test_the_tables_of_this_readme_are_those_of_the_committed_figures():
+    done = run_cli("readme", "--check")
+    assert done.returncode == 0, done.stderr
