@@ -40,9 +40,7 @@ def check_cuda():
     if missing or not on_cpu:
         sys.exit(f"no CUDA kernel for {missing}" if missing else "the library has no CPU kernels")
     built_for = _build.read_build_info(library)["cuda"]
-    print(
-        f"torch {version} (CUDA: {torch_cuda}): {built_for}, CUDA kernels of {len(on_cpu)} operators:"
-    )
+    print(f"torch {version} (CUDA: {torch_cuda}): {built_for}, {len(on_cpu)} operators:")
     print("  " + "\n  ".join(on_cpu))
 
 
