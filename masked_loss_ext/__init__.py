@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mask-aware losses for PyTorch, as native operators for CPU and CUDA.
+
+What a mask excludes is never read, never touched and never counted.
+"""
+
+from . import _library
+from ._version import __version__
+
+_library_kind = _library.load()  # the operators must exist before what is built on them
+
+from . import reference  # noqa: E402
+from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
+from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
+from .losses.token_mse import (  # noqa: E402
+    AttentionMaskMseLoss,
+    ChannelInvariantTokenLoss,
+    compute_loss_multi_resolution,
+    masked_edit_token_mean_loss,
+)
+from .padding import (  # noqa: E402
+    lengths_to_mask,
+    map_mask_to_latent,
+    pad_latents_for_multi_res,
+    unpad,
+)
+
+__all__ = [
+    "AttentionMaskMseLoss",
+    "ChannelInvariantTokenLoss",
+    "MaskEditLoss",
+    "MseLoss",
+    "__version__",
+    "compute_loss_multi_resolution",
+    "lengths_to_mask",
+    "map_mask_to_latent",
+    "masked_edit_token_mean_loss",
+    "masked_mse",
+    "masked_sse",
+    "pad_latents_for_multi_res",
+    "reference",
+    "unpad",
+]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Argument errors: "<function>: <argument> must <rule>, got <what>".
+
+Only shapes, dtypes and devices are looked at, never data: no synchronisation with a GPU.
+"""
+
+import torch
+
+
+def shape_text(tensor):
+    return str(list(tensor.shape))
+
+
+def check_tensor(function, name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_rank(function, name, tensor, rank, layout):
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{function}: {name} must have {rank} dimensions {layout}, got {shape_text(tensor)}"
+        )
+
+
+def check_choice(function, name, value, choices, label=""):
+    if value not in choices:
+        *most, last = choices
+        raise ValueError(
+            f"{function}: {label}{name} must be {', '.join(most)} or {last}, got {value!r}"
+        )
+
+
+def check_prediction(function, name, prediction, target_name, target):
+    """Two floating tensors of one shape on one device."""
+    check_tensor(function, name, prediction)
+    check_tensor(function, target_name, target)
+    for argument, tensor in ((name, prediction), (target_name, target)):
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{function}: {argument} must be a floating tensor, got {tensor.dtype}"
+            )
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"{function}: Shape mismatch: {target_name} must have the shape of {name} "
+            f"{shape_text(prediction)}, got {shape_text(target)}"
+        )
+    check_device(function, target_name, target, name, prediction)
+
+
+def check_device(function, name, tensor, like_name, like):
+    # Moving it here would cost a synchronisation on every step, in silence.
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{function}: {name} must be on the device of {like_name} ({like.device}), "
+            f"got {tensor.device}"
+        )
+
+
+def check_mask(function, name, mask, like_name, like, dims, label=None):
+    """A mask of the first ``dims`` dimensions of ``like``; None passes."""
+    if mask is None:
+        return
+    check_tensor(function, name, mask)
+    if mask.shape != like.shape[:dims]:
+        raise ValueError(
+            f"{function}: {label or name + ' shape'} must be {list(like.shape[:dims])}, the first "
+            f"{dims} dimensions of {like_name}, got {shape_text(mask)}"
+        )
+    if mask.is_complex():
+        raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")
+    check_device(function, name, mask, like_name, like)
+
+
+def check_weighting(function, weighting, like_name, like):
+    """The weighting as a floating tensor that broadcasts to ``like``; None passes."""
+    if weighting is None:
+        return None
+    if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
+        return torch.full((), weighting, dtype=torch.float64, device=like.device)
+    check_tensor(function, "weighting", weighting)
+    if weighting.is_complex():
+        raise ValueError(f"{function}: weighting must be a floating tensor, got {weighting.dtype}")
+    pairs = zip(reversed(weighting.shape), reversed(like.shape), strict=False)
+    if weighting.dim() > like.dim() or any(w != 1 and w != n for w, n in pairs):
+        raise ValueError(
+            f"{function}: weighting must be broadcastable to {like_name} {shape_text(like)}, "
+            f"got {shape_text(weighting)}"
+        )
+    check_device(function, "weighting", weighting, like_name, like)
+    return weighting if weighting.is_floating_point() else weighting.to(torch.float32)

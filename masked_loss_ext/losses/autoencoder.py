@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reconstruction errors of masked autoencoders: only the hidden positions count."""
+
+from .._checks import check_choice, check_mask, check_prediction, check_tensor
+from ..ops.masked_squared_error import masked_squared_error
+
+REDUCTIONS = ("sum", "mean", "batch_mean")
+
+
+def _reconstruction_error(function, x_recon, x, mask, reduction):
+    check_choice(function, "reduction", reduction, REDUCTIONS, "unknown reduction: ")
+    check_prediction(function, "x_recon", x_recon, "x", x)
+    check_tensor(function, "mask", mask)
+    dims = mask.dim() if 1 <= mask.dim() <= x_recon.dim() else x_recon.dim()
+    check_mask(function, "mask", mask, "x_recon", x_recon, dims)
+    return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction)
+
+
+def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
+    r"""Sum of squared errors over the positions that ``mask`` includes.
+
+    .. math:: S = \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad
+        \text{sum} = S, \quad \text{batch\_mean} = S / B, \quad \text{mean} = S / \#\{i : m_i\}
+
+    >>> mask = ~visible  # True = hidden = counts
+    >>> expected = ((x_recon[mask] - x[mask]) ** 2).sum() / x.shape[0]
+    >>> torch.testing.assert_close(masked_sse(x_recon, x, mask), expected)
+
+    "batch_mean" grows with the number of hidden positions per sample; only "mean" does not. With
+    nothing included all three are 0, attached to the graph, where the line above would fail or give
+    NaN for "mean". Positions outside are not read: NaN there changes nothing.
+
+    Args:
+        x_recon: ``[B, L]`` or ``[B, L, D]`` float16, bfloat16, float32 or float64.
+        x: the same shape, any of these dtypes.
+        mask: ``[B, L]`` (leading dimensions of x), any dtype, included where not 0.
+        reduction: "batch_mean", "sum" or "mean".
+
+    Returns:
+        ``[]`` float32, float64 where x_recon or x is. Differentiable in x_recon and x.
+    """
+    return _reconstruction_error("masked_sse", x_recon, x, mask, reduction)
+
+
+def masked_mse(x_recon, x, mask, *, reduction="mean"):
+    r"""Mean of squared errors over the positions that ``mask`` includes.
+
+    .. math:: \frac{1}{n} \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad n = \#\{i : m_i\}
+
+    >>> mask = ~visible
+    >>> torch.testing.assert_close(
+    ...     masked_mse(x_recon, x, mask), ((x_recon[mask] - x[mask]) ** 2).mean())
+
+    For ``[B, L, D]`` and a ``[B, L]`` mask the mean is over n * D elements. Everything else is as in
+    ``masked_sse``.
+    """
+    return _reconstruction_error("masked_mse", x_recon, x, mask, reduction)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Token-wise squared errors for padded, edited and multi-resolution batches."""
+
+import torch
+
+from .._checks import (
+    check_choice,
+    check_mask,
+    check_prediction,
+    check_rank,
+    check_weighting,
+)
+from ..ops.masked_squared_error import masked_squared_error
+
+REDUCTIONS = ("mean", "sum", "none")
+EDIT_MASK_DEFAULTS = ("unit", "foreground")
+_TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
+
+
+def _token_loss(
+    function,
+    model_pred,
+    target,
+    attention_mask,
+    edit_mask,
+    weighting,
+    foreground_weight,
+    background_weight,
+    reduction,
+    mask_label=None,
+):
+    check_prediction(function, "model_pred", model_pred, "target", target)
+    check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
+    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
+    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
+    weighting = check_weighting(function, weighting, "model_pred", model_pred)
+    return masked_squared_error(
+        model_pred,
+        target,
+        attention_mask,
+        edit_mask,
+        weighting,
+        float(foreground_weight),
+        float(background_weight),
+        _TOKEN_REDUCTION[reduction],
+    )
+
+
+def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
+    """The operator gives every token the background weight where there is no edit mask."""
+    if edit_mask is not None:
+        return background_weight
+    return 1.0 if edit_mask_default == "unit" else foreground_weight
+
+
+def masked_edit_token_mean_loss(
+    model_pred,
+    target,
+    attention_mask=None,
+    edit_mask=None,
+    weighting=None,
+    foreground_weight=2.0,
+    background_weight=1.0,
+    *,
+    eps=1e-12,
+    reduction="mean",
+    edit_mask_default="unit",
+):
+    r"""Weighted squared error, mean over channels, then over the tokens that ``attention_mask`` keeps.
+
+    .. math::
+        \ell_{bt} = \frac1C \sum_c \omega_{btc}\, w_{bt}\, (\hat y_{btc} - y_{btc})^2,\qquad
+        w_{bt} = \mathrm{fg}\, m_{bt} + \mathrm{bg}\, (1 - m_{bt}),\qquad
+        L = \frac{\sum_{bt} a_{bt}\, \ell_{bt}}{\sum_{bt} a_{bt}}
+
+    Without masks and weights this equals ``F.mse_loss(model_pred, target)``. With an attention mask:
+
+    >>> a = attention_mask.bool()
+    >>> expected = ((model_pred[a] - target[a]) ** 2).mean()
+    >>> torch.testing.assert_close(
+    ...     masked_edit_token_mean_loss(model_pred, target, attention_mask), expected)
+
+    What the mask excludes is not read: NaN there changes nothing and gets a gradient of exactly 0.
+    With no token kept the loss is 0, attached to the graph, and so is the gradient (PyTorch gives NaN).
+
+    Args:
+        model_pred: ``[B, T, C]`` float16, bfloat16, float32 or float64, any strides.
+        target: ``[B, T, C]``, any of these dtypes.
+        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
+        edit_mask: ``[B, T]`` in [0, 1], may be fractional (see ``map_mask_to_latent``); 1 is
+            foreground. None: see ``edit_mask_default``.
+        weighting: broadcastable to ``[B, T, C]``, or a number.
+        foreground_weight, background_weight: fg and bg.
+        eps: accepted for compatibility; a count of at least 1 needs none.
+        reduction: "mean" over kept tokens, "sum" over them, or "none".
+        edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
+            ("foreground").
+
+    Returns:
+        ``[]``, or ``[B, T]`` for "none" (0 at excluded tokens); float32, float64 where model_pred or
+        target is. Differentiable in model_pred, target and weighting.
+    """
+    check_choice("masked_edit_token_mean_loss", "reduction", reduction, REDUCTIONS)
+    check_choice(
+        "masked_edit_token_mean_loss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
+    )
+    background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
+    return _token_loss(
+        "masked_edit_token_mean_loss",
+        model_pred,
+        target,
+        attention_mask,
+        edit_mask,
+        weighting,
+        foreground_weight,
+        background,
+        reduction,
+    )
+
+
+def compute_loss_multi_resolution(
+    model_pred, target, attention_mask, edit_mask=None, weighting=None
+):
+    r"""Squared error over the valid tokens of a multi-resolution batch.
+
+    .. math:: L = \frac{\sum_{btc} a_{bt}\, w_{bt}\, \omega_{btc}\, (\hat y - y)^2}{C \sum_{bt} a_{bt}},
+        \qquad w_{bt} = 2 m_{bt} + (1 - m_{bt}), \text{ or } 1 \text{ without an edit mask}
+
+    The same number as ``masked_edit_token_mean_loss`` with its default weights:
+
+    >>> torch.testing.assert_close(
+    ...     compute_loss_multi_resolution(model_pred, target, attention_mask, edit_mask),
+    ...     masked_edit_token_mean_loss(model_pred, target, attention_mask, edit_mask))
+
+    Args:
+        model_pred, target: ``[B, T, C]`` floating.
+        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
+        edit_mask: ``[B, T]`` in [0, 1].
+        weighting: broadcastable to ``[B, T, C]``, or a number.
+
+    Returns:
+        ``[]`` float32 (float64); 0 where no token is kept.
+    """
+    background = _background(edit_mask, "unit", 2.0, 1.0)
+    return _token_loss(
+        "compute_loss_multi_resolution",
+        model_pred,
+        target,
+        attention_mask,
+        edit_mask,
+        weighting,
+        2.0,
+        background,
+        "mean",
+        "Attention mask shape",
+    )
+
+
+class AttentionMaskMseLoss(torch.nn.Module):
+    r"""``masked_edit_token_mean_loss`` as a module; also called ``ChannelInvariantTokenLoss``.
+
+    .. math:: L = \frac{\sum_{bt} a_{bt} \frac1C \sum_c \omega_{btc} w_{bt} (\hat y_{btc} - y_{btc})^2}
+        {\sum_{bt} a_{bt}}
+
+    It differs from ``F.mse_loss`` in what padding does (nothing), in weighting each token alike in
+    rows of unequal length, and in the edit and element weights.
+
+    >>> loss_fn = AttentionMaskMseLoss(foreground_weight=2.0, background_weight=1.0)
+    >>> loss = loss_fn(model_pred, target, attention_mask, edit_mask)
+    >>> w = 2.0 * edit_mask + 1.0 * (1 - edit_mask)
+    >>> per_token = (w[..., None] * (model_pred - target) ** 2).mean(-1)
+    >>> torch.testing.assert_close(loss, per_token[attention_mask.bool()].mean())
+
+    Args:
+        foreground_weight, background_weight: fg and bg, weights of edit mask 1 and 0.
+        eps: accepted for compatibility; a count of at least 1 needs none.
+        reduction: "mean" over kept tokens, "sum" over them, or "none" (``[B, T]``).
+        edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg ("foreground").
+    """
+
+    def __init__(
+        self,
+        foreground_weight=2.0,
+        background_weight=1.0,
+        eps=1e-12,
+        reduction="mean",
+        *,
+        edit_mask_default="unit",
+    ):
+        super().__init__()
+        check_choice(
+            "AttentionMaskMseLoss", "reduction", reduction, REDUCTIONS, "Invalid reduction: "
+        )
+        check_choice(
+            "AttentionMaskMseLoss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
+        )
+        self.foreground_weight = foreground_weight
+        self.background_weight = background_weight
+        self.eps = eps
+        self.reduction = reduction
+        self.edit_mask_default = edit_mask_default
+
+    def forward(
+        self, model_pred, target, attention_mask=None, edit_mask=None, weighting=None, **kwargs
+    ):
+        """Shapes and dtypes as in ``masked_edit_token_mean_loss``; other keywords are ignored."""
+        return _token_loss(
+            "AttentionMaskMseLoss",
+            model_pred,
+            target,
+            attention_mask,
+            edit_mask,
+            weighting,
+            self.foreground_weight,
+            _background(
+                edit_mask, self.edit_mask_default, self.foreground_weight, self.background_weight
+            ),
+            self.reduction,
+        )
+
+    def extra_repr(self):
+        return (
+            f"foreground_weight={self.foreground_weight}, "
+            f"background_weight={self.background_weight}, "
+            f"eps={self.eps}, reduction={self.reduction!r}"
+        )
+
+
+ChannelInvariantTokenLoss = AttentionMaskMseLoss

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""masked_squared_error: fake, derivative, and the one function that the losses call.
+
+The schema is in csrc/schemas.cpp, the formula in csrc/masked_squared_error.h. Four ways lead to the
+native operator, because no single one serves all of PyTorch:
+
+- torch.compile and torch.export see ``torch.ops`` with ``register_fake`` and ``register_autograd``;
+- torch.func and forward-mode AD need an ``autograd.Function`` with ``setup_context`` (_Differentiable);
+- eager training takes the classic ``autograd.Function`` (_Eager), which costs a third of that per call;
+- without gradients the operator is called directly.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import reference
+from . import masked_squared_error_higher as higher
+
+_forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
+_backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
+
+# Private names, both in every torch that the library supports; without the first, the Python autograd
+# kernel would run a second time in each call.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def masked_squared_error(
+    prediction,
+    target,
+    mask=None,
+    edit_mask=None,
+    weighting=None,
+    foreground_weight=2.0,
+    background_weight=1.0,
+    reduction="mean",
+):
+    """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
+    args = (
+        prediction,
+        target,
+        mask,
+        edit_mask,
+        weighting,
+        foreground_weight,
+        background_weight,
+        reduction,
+    )
+    if torch.compiler.is_compiling():
+        return _forward_op(*args)[0]
+    if _functorch_is_active() or forward_ad._current_level >= 0:
+        return _Differentiable.apply(*args)[0]
+    if torch.is_grad_enabled() and (
+        prediction.requires_grad
+        or target.requires_grad
+        or (weighting is not None and weighting.requires_grad)
+    ):
+        return _Eager.apply(*args)
+    with _below_autograd():
+        return _forward_op(*args)[0]
+
+
+def _loss_shape(prediction, reduction):
+    if reduction == "none":
+        return prediction.shape
+    return prediction.shape[:-1] if reduction == "token" else ()
+
+
+@torch.library.register_fake("masked_loss_ext::masked_squared_error")
+def _forward_fake(
+    prediction,
+    target,
+    mask=None,
+    edit_mask=None,
+    weighting=None,
+    foreground_weight=2.0,
+    background_weight=1.0,
+    reduction="mean",
+):
+    dtype = reference.accumulate_dtype(prediction, target)
+    loss = prediction.new_empty(_loss_shape(prediction, reduction), dtype=dtype)
+    return loss, prediction.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("masked_loss_ext::_masked_squared_error_backward")
+def _backward_fake(
+    grad_loss,
+    prediction,
+    target,
+    mask,
+    edit_mask,
+    weighting,
+    count,
+    foreground_weight,
+    background_weight,
+    reduction,
+    needs_prediction,
+    needs_target,
+    needs_weighting,
+):
+    shape, nothing = prediction.shape, (0,)
+    weighting_shape = nothing
+    if needs_weighting and weighting is not None:
+        weighting_shape = higher.weighting_gradient_shape(prediction, weighting)
+    return (
+        prediction.new_empty(shape if needs_prediction else nothing),
+        prediction.new_empty(shape if needs_target else nothing, dtype=target.dtype),
+        prediction.new_empty(weighting_shape, dtype=reference.accumulate_dtype(prediction, target)),
+    )
+
+
+def _gradients(backward, grad_loss, inputs, count, options, needs):
+    """Gradients of the operator's eight arguments, in the inputs' own shapes and dtypes."""
+    prediction, target, mask, edit_mask, weighting = inputs
+    needs = (needs[0], needs[1], needs[4])
+    grads = backward(
+        grad_loss, prediction, target, mask, edit_mask, weighting, count, *options, *needs
+    )
+    grad_weighting = None
+    if needs[2]:
+        grad_weighting = grads[2].sum_to_size(weighting.shape).to(weighting.dtype)
+    return (
+        grads[0] if needs[0] else None,
+        grads[1] if needs[1] else None,
+        None,
+        None,
+        grad_weighting,
+        None,
+        None,
+        None,
+    )
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        with _below_autograd():
+            loss, count = _forward_op(*args)
+        ctx.save_for_backward(*args[:5], count)
+        ctx.options = args[5:]
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if grad_loss is None:
+            return (None,) * 8
+        *inputs, count = ctx.saved_tensors
+        args = (grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients(_backward_op, *args)
+        with _below_autograd():
+            return _gradients(_backward_op, *args)
+
+
+def _setup_forward(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.options = tuple(inputs[5:])
+
+
+def _backward_registered(ctx, grad_loss, _grad_count):
+    *inputs, count = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 8
+    return _gradients(_backward_op, grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
+
+
+torch.library.register_autograd(
+    "masked_loss_ext::masked_squared_error",
+    _backward_registered,
+    setup_context=lambda ctx, inputs, output: _setup_forward(ctx, inputs, output),
+)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator for torch.func and forward-mode AD; slower per call."""
+
+    @staticmethod
+    def forward(*args):
+        return _forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_forward(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_count):
+        *inputs, count = ctx.saved_tensors
+        return _gradients(
+            _DifferentiableBackward.apply,
+            grad_loss,
+            inputs,
+            count,
+            ctx.options,
+            ctx.needs_input_grad,
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        inputs = ctx.saved_tensors[:5]
+        return higher.tangent_of_loss(inputs, ctx.options, tangents), None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        def one(*inputs):
+            return higher.loss_and_count(*inputs, *args[5:])
+
+        return torch.vmap(one, in_dims=in_dims[:5])(*args[:5]), (0, 0)
+
+
+def _setup_backward(ctx, inputs, output):
+    grad_loss, prediction, target, mask, edit_mask, weighting = inputs[:6]
+    ctx.save_for_backward(grad_loss, prediction, target, mask, edit_mask, weighting)
+    ctx.options = tuple(inputs[7:10])
+    ctx.needs = tuple(inputs[10:13])
+
+
+def _second_derivative(ctx, grad_grad_prediction, grad_grad_target, grad_grad_weighting):
+    """Derivative of the backward operator, through the written-out gradients of reference.py."""
+    saved = ctx.saved_tensors
+    upstream = (grad_grad_prediction, grad_grad_target, grad_grad_weighting)
+    upstream = [u if need else None for u, need in zip(upstream, ctx.needs, strict=True)]
+    grads = higher.second_derivative(saved, ctx.options, upstream, ctx.needs_input_grad)
+    # grad_loss, prediction, target, mask, edit_mask, weighting, then count, options and needs
+    return (*grads[:3], None, None, grads[3], *(None,) * 7)
+
+
+torch.library.register_autograd(
+    "masked_loss_ext::_masked_squared_error_backward",
+    _second_derivative,
+    setup_context=lambda ctx, inputs, output: _setup_backward(ctx, inputs, output),
+)
+
+
+class _DifferentiableBackward(torch.autograd.Function):
+    """The backward operator for torch.func, differentiable again."""
+
+    @staticmethod
+    def forward(*args):
+        return _backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_backward(ctx, inputs, output)
+
+    backward = staticmethod(_second_derivative)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        def one(*tensors):
+            return higher.gradients(*tensors, *args[7:])
+
+        return torch.vmap(one, in_dims=in_dims[:7])(*args[:7]), (0, 0, 0)
