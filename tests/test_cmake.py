@@ -45,7 +45,7 @@ def test_installed_library_is_used_by_the_package(build, tmp_path):
     library = tmp_path / "lib" / "libmasked_loss_ext.so"
     assert (tmp_path / "lib/cmake/masked_loss_ext/masked_loss_extConfig.cmake").is_file()
     program = (
-        f"import torch; torch.ops.load_library('{library}');"
-        f"import sys; sys.path.insert(0, '{ROOT}'); import masked_loss_ext as m; print(m.BUILD)"
+        f"import sys, torch; sys.path.insert(0, '{ROOT}'); torch.ops.load_library('{library}');"
+        "import masked_loss_ext as mle; print(mle._library_kind)"
     )
     assert run(sys.executable, "-c", program).strip() == "preloaded"
