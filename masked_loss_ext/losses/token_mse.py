@@ -4,11 +4,13 @@
 import torch
 
 from .._checks import (
+    as_weighting,
     check_choice,
     check_mask,
     check_prediction,
     check_rank,
     check_weighting,
+    run_checked,
 )
 from ..ops.masked_squared_error import masked_squared_error
 
@@ -29,21 +31,35 @@ def _token_loss(
     reduction,
     mask_label=None,
 ):
-    check_prediction(function, "model_pred", model_pred, "target", target)
-    check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
-    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-    weighting = check_weighting(function, weighting, "model_pred", model_pred)
-    return masked_squared_error(
-        model_pred,
-        target,
-        attention_mask,
-        edit_mask,
-        weighting,
-        float(foreground_weight),
-        float(background_weight),
-        _TOKEN_REDUCTION[reduction],
-    )
+    def check():
+        check_prediction(function, "model_pred", model_pred, "target", target)
+        check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
+        check_mask(
+            function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label
+        )
+        check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
+        check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+
+    def unusual():  # what the operator would take
+        return (
+            model_pred.dim() != 3
+            or (attention_mask is not None and attention_mask.dim() != 2)
+            or (edit_mask is not None and edit_mask.dim() != 2)
+        )
+
+    def call():
+        return masked_squared_error(
+            model_pred,
+            target,
+            attention_mask,
+            edit_mask,
+            as_weighting(weighting, model_pred),
+            float(foreground_weight),
+            float(background_weight),
+            _TOKEN_REDUCTION[reduction],
+        )
+
+    return run_checked(check, unusual, call)
 
 
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
