@@ -61,7 +61,9 @@ lint: $(VENV)/packages
 
 wheel: setup
 	@rm -rf build/lib* build/bdist*
-	@MASKED_LOSS_EXT_BUILD=aot $(PY) setup.py --quiet sdist bdist_wheel
+	@$(PY) setup.py --quiet sdist
+	@MASKED_LOSS_EXT_BUILD=aot $(PY) -m pip wheel -qq --disable-pip-version-check \
+	  --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*
 
 clean:

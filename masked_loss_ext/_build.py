@@ -51,10 +51,10 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # gcc vectorises few of the loops without it
     "-g0",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2"]  # two architectures at a time
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]  # cudart's symbols stay inside
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
-SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 8, 40  # rough, for the progress message alone
+SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 8, 70  # rough, for the progress message alone
 INFO_MARKER = "masked_loss_ext build info:"
 
 
