@@ -55,6 +55,10 @@ inline ScalarType accumulate_type(const SquaredErrorInputs& in) {
 
 inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction reduction) {
   check_floating(op, "prediction", in.prediction);
+  if (in.prediction.dim() > kTorchDims) {
+    fail(op, ": prediction must have at most ", kTorchDims, " dimensions, got ",
+         in.prediction.dim());
+  }
   check_floating(op, "target", in.target);
   check_same_shape(op, "target", in.target, in.prediction);
   check_same_device(op, "target", in.target, in.prediction);
@@ -84,10 +88,19 @@ inline void check_grad_loss(const char* op, const Tensor& grad_loss, const Squar
                        : reduction == Reduction::kToken ? in.prediction.dim() - 1
                                                         : 0;
   if (grad_loss.scalar_type() != accumulate_type(in) || grad_loss.dim() != dims) {
-    fail(op, ": grad_loss must have the dtype and shape of the loss, got ", shape_text(grad_loss));
+    fail(op, ": grad_loss must have the dtype and shape of the loss, got ",
+         torch::headeronly::toString(grad_loss.scalar_type()), " ", shape_text(grad_loss));
   }
   check_leading_shape(op, "grad_loss", grad_loss, in.prediction);
   check_same_device(op, "grad_loss", grad_loss, in.prediction);
+}
+
+inline void check_count(const char* op, const Tensor& count, const Tensor& prediction) {
+  if (count.scalar_type() != ScalarType::Long || count.dim() != 0) {
+    fail(op, ": count must be an int64 number [], got ",
+         torch::headeronly::toString(count.scalar_type()), " ", shape_text(count));
+  }
+  check_same_device(op, "count", count, prediction);
 }
 
 // prediction.shape, cut to the tokens, with the last dimension 1, or []

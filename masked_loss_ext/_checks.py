@@ -23,6 +23,13 @@ def check_rank(function, name, tensor, rank, layout):
         )
 
 
+def check_length(function, name, value):
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{function}: {name} must not be negative, got {value}")
+
+
 def check_choice(function, name, value, choices, label=""):
     if value not in choices:
         *most, last = choices

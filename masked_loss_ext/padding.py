@@ -4,7 +4,7 @@
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_rank, check_tensor, shape_text
+from ._checks import check_length, check_rank, check_tensor, shape_text
 
 PATCH = 16  # pixels per latent token and side: 8 by the autoencoder, 2 by packing
 
@@ -23,13 +23,21 @@ def lengths_to_mask(lengths, max_len=None):
     Returns:
         ``[B, T]`` bool, on the device of lengths.
     """
+    name = "lengths_to_mask"
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    check_rank("lengths_to_mask", "lengths", lengths, 1, "[B]")
+        if not isinstance(lengths, (list, tuple)):
+            raise TypeError(
+                f"{name}: lengths must be a tensor or a list of ints, got {type(lengths).__name__}"
+            )
+        # Its own dtype, so that 1.5 is refused below instead of cut to 1.
+        lengths = torch.as_tensor(lengths) if lengths else torch.zeros(0, dtype=torch.int64)
+    check_rank(name, "lengths", lengths, 1, "[B]")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths_to_mask: lengths must be integers, got {lengths.dtype}")
+        raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
     if max_len is None:
         max_len = int(lengths.max()) if lengths.numel() else 0
+    else:
+        check_length(name, "max_len", max_len)
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(1)
 
 
@@ -64,6 +72,8 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
                 f"{name}: Channel mismatch: latents[{i}] must have {latents[0].shape[1]} channels "
                 f"like the first, got {latent.shape[1]}"
             )
+    if max_seq_len is not None:
+        check_length(name, "max_seq_len", max_seq_len)
     lengths = [latent.shape[0] for latent in latents]
     length = max(lengths) if max_seq_len is None else max_seq_len
     for i, n in enumerate(lengths):
@@ -132,5 +142,7 @@ def map_mask_to_latent(image_mask):
         )
     if image_mask.dtype != torch.float64:
         image_mask = image_mask.to(torch.float32)
+    if height < PATCH or width < PATCH:  # no token; the pooling functions refuse this
+        return image_mask.new_zeros(image_mask.shape[0], 0)
     cells = F.avg_pool2d(image_mask.unsqueeze(1), 8)
     return F.max_pool2d(cells, 2).flatten(1)

@@ -226,7 +226,9 @@ def unpad(padded, mask):
 
 def map_mask_to_latent(image_mask):
     """[B, H, W] -> [B, (H//16) * (W//16)]: the strongest 8x8 average of each 2x2 group."""
-    image_mask = image_mask.float()
+    if not image_mask.is_floating_point():
+        image_mask = image_mask != 0
+    image_mask = image_mask.to(accumulate_dtype(image_mask, image_mask))
     batch, height, width = image_mask.shape
     cells = image_mask[:, : height // 8 * 8, : width // 8 * 8]
     cells = cells.reshape(batch, height // 8, 8, width // 8, 8).mean(dim=(2, 4))

@@ -2,6 +2,7 @@
 // masked_squared_error on CPU: argument checks, allocation, the cut into chunks, the final sum.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "cpu/capability.h"
@@ -27,9 +28,12 @@ const SquaredErrorKernels& kernels() {
   return squared_error_default;
 }
 
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, type);
-  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, ScalarType type) {
+  Tensor tensor = torch::stable::new_empty(prediction, sizes, type);
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  // Without channels there are still tokens, but no kernel comes to write their 0.
+  if (prediction.numel() == 0 && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);
   return tensor;
 }
 
@@ -140,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   const Reduction reduction = parse_reduction(op, reduction_name);
   check_inputs(op, in, reduction);
   check_grad_loss(op, grad_loss, in, reduction);
+  check_count(op, count, prediction);
   const GradientPlan plan =
       plan_gradients(in, needs_prediction, needs_target, needs_weighting && weighting.has_value());
   Tensor grad_prediction = allocate(prediction, plan.prediction_sizes, prediction.scalar_type());

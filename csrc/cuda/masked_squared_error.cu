@@ -175,6 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cuda(
   const Reduction reduction = parse_reduction(op, reduction_name);
   check_inputs(op, in, reduction);
   check_grad_loss(op, grad_loss, in, reduction);
+  check_count(op, count, prediction);
   const DeviceScope scope(prediction);
   const GradientPlan plan =
       plan_gradients(in, needs_prediction, needs_target, needs_weighting && weighting.has_value());

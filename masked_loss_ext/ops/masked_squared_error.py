@@ -24,6 +24,15 @@ _backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
+# Masks may have them too, but they are not worth a kernel.
+_RARE_DTYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz"),
+        *("float8_e5m2", "float8_e5m2fnuz"),
+    )
+)
+
 
 def masked_squared_error(
     prediction,
@@ -36,6 +45,10 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
+    if mask is not None and mask.dtype in _RARE_DTYPES:
+        mask = mask != 0
+    if edit_mask is not None and edit_mask.dtype in _RARE_DTYPES:
+        edit_mask = edit_mask.to(torch.float32)
     args = (
         prediction,
         target,
@@ -46,9 +59,11 @@ def masked_squared_error(
         background_weight,
         reduction,
     )
+    transformed = _functorch_is_active() or forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
-        return _forward_op(*args)[0]
-    if _functorch_is_active() or forward_ad._current_level >= 0:
+        # A registered operator under a traced transform loses tangents in silence.
+        return higher.loss_and_count(*args)[0] if transformed else _forward_op(*args)[0]
+    if transformed:
         return _Differentiable.apply(*args)[0]
     if torch.is_grad_enabled() and (
         prediction.requires_grad

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.func (grad, vmap, jacobians, hessians) and forward-mode differentiation."""
+
+import pytest
+import torch
+from test_autograd import EDIT, ELEMENTS, MASK, PUBLIC, leaves, token_module
+from torch.autograd import forward_ad
+
+import masked_loss_ext as mle
+from masked_loss_ext import reference
+from masked_loss_ext.ops.masked_squared_error import masked_squared_error
+
+
+def sample_loss(module=mle):
+    def loss(x, target, mask):
+        return module.masked_mse(x, target, mask)
+
+    return loss
+
+
+@pytest.fixture
+def samples():
+    g = torch.Generator().manual_seed(2)
+    mask = torch.rand(4, 2, 5, generator=g) < 0.6
+    mask[1] = False  # an empty selection among others
+    x, target = (torch.randn(4, 2, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    return x, target, mask
+
+
+def test_func_grad(samples):
+    x, target, mask = (s[0] for s in samples)
+    got = torch.func.grad(sample_loss())(x, target, mask)
+    torch.testing.assert_close(got, 2 * (x - target) * mask / mask.sum())
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, 0), (0, 0, None), (1, 1, 1)])
+def test_vmap_and_gradients_per_sample(samples, in_dims):
+    args = [s if d is not None else s[0] for s, d in zip(samples, in_dims, strict=True)]
+    for transform in (lambda f: f, torch.func.grad):
+        ours = torch.vmap(transform(sample_loss()), in_dims)(*args)
+        theirs = [
+            transform(sample_loss(reference))(
+                *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+            )
+            for i in range(args[0].shape[in_dims[0]])
+        ]
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+def test_vmap_of_weighted_token_losses():
+    prediction, target, weighting = (x.detach() for x in leaves((2, 3, 1)))
+    for reduction in ("mean", "none"):
+        f = token_module(reduction)
+        stacked = torch.stack([prediction, prediction * 2])
+        ours = torch.vmap(f, (0, None, None))(stacked, target, weighting)
+        theirs = torch.stack([f(p, target, weighting) for p in stacked])
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_vmap_of_gradients_of_weighting():
+    prediction, target, weighting = (x.detach() for x in leaves((3, 1)))
+    f = torch.func.grad(PUBLIC["edit_mean"], argnums=(0, 1, 2))
+    ours = torch.vmap(f, (None, None, 0))(prediction, target, torch.stack([weighting, -weighting]))
+    for i, w in enumerate((weighting, -weighting)):
+        for got, expected in zip(ours, f(prediction, target, w), strict=True):
+            torch.testing.assert_close(got[i], expected)
+
+
+def test_jacobians_and_hessians(samples):
+    x, target, mask = (s[0] for s in samples)
+    per_element = mle.MseLoss("none")
+    expected = torch.diag_embed(2 * (x - target).flatten()).reshape(2, 5, 2, 5)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(per_element)(x, target), expected)
+    hessian = torch.diag(2.0 * mask.flatten() / mask.sum()).double().reshape(2, 5, 2, 5)
+    loss = sample_loss()
+    torch.testing.assert_close(torch.func.hessian(loss)(x, target, mask), hessian)
+    twice = torch.func.jacrev(torch.func.jacrev(loss))
+    torch.testing.assert_close(twice(x, target, mask), hessian)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batch_mean", "token_sum", "token", "none"])
+def test_forward_mode(reduction):
+    primals = tuple(x.detach() for x in leaves((2, 3, 1)))
+    tangents = tuple(torch.randn_like(x) for x in primals)
+
+    def loss(function):
+        return lambda p, t, w: function(p, t, ELEMENTS, EDIT, w, 3.0, 0.5, reduction)
+
+    ours = torch.func.jvp(loss(masked_squared_error), primals, tangents)
+    theirs = torch.func.jvp(loss(reference.masked_squared_error), primals, tangents)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    with forward_ad.dual_level(), torch.no_grad():
+        duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+        dual = forward_ad.unpack_dual(loss(masked_squared_error)(*duals))
+        torch.testing.assert_close(dual.tangent, theirs[1])
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_forward_mode_in_one_argument(only):
+    primals = [x.detach() for x in leaves((2, 3, 1))]
+
+    def loss(function):
+        def of_one(value):
+            args = [value if i == only else p for i, p in enumerate(primals)]
+            return function(args[0], args[1], MASK, EDIT, args[2])
+
+        return of_one
+
+    arguments = (primals[only],), (torch.ones_like(primals[only]),)
+    ours = torch.func.jvp(loss(masked_squared_error), *arguments)
+    torch.testing.assert_close(
+        ours, torch.func.jvp(loss(reference.masked_squared_error), *arguments)
+    )
