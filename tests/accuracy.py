@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The one accuracy rule of the suite.
+
+truth    the reference on float64 copies of the inputs
+allowed  2 * (largest relative error of the reference in this dtype + one rounding of the output)
+
+in relation to the truth, element by element, and never less than the smallest number of the output
+dtype. The terms of a squared error do not cancel, so relative errors are the right measure of them.
+Places of exact zeros, NaN and inf are compared apart and must agree.
+"""
+
+import math
+
+import torch
+
+from masked_loss_ext import reference
+
+INPUTS = ("prediction", "target", "weighting")  # what has a gradient
+
+
+def widened(inputs):
+    """float64 copies of the floating inputs; masks stay as they are."""
+    return {
+        name: value.double() if name in INPUTS and value is not None else value
+        for name, value in inputs.items()
+    }
+
+
+def evaluate(function, inputs, grad_loss=None, **options):
+    """{"loss": ..., "grad prediction": ..., ...} of function(**inputs, **options)."""
+    leaves = {n: inputs[n].detach().requires_grad_() for n in INPUTS if inputs.get(n) is not None}
+    loss = function(**{**inputs, **leaves}, **options)
+    if grad_loss is None:
+        grad_loss = torch.ones_like(loss)
+    grads = torch.autograd.grad(loss, list(leaves.values()), grad_loss.to(loss.dtype))
+    results = {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"loss": loss.detach(), **results}
+
+
+class Expected:
+    """What the reference says: in the inputs' dtypes, in truth, and how exact that is.
+
+    ``size`` is the sum of what is summed without its signs: grad_loss may make terms cancel.
+    ``relative_error`` is the reference's largest. In float64 the truth is the reference itself, so
+    there it is the bound of a pairwise sum, log2(number of terms) roundings.
+    """
+
+    def __init__(self, inputs, grad_loss=None, **options):
+        function = reference.masked_squared_error
+        wide = widened(inputs)
+        self.in_dtype = evaluate(function, inputs, grad_loss, **options)
+        self.truth = evaluate(function, wide, grad_loss, **options)
+        self.size = self.truth
+        if grad_loss is not None:
+            self.size = evaluate(function, wide, grad_loss.abs(), **options)
+        self.relative_error = {
+            name: _relative_error(self.in_dtype[name], self.truth[name], self.size[name])
+            for name in self.truth
+        }
+        if self.in_dtype["loss"].dtype == torch.float64:
+            pairwise = math.log2(max(inputs["prediction"].numel(), 2)) * 2.0**-52
+            for name, error in self.relative_error.items():
+                self.relative_error[name] = max(error, pairwise)
+
+
+def _relative_error(result, truth, size):
+    normal = (size.abs() >= torch.finfo(result.dtype).tiny) & result.isfinite() & truth.isfinite()
+    relative = ((result.double() - truth).abs() / size.abs())[normal]
+    return relative.max().item() if relative.numel() else 0.0
+
+
+def assert_accurate(actual, expected, name, what=""):
+    """``actual``: the result called ``name`` of ``evaluate``; expected: an Expected."""
+    what = f"{what} {name}"
+    same_dtype, truth = expected.in_dtype[name], expected.truth[name]
+    assert actual.dtype == same_dtype.dtype, f"{what}: {actual.dtype} for {same_dtype.dtype}"
+    assert actual.shape == truth.shape, f"{what}: {list(actual.shape)} for {list(truth.shape)}"
+    rounded = truth.to(actual.dtype)
+    assert_same_places(actual.isnan(), truth.isnan(), f"{what}: NaN")
+    assert_same_places(actual.isinf(), rounded.isinf(), f"{what}: inf")
+    zeros = truth == 0
+    assert_same_places(zeros & (actual == 0), zeros, f"{what}: exact zero")
+    finite = rounded.isfinite() & same_dtype.isfinite()
+    info = torch.finfo(actual.dtype)
+    allowed = 2 * (expected.relative_error[name] + info.eps) * expected.size[name].abs()
+    allowed = allowed.clamp(min=info.smallest_normal * info.eps)
+    error = (actual.double() - truth).abs()
+    excess = torch.where(finite, error - allowed, error.new_full((), -1.0))
+    if excess.numel() and excess.max() > 0:
+        at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(
+            f"{what} at {at}: got {actual[at].item()!r}, reference in this dtype "
+            f"{same_dtype[at].item()!r}, truth {truth[at].item()!r}, error {error[at].item():.3g}, "
+            f"allowed {allowed[at].item():.3g}; {int((excess > 0).sum())} of {excess.numel()} over"
+        )
+
+
+def assert_same_places(actual, expected, what):
+    wrong = (actual != expected).nonzero()
+    assert len(wrong) == 0, f"{what} in other places, first {wrong[0].tolist()} of {len(wrong)}"
+
+
+def assert_all_accurate(actual, expected, what=""):
+    """The same for all results of ``evaluate``."""
+    assert actual.keys() == expected.truth.keys()
+    for name in actual:
+        assert_accurate(actual[name], expected, name, what)
+
+
+def assert_same_bits(actual, expected, what=""):
+    """Same dtype, shape and bytes (NaN and the sign of zero included)."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    same = actual.contiguous().reshape(-1).view(torch.uint8)
+    other = expected.contiguous().reshape(-1).view(torch.uint8)
+    assert torch.equal(same, other), f"{what}: bits differ"
