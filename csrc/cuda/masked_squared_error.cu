@@ -76,11 +76,12 @@ void with_readers(const SquaredErrorParams& q, F f) {
   }
 }
 
-// whole_rows: something is written once per row, so a row must not be cut.
+// whole_rows: something is written once per row, so a row must not be cut, nor passed over where it has
+// no columns: its sum is 0.
 void cut(SquaredErrorParams& q, bool whole_rows) {
   const Layout& l = q.layout;
   q.cols_per_item = whole_rows ? l.cols : std::min(l.cols, kItemColumns);
-  q.col_items = l.cols > 0 ? (l.cols + q.cols_per_item - 1) / q.cols_per_item : 0;
+  q.col_items = whole_rows ? 1 : l.cols > 0 ? (l.cols + q.cols_per_item - 1) / q.cols_per_item : 0;
   q.items = l.rows * q.col_items;
   const int64_t pack = is_direct(q) && has_packs(q) ? kPackBytes / size_of(q.prediction.kind) : 1;
   q.lanes = 1;

@@ -9,10 +9,10 @@
 
 namespace masked_loss_ext::cuda {
 
-// One thread's share of the loss.
-template <class A>
+// One thread's share of the loss. Sums over packs are double, here and per row: thousands of additions
+// one after another would lose digits in float, and one double addition per pack hides behind its loads.
 struct Share {
-  A sum;
+  double sum;
   int64_t count;
 };
 
@@ -20,15 +20,16 @@ struct Share {
 // calls it, also those without an item.
 template <class Reader, class Tail>
 __device__ __forceinline__ void forward_item(const SquaredErrorParams& q, const Item& item, int lane,
-                                             Share<typename Reader::A>& share) {
+                                             Share& share) {
   using A = typename Reader::A;
   const Factors use = {true, false};
   const bool per_element = varies(q, q.loss, kLoss);
   const A factor = item.exists && item.on ? row_factor<A>(q, item, use) : A(0);
   A* loss = static_cast<A*>(q.loss.data);
-  const A loss_scale = static_cast<A>(1 / q.denominator);
-  A sum = 0;
+  const double loss_scale = 1 / q.denominator;
+  double sum = 0;
   for_elements<Reader, Tail>(q, item, lane, per_element, [&](auto reader, auto elements, int64_t col) {
+    A pack_sum = 0;
     for (int i = 0; i < decltype(reader)::kVector; ++i) {
       A term = 0;
       if (elements.on[i]) {
@@ -36,14 +37,16 @@ __device__ __forceinline__ void forward_item(const SquaredErrorParams& q, const 
                squared_difference<A>(elements.prediction[i], elements.target[i]);
         ++share.count;
       }
-      if (per_element) loss[item.offset[kLoss] + (col + i) * q.layout.col_stride[kLoss]] = term * loss_scale;
-      sum += term;
+      // by element: reduction none, or token with one channel; both divide by 1
+      if (per_element) loss[item.offset[kLoss] + (col + i) * q.layout.col_stride[kLoss]] = term;
+      pack_sum += term;
     }
+    sum += pack_sum;
   });
   share.sum += sum;
   if (q.loss.data != nullptr && !per_element) {
     sum = group_sum(sum, q.lanes);
-    if (item.exists && lane == 0) loss[item.offset[kLoss]] = sum * loss_scale;
+    if (item.exists && lane == 0) loss[item.offset[kLoss]] = A(sum * loss_scale);
   }
 }
 
@@ -53,10 +56,10 @@ __global__ void __launch_bounds__(kThreads) squared_error_forward_kernel(Squared
   using A = typename Reader::A;
   __shared__ double sums[kMaxWarps];
   __shared__ int64_t counts[kMaxWarps];
-  Share<A> share = {0, 0};
+  Share share = {0, 0};
   for_items(q, [&](const Item& item, int lane) { forward_item<Reader, Tail>(q, item, lane, share); });
-  const double sum = block_sum<double>(share.sum, sums);
-  const int64_t count = block_sum<int64_t>(share.count, counts);
+  const double sum = block_sum(share.sum, sums);
+  const int64_t count = block_sum(share.count, counts);
   if (threadIdx.x == 0) {
     q.partial_sum[blockIdx.x] = sum;
     q.partial_count[blockIdx.x] = count;
@@ -108,8 +111,9 @@ __device__ __forceinline__ void weighting_gradient_item(const SquaredErrorParams
   const bool per_element = q.layout.col_stride[kGradWeighting] != 0;
   const A factor = item.exists && item.on ? row_factor<A>(q, item, use) * scale : A(0);
   A* out = static_cast<A*>(q.grad_weighting.data);
-  A sum = 0;
+  double sum = 0;
   for_elements<Reader, Tail>(q, item, lane, per_element, [&](auto reader, auto elements, int64_t col) {
+    A pack_sum = 0;
     for (int i = 0; i < decltype(reader)::kVector; ++i) {
       A term = 0;
       if (elements.on[i]) {
@@ -117,12 +121,13 @@ __device__ __forceinline__ void weighting_gradient_item(const SquaredErrorParams
                squared_difference<A>(elements.prediction[i], elements.target[i]);
       }
       if (per_element) out[item.offset[kGradWeighting] + col + i] = term;
-      sum += term;
+      pack_sum += term;
     }
+    sum += pack_sum;
   });
   if (per_element) return;
   sum = group_sum(sum, q.lanes);
-  if (item.exists && lane == 0) out[item.offset[kGradWeighting]] = sum;
+  if (item.exists && lane == 0) out[item.offset[kGradWeighting]] = A(sum);
 }
 
 // grid: any; block: kThreads. Writes each needed gradient once, 0 where the mask is off.

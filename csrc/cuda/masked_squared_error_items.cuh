@@ -59,6 +59,7 @@ __device__ __forceinline__ Item item_at(const SquaredErrorParams& q, int64_t ind
     for (int o = 0; o < kOperands; ++o) item.offset[o] += i * layout.outer_stride[d][o];
     row = quotient;
   }
+  if (item.begin == item.end) return item;  // no columns: what the row shares may not exist either
   item.on = q.mask.data == nullptr || varies(q, q.mask, kMask) || is_on(q.mask, item.offset[kMask]);
   return item;
 }
