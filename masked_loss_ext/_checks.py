@@ -110,8 +110,8 @@ def as_weighting(weighting, like):
 def run_checked(check, first, call):
     """``call()``, and ``check()`` only where ``first`` says so or the call failed.
 
-    The operators check their arguments themselves, in C++. Doing it in Python as well, to name the
-    function that was called, takes a tenth of a small loss's time; so that is done on failure alone.
+    The operators check their arguments themselves, in C++. Doing it in Python as well, to name
+    the function that was called, takes a tenth of a small loss's time: only on failure, then.
     Under torch.compile it is done while tracing, where it costs nothing.
     """
     try:

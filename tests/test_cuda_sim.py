@@ -146,17 +146,31 @@ def test_index_beyond_shared_memory_is_found(probes):
 # Launches
 
 
-@pytest.mark.parametrize("grid, block, smem", [
-    (0, 32, 0), ((1, 0, 1), 32, 0), ((1, 65536, 1), 32, 0), ((1, 1, 65536), 32, 0), (2**31, 32, 0),
-    (1, 0, 0), (1, 1025, 0), (1, (32, 33, 1), 0), (1, (1, 1, 65), 0), (1, 32, 99 * 1024 + 1)])
+@pytest.mark.parametrize(
+    "grid, block, smem",
+    [
+        (0, 32, 0),
+        ((1, 0, 1), 32, 0),
+        ((1, 65536, 1), 32, 0),
+        ((1, 1, 65536), 32, 0),
+        (2**31, 32, 0),
+        (1, 0, 0),
+        (1, 1025, 0),
+        (1, (32, 33, 1), 0),
+        (1, (1, 1, 65), 0),
+        (1, 32, 99 * 1024 + 1),
+    ],
+)
 def test_bad_configuration(probes, grid, block, smem):
     with pytest.raises(RuntimeError, match="copy: CUDA launch failed: invalid configuration"):
         probes("copy", torch.ones(1), 1, n=1, grid=grid, block=block, smem=smem)
     assert probes.sim.launches() == []
 
 
-@pytest.mark.parametrize("grid, block, smem", [
-    ((1, 65535, 1), 1, 0), (1, 1024, 0), (1, (4, 4, 64), 0), (1, 32, 99 * 1024)])
+@pytest.mark.parametrize(
+    "grid, block, smem",
+    [((1, 65535, 1), 1, 0), (1, 1024, 0), (1, (4, 4, 64), 0), (1, 32, 99 * 1024)],
+)
 def test_largest_configurations(probes, grid, block, smem):
     assert probes("copy", torch.ones(1), 1, n=1, grid=grid, block=block, smem=smem)[0] == 1
 
@@ -221,12 +235,16 @@ def run_script(tmp_path, body, **environment):
 
 
 def test_order_from_the_environment(tmp_path):
-    printed = run_script(tmp_path, """
+    printed = run_script(
+        tmp_path,
+        """
 p = Probes()
 y = p.sim.upload(torch.zeros(33), writable=True)
 p.launch("execution_order", p.sim.upload(torch.ones(1)), y, n=32)
 print(p.sim.download(y)[:32].int().tolist())
-""", MASKED_LOSS_EXT_CUDA_SIM_ORDER="descending")
+""",
+        MASKED_LOSS_EXT_CUDA_SIM_ORDER="descending",
+    )
     assert printed == str(list(range(31, -1, -1)))
 
 
@@ -269,7 +287,9 @@ def test_nvcc_accepts_the_probes(tmp_path):
 
 
 def test_fibers_by_ucontext(tmp_path):
-    printed = run_script(tmp_path, """
+    printed = run_script(
+        tmp_path,
+        """
 p = Probes(["-DCUDA_SIM_UCONTEXT"])
 x = torch.randint(-3, 4, (3, 96 * 8)).float()
 y = p("sum_of_squares", x, 3, n=8, grid=3, block=96)
@@ -278,7 +298,8 @@ try:
     p("divergent_barrier", x, 64, n=1, block=64)
 except RuntimeError as error:
     print(error)
-""")
+""",
+    )
     assert printed.startswith("True\ncuda_sim: divergent barrier")
 
 

@@ -80,10 +80,12 @@ def test_shuffles_honour_width_in_whole_and_partial_warps(probes, threads, order
     for width in WIDTHS:
         first = lane // width * width
         last = first + width - 1
-        sources = {"shuffle_index": first + (1 if width > 1 else 0),
-                   "shuffle_up": torch.where(lane > first, lane - 1, lane),
-                   "shuffle_down": torch.where(lane < last, lane + 1, lane),
-                   "shuffle_xor": lane ^ (width // 2)}
+        sources = {
+            "shuffle_index": first + (1 if width > 1 else 0),
+            "shuffle_up": torch.where(lane > first, lane - 1, lane),
+            "shuffle_down": torch.where(lane < last, lane + 1, lane),
+            "shuffle_xor": lane ^ (width // 2),
+        }
         for kernel, source in sources.items():
             if (warp + source >= threads).any():
                 with pytest.raises(RuntimeError, match="which is not in the mask"):
@@ -126,23 +128,32 @@ def test_missing_warp_sync_is_found(probes):
         assert y.isnan().sum() == 32
 
 
-@pytest.mark.parametrize("kernel, n, threads, message", [
-    ("full_mask_after_exit", 31, 32, "names lane 31, which has exited, at .*probes_warp.cu"),
-    ("full_mask_after_exit", 20, 20, "names lane 20, which the block does not have, at"),
-    ("shuffle_from_outside_mask", 16, 32, "reads lane 16, which is not in the mask, at"),
-    ("caller_outside_mask", 0x7FFFFFFF, 32, "a lane calls a warp function whose mask lacks it"),
-    ("masks_that_overlap", 0, 32, "different masks that overlap"),
-    ("different_calls", 5, 32, "lanes of one mask are in warp functions at different places"),
-])
+@pytest.mark.parametrize(
+    "kernel, n, threads, message",
+    [
+        ("full_mask_after_exit", 31, 32, "names lane 31, which has exited, at .*probes_warp.cu"),
+        ("full_mask_after_exit", 20, 20, "names lane 20, which the block does not have, at"),
+        ("shuffle_from_outside_mask", 16, 32, "reads lane 16, which is not in the mask, at"),
+        ("caller_outside_mask", 0x7FFFFFFF, 32, "a lane calls a warp function whose mask lacks it"),
+        ("masks_that_overlap", 0, 32, "different masks that overlap"),
+        ("different_calls", 5, 32, "lanes of one mask are in warp functions at different places"),
+    ],
+)
 def test_wrong_masks_are_found(probes, kernel, n, threads, message):
     for order in ORDERS:
         with pytest.raises(RuntimeError, match=f"(?s){message}.*{kernel}"):
             probes(kernel, torch.ones(threads), threads, n=n, block=threads, order=order)
 
 
-@pytest.mark.parametrize("kernel, n", [
-    ("full_mask_after_exit", 32), ("shuffle_from_outside_mask", 15), ("caller_outside_mask", -1),
-    ("different_calls", 32)])
+@pytest.mark.parametrize(
+    "kernel, n",
+    [
+        ("full_mask_after_exit", 32),
+        ("shuffle_from_outside_mask", 15),
+        ("caller_outside_mask", -1),
+        ("different_calls", 32),
+    ],
+)
 @every_order
 def test_right_masks_pass(probes, kernel, n, order):
     x = torch.full((32,), 3.0)
@@ -178,10 +189,21 @@ def test_device_mathematics(probes):
 def test_upload_keeps_strides_offset_and_type(probes):
     base = torch.arange(60).view(3, 4, 5)
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool):
-        for view in (base, base.transpose(0, 2), base[1:, ::2], base[:, 1:3, 1:].permute(1, 0, 2),
-                     base[:, :1].expand(3, 6, 5), base[2, 3, 4], base[:0], torch.arange(0)):
-            view = view.to(dtype) if view.is_contiguous() else base.to(dtype).as_strided(
-                view.shape, view.stride(), view.storage_offset())
+        for view in (
+            base,
+            base.transpose(0, 2),
+            base[1:, ::2],
+            base[:, 1:3, 1:].permute(1, 0, 2),
+            base[:, :1].expand(3, 6, 5),
+            base[2, 3, 4],
+            base[:0],
+            torch.arange(0),
+        ):
+            view = (
+                view.to(dtype)
+                if view.is_contiguous()
+                else base.to(dtype).as_strided(view.shape, view.stride(), view.storage_offset())
+            )
             device = probes.sim.upload(view)
             assert device.stride() == view.stride() and device.dtype == dtype
             assert view.numel() == 0 or probes.sim.holds(device)

@@ -27,7 +27,7 @@ class MaskEditLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss, 2 * torch.nn.functional.mse_loss(model_pred, target))
 
     Args:
-        foreground_weight, background_weight: fg and bg. The spelling ``forground_weight`` is accepted.
+        foreground_weight, background_weight: fg and bg; ``forground_weight`` is accepted too.
     """
 
     def __init__(self, foreground_weight=2.0, background_weight=1.0, *, forground_weight=None):

@@ -15,14 +15,37 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).resolve().parent
 
-RUNTIME = [HERE / f for f in ("api.cpp", "device_memory.cpp", "faults.cpp", "launch.cpp",
-                              "scheduler.cpp", "symbols.cpp")]
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DMASKED_LOSS_EXT_CUDA_SIM",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall", "-Wno-unknown-pragmas"]
+RUNTIME = [
+    HERE / f
+    for f in (
+        "api.cpp",
+        "device_memory.cpp",
+        "faults.cpp",
+        "launch.cpp",
+        "scheduler.cpp",
+        "symbols.cpp",
+    )
+]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DMASKED_LOSS_EXT_CUDA_SIM",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 # Kernels alone: an index beyond an array, a misaligned vector access and integer overflow stop the
 # launch. Kernels also read vectors through pointers to scalars, as nvcc lets them.
-KERNEL_FLAGS = ["-x", "c++", "-fno-strict-aliasing", "-fsanitize-undefined-trap-on-error",
-                "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+KERNEL_FLAGS = [
+    "-x",
+    "c++",
+    "-fno-strict-aliasing",
+    "-fsanitize-undefined-trap-on-error",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+]
 
 
 def compiler():
