@@ -29,13 +29,13 @@ $(PY):
 
 $(VENV)/packages: requirements.txt | $(PY)
 	@echo "[2/3] installing PyTorch and the other packages of requirements.txt (minutes, the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 # Only makes the source tree importable; the library itself is compiled by `build`.
 $(VENV)/package: pyproject.toml setup.py masked_loss_ext/_version.py $(VENV)/packages
 	@echo "[3/3] making the package importable"
-	@MASKED_LOSS_EXT_BUILD=jit $(PY) -m pip install --quiet --disable-pip-version-check \
+	@MASKED_LOSS_EXT_BUILD=jit $(PY) -m pip install -qq --disable-pip-version-check \
 	  --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -61,7 +61,9 @@ lint: $(VENV)/packages
 
 wheel: setup
 	@rm -rf build/lib* build/bdist*
-	@MASKED_LOSS_EXT_BUILD=aot $(PY) setup.py --quiet sdist bdist_wheel
+	@$(PY) setup.py --quiet sdist
+	@MASKED_LOSS_EXT_BUILD=aot $(PY) -m pip wheel -qq --disable-pip-version-check \
+	  --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*
 
 clean:

@@ -68,13 +68,13 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[dict]:
     for row in rows:
         row["other_cores"] = neighbours.other_cores
     if not wanted.quick and problem.gradient_bytes >= memory.SMALLEST_GRADIENT:
-        add_peaks(rows, wanted)
+        add_peaks(rows, {one.name for one in timed if one.weigh}, wanted)
     return rows
 
 
-def add_peaks(rows: list[dict], wanted: argparse.Namespace) -> None:
+def add_peaks(rows: list[dict], weighed: set[str], wanted: argparse.Namespace) -> None:
     for row in rows:
-        if row["status"] != "timed" or row["contender"] in ("copy", "fresh fill", "ours in fp32"):
+        if row["contender"] not in weighed:
             continue
         peak, trouble = memory.measure_apart(
             row["benchmark"], row["case"], row["contender"], wanted.device, wanted.threads
@@ -84,6 +84,10 @@ def add_peaks(rows: list[dict], wanted: argparse.Namespace) -> None:
             continue
         row["peak_extra_bytes"] = peak
         row["peak_over_gradient"] = peak / row["gradient_bytes"]
+
+
+def is_refused(row: dict) -> bool:
+    return row["status"] != "timed"
 
 
 def csv_path(wanted: argparse.Namespace) -> Path | None:
@@ -109,6 +113,8 @@ def run_benchmark(wanted: argparse.Namespace) -> None:
     if (path := csv_path(wanted)) is not None:
         report.write_csv(path, rows)
         print(f"written: {path}")
+    if refused := [f"{row['contender']} in {row['case']}" for row in rows if is_refused(row)]:
+        sys.exit(f"refused, so not timed: {', '.join(refused)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 REGION_US = 2000.0
 MAX_CALLS = 1000
+COPY, FILL = "copy", "fresh fill"  # what every case is set beside, for information
 
 # Arithmetic is fp32 inside for both dtypes. The loss is one long fp32 sum; an element of the
 # gradient takes about six fp32 roundings and, for bf16, one more of at most 2^-8 at the end.
@@ -43,6 +44,7 @@ class Contender:
     name: str
     call: Callable[..., Tensor]
     inputs: Sequence[tuple]
+    weigh: bool = True  # False: its peak memory says nothing beside the case's gradient
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,17 @@ def plain_copy(bytes_moved: int, device: str) -> Contender:
     """The roof: reads half of ``bytes_moved`` and writes the other half, to pages already there."""
     source = torch.ones(bytes_moved // 2, dtype=torch.uint8, device=device)
     pair = (source, torch.ones_like(source))
-    return Contender("copy", lambda source, target: target.copy_(source), [pair])
+    return Contender(COPY, lambda source, target: target.copy_(source), [pair], weigh=False)
 
 
 def fresh_fill(gradient_bytes: int, device: str) -> Contender:
     """For information: what a write of the gradient costs in memory that was just asked for."""
-    empty = (torch.empty(0, dtype=torch.uint8, device=device),)
-    return Contender("fresh fill", lambda like: like.new_empty(gradient_bytes).fill_(1), [empty])
+    like = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def fill(like: Tensor) -> Tensor:
+        return like.new_empty(gradient_bytes).fill_(1)
+
+    return Contender(FILL, fill, [(like,)], weigh=False)
 
 
 def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -> tuple:

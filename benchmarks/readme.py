@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .harness import COPY, FILL
 from .report import number_text, read_csv, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 SPAN = re.compile(
     r"(?P<open><!-- benchmark (?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /benchmark -->)", re.S
 )
-INFORMATION = ("ours", "copy", "fresh fill")
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -39,11 +39,12 @@ def against_text(row: Mapping[str, str]) -> str:
 def case_line(rows: Rows) -> str:
     ours = next(row for row in rows if row["contender"] == "ours")
     shape = ours["shape"].replace("x", ", ")
+    rivals = [row for row in rows if row["contender"] not in ("ours", COPY, FILL)]
     cells = [
         f"`{ours['case']}`",
         f"[{shape}] {ours['dtype']}, {ours['summary']}",
         time_text(ours["median_us"]),
-        ", ".join(against_text(row) for row in rows if row["contender"] not in INFORMATION),
+        ", ".join(map(against_text, rivals)),
         number_text(ours["gb_per_s"], "{:.1f}")
         + number_text(ours["of_copy"], " ({:.0%} of a copy)"),
         number_text(ours["peak_over_gradient"], "{:.2f}"),

@@ -7,7 +7,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .harness import Agreement, Case, Problem, Samples, summarize
+from .harness import COPY, FILL, Agreement, Case, Problem, Samples, summarize
 
 COLUMNS = (
     "benchmark", "case", "summary", "shape", "dtype", "contender", "status",
@@ -54,15 +54,15 @@ def case_rows(
     timed: Mapping[str, Samples],
 ) -> list[dict[str, object]]:
     """A row for each contender, the refused ones too, then the copy and the fill."""
-    ours, copy = timed.get("ours"), timed.get("copy")
+    ours, copy = timed.get("ours"), timed.get(COPY)
     rows = []
-    for name in [one.name for one in problem.contenders] + ["copy", "fresh fill"]:
+    for name in [one.name for one in problem.contenders] + [COPY, FILL]:
         row = contender_row(name, timed.get(name), ours, case.targets.get(name))
         if (agreement := agreements.get(name)) is not None:
             row |= {"loss_error": agreement.loss_error, "gradient_error": agreement.gradient_error}
             row["status"] = f"refused: {agreement.refusal}" if agreement.refusal else "timed"
-        if name in timed and name in ("ours", "copy", "fresh fill"):
-            moved = problem.gradient_bytes if name == "fresh fill" else problem.bytes_moved
+        if name in timed and name in ("ours", COPY, FILL):
+            moved = problem.gradient_bytes if name == FILL else problem.bytes_moved
             row |= {"bytes_moved": moved, "gb_per_s": moved / row["median_us"] / 1e3}
         if name == "ours" and copy and ours:
             row["of_copy"] = summarize(copy.total_us).median / row["median_us"]

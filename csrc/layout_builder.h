@@ -1,13 +1,39 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Makes a Layout from tensors. Host only.
+// From tensors to the plain data of array.h and layout.h. Host only.
 #pragma once
 
+#include <optional>
+
+#include "array.h"
 #include "checks.h"
 #include "layout.h"
 
 namespace masked_loss_ext {
 
 constexpr int kTorchDims = 64;  // what PyTorch allows
+
+inline Kind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Kind::kDouble;
+    case ScalarType::Half: return Kind::kHalf;
+    case ScalarType::BFloat16: return Kind::kBFloat16;
+    case ScalarType::Bool:
+    case ScalarType::Byte: return Kind::kUInt8;
+    case ScalarType::Char: return Kind::kInt8;
+    case ScalarType::Short: return Kind::kInt16;
+    case ScalarType::Int: return Kind::kInt32;
+    case ScalarType::Long: return Kind::kInt64;
+    default: return Kind::kFloat;
+  }
+}
+
+inline Array array_of(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), kind_of(tensor)};
+}
+
+inline Array array_of(const std::optional<Tensor>& tensor) {
+  return tensor ? array_of(*tensor) : Array{};
+}
 
 // Collects strides, then merges.
 class LayoutBuilder {

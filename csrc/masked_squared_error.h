@@ -13,12 +13,7 @@
 // the backward writes every element of the gradient once.
 #pragma once
 
-#if defined(__CUDACC__)
-#define MASKED_LOSS_EXT_INLINE static __host__ __device__ __forceinline__
-#else
-// static: a copy of a template that was compiled for AVX-512 must not be picked by the linker for all.
-#define MASKED_LOSS_EXT_INLINE static inline __attribute__((always_inline))
-#endif
+#include "array.h"
 
 namespace masked_loss_ext {
 

@@ -139,4 +139,37 @@ inline LayoutBuilder input_layout(const SquaredErrorInputs& in) {
   return builder;
 }
 
+// Which gradients are made, and of what shape; the sizes of one that is not are [0].
+struct GradientPlan {
+  bool prediction, target, weighting;
+  std::vector<int64_t> prediction_sizes, target_sizes, weighting_sizes;
+  bool whole_rows;  // grad_weighting is written once per row
+};
+
+inline GradientPlan plan_gradients(const SquaredErrorInputs& in, bool prediction, bool target,
+                                   bool weighting) {
+  const std::vector<int64_t> none = {0};
+  const std::vector<int64_t> all = output_sizes(in.prediction, OutputShape::kElements);
+  GradientPlan plan{prediction, target, weighting, prediction ? all : none, target ? all : none,
+                    none, false};
+  if (weighting) {
+    const OutputShape shape = weighting_gradient_shape(*in.weighting);
+    plan.weighting_sizes = output_sizes(in.prediction, shape);
+    plan.whole_rows = shape == OutputShape::kColumn;
+  }
+  return plan;
+}
+
+inline Layout backward_layout(const char* op, const SquaredErrorInputs& in, const GradientPlan& plan,
+                              Reduction reduction, const Tensor& grad_loss,
+                              const Tensor& grad_prediction, const Tensor& grad_target,
+                              const Tensor& grad_weighting) {
+  LayoutBuilder builder = input_layout(in);
+  if (!is_scalar(reduction)) builder.add(kLoss, grad_loss);
+  if (plan.prediction) builder.add(kGrad, grad_prediction);
+  if (plan.target) builder.add(kGrad, grad_target);
+  if (plan.weighting) builder.add(kGradWeighting, grad_weighting);
+  return builder.build(op);
+}
+
 }  // namespace masked_loss_ext

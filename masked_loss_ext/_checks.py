@@ -85,13 +85,11 @@ def check_mask(function, name, mask, like_name, like, dims, label=None):
 
 
 def check_weighting(function, weighting, like_name, like):
-    """The weighting as a floating tensor that broadcasts to ``like``; None passes."""
+    """A floating tensor that broadcasts to ``like``; None passes."""
     if weighting is None:
-        return None
-    if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
-        return torch.full((), weighting, dtype=torch.float64, device=like.device)
+        return
     check_tensor(function, "weighting", weighting)
-    if weighting.is_complex():
+    if not weighting.is_floating_point():
         raise ValueError(f"{function}: weighting must be a floating tensor, got {weighting.dtype}")
     pairs = zip(reversed(weighting.shape), reversed(like.shape), strict=False)
     if weighting.dim() > like.dim() or any(w != 1 and w != n for w, n in pairs):
@@ -100,4 +98,32 @@ def check_weighting(function, weighting, like_name, like):
             f"got {shape_text(weighting)}"
         )
     check_device(function, "weighting", weighting, like_name, like)
-    return weighting if weighting.is_floating_point() else weighting.to(torch.float32)
+
+
+def as_weighting(weighting, like):
+    """Numbers and integer tensors as floating tensors; anything else as it is."""
+    if weighting is None:
+        return None
+    if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
+        return torch.full((), weighting, dtype=torch.float64, device=like.device)
+    integers = isinstance(weighting, torch.Tensor) and not (
+        weighting.is_floating_point() or weighting.is_complex()
+    )
+    return weighting.to(torch.float32) if integers else weighting
+
+
+def run_checked(check, first, call):
+    """``call()``, and ``check()`` only where ``first`` says so or the call failed.
+
+    The operators check their arguments themselves, in C++. Doing it in Python as well, to name
+    the function that was called, takes a tenth of a small loss's time: only on failure, then.
+    Under torch.compile it is done while tracing, where it costs nothing.
+    """
+    try:
+        if first() or torch.compiler.is_compiling():
+            check()
+        return call()
+    except Exception as error:  # not only ours: a list has no .dim()
+        failure = error
+    check()
+    raise failure

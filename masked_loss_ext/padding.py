@@ -115,8 +115,8 @@ def unpad(padded, mask):
 def map_mask_to_latent(image_mask):
     """Pixel mask -> one value per latent token of 16 x 16 pixels.
 
-    8 x 8 average pooling (the autoencoder's stride; a rest of the image is dropped), then the maximum
-    of each 2 x 2 group, flattened row by row:
+    8 x 8 average pooling (the autoencoder's stride; a rest of the image is dropped), then the
+    maximum of each 2 x 2 group, flattened row by row:
 
     >>> mask = (torch.arange(32 * 48).reshape(1, 32, 48) % 7 == 0).float()
     >>> pooled = torch.nn.functional.avg_pool2d(mask[:, None], 8)

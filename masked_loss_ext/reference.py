@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every operation again in plain PyTorch: the specification that the native kernels are tested against.
+"""Every operation again in plain PyTorch: the specification that the kernels are tested against.
 
-Never tuned. Each function computes in float32, or in float64 where prediction or target is float64, so
-float64 copies of the inputs give the truth. What a mask excludes is replaced by 0 *before* any
-arithmetic: ``torch.where`` on the result alone would leave ``0 * NaN`` in the gradient.
+Never tuned. Each function computes in float32, or in float64 where prediction or target is
+float64, so float64 copies of the inputs give the truth. What a mask excludes is replaced by 0
+*before* any arithmetic: ``torch.where`` on the result would leave ``0 * NaN`` in the gradient.
 """
 
 import torch
@@ -107,7 +107,7 @@ def masked_squared_error_gradients(
     background_weight=1.0,
     reduction="mean",
 ):
-    """Its derivative, written out: gradients of prediction, of target and, per element, of weighting.
+    """Its derivative, written out: of prediction, of target and, per element, of weighting.
 
     In plain PyTorch as well, and so differentiable again. All in the dtype of the loss.
     """

@@ -20,6 +20,14 @@ sys.path.append(str(ROOT))
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import harness, machine, memory, readme, report, squared_error  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def same_thread_count_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- statistics --------------------------------------------------------------------------------
 
 
@@ -92,6 +100,17 @@ def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
     assert "rival refused" in report.case_table(list(rows.values()))
 
 
+def test_a_run_with_a_refusal_fails_after_it_has_written_what_it_has(monkeypatch, tmp_path):
+    rival, _ = WRONG["shifted"]
+    case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
+    monkeypatch.setattr(command, "chosen_cases", lambda *_: [case])
+    path = tmp_path / "out.csv"
+    with pytest.raises(SystemExit, match="refused, so not timed: rival in toy"):
+        command.main(["squared_error", "--quick", "--csv", str(path)])
+    refused = [row["contender"] for row in report.read_csv(path) if row["status"] != "timed"]
+    assert refused == ["rival"]
+
+
 def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate(monkeypatch):
     monkeypatch.setattr(harness, "REGION_US", 0.0)  # one call a sample
     seen = []
@@ -157,17 +176,12 @@ def test_right_padded_rows_are_unequal_and_60_percent_valid():
     assert not (mask[:, 1:] & ~mask[:, :-1]).any()
 
 
-def run_cli(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def quick_rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "out.csv"
-    chosen = ["--cases", "token_small", "masked_mse_bf16", "--csv", str(path)]
-    done = run_cli("squared_error", "--quick", *chosen)
+    line = [sys.executable, "-m", "benchmarks", "squared_error", "--quick", "--csv", str(path)]
+    line += ["--cases", "token_small", "masked_mse_bf16"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "token_small" in done.stdout and "masked_mse_bf16" in done.stdout
     with path.open(newline="") as file:
@@ -200,9 +214,8 @@ def test_quick_run_writes_sane_columns(quick_rows):
 
 
 def test_an_unknown_case_is_answered_with_the_known_ones():
-    done = run_cli("squared_error", "--cases", "nonsense")
-    assert done.returncode != 0
-    assert "token_large" in done.stderr and "got nonsense" in done.stderr
+    with pytest.raises(SystemExit, match="among token_large, .*, masked_mse_bf16, got nonsense"):
+        command.main(["squared_error", "--cases", "nonsense"])
 
 
 @pytest.mark.parametrize("partial", [["--quick"], ["--cases", "a"], ["--rounds", "2"]])
@@ -284,5 +297,4 @@ def test_a_readme_without_a_place_for_the_table_is_an_error(toy_results):
 
 
 def test_the_tables_of_this_readme_are_those_of_the_committed_figures():
-    done = run_cli("readme", "--check")
-    assert done.returncode == 0, done.stderr
+    command.main(["readme", "--check"])  # exits with a sentence where they differ

@@ -28,29 +28,6 @@ const SquaredErrorKernels& kernels() {
   return squared_error_default;
 }
 
-Kind kind_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Kind::kDouble;
-    case ScalarType::Half: return Kind::kHalf;
-    case ScalarType::BFloat16: return Kind::kBFloat16;
-    case ScalarType::Bool:
-    case ScalarType::Byte: return Kind::kUInt8;
-    case ScalarType::Char: return Kind::kInt8;
-    case ScalarType::Short: return Kind::kInt16;
-    case ScalarType::Int: return Kind::kInt32;
-    case ScalarType::Long: return Kind::kInt64;
-    default: return Kind::kFloat;
-  }
-}
-
-Array array_of(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), kind_of(tensor)};
-}
-
-Array array_of(const std::optional<Tensor>& tensor) {
-  return tensor ? array_of(*tensor) : Array{};
-}
-
 Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, ScalarType type) {
   Tensor tensor = torch::stable::new_empty(prediction, sizes, type);
   const size_t bytes = tensor.numel() * tensor.element_size();
@@ -168,30 +145,21 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   check_inputs(op, in, reduction);
   check_grad_loss(op, grad_loss, in, reduction);
   check_count(op, count, prediction);
-  needs_weighting = needs_weighting && weighting.has_value();
-  const std::vector<int64_t> all = output_sizes(prediction, OutputShape::kElements), none = {0};
-  const OutputShape weighting_shape =
-      needs_weighting ? weighting_gradient_shape(*weighting) : OutputShape::kScalar;
-  Tensor grad_prediction =
-      allocate(prediction, needs_prediction ? all : none, prediction.scalar_type());
-  Tensor grad_target = allocate(prediction, needs_target ? all : none, target.scalar_type());
-  Tensor grad_weighting = allocate(
-      prediction, needs_weighting ? output_sizes(prediction, weighting_shape) : none,
-      accumulate_type(in));
+  const GradientPlan plan =
+      plan_gradients(in, needs_prediction, needs_target, needs_weighting && weighting.has_value());
+  Tensor grad_prediction = allocate(prediction, plan.prediction_sizes, prediction.scalar_type());
+  Tensor grad_target = allocate(prediction, plan.target_sizes, target.scalar_type());
+  Tensor grad_weighting = allocate(prediction, plan.weighting_sizes, accumulate_type(in));
 
-  LayoutBuilder builder = input_layout(in);
-  if (!is_scalar(reduction)) builder.add(kLoss, grad_loss);
-  if (needs_prediction) builder.add(kGrad, grad_prediction);
-  if (needs_target) builder.add(kGrad, grad_target);
-  if (needs_weighting) builder.add(kGradWeighting, grad_weighting);
-  const Layout layout = builder.build(op);
+  const Layout layout = backward_layout(op, in, plan, reduction, grad_loss, grad_prediction,
+                                        grad_target, grad_weighting);
   SquaredErrorProblem q = problem_of(in, foreground_weight, background_weight);
   if (!is_scalar(reduction)) q.loss = array_of(grad_loss);
-  if (needs_prediction) q.grad_prediction = array_of(grad_prediction);
-  if (needs_target) q.grad_target = array_of(grad_target);
-  if (needs_weighting) q.grad_weighting = array_of(grad_weighting);
+  if (plan.prediction) q.grad_prediction = array_of(grad_prediction);
+  if (plan.target) q.grad_target = array_of(grad_target);
+  if (plan.weighting) q.grad_weighting = array_of(grad_weighting);
   q.scale = backward_scale(grad_loss, count, reduction, prediction);
-  set_layout(q, layout, needs_weighting && weighting_shape == OutputShape::kColumn);
+  set_layout(q, layout, plan.whole_rows);
   const SquaredErrorKernels& kernel = kernels();
   for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.backward(q, chunk); });
   return {grad_prediction, grad_target, grad_weighting};

@@ -4,16 +4,12 @@
 // (weak) function compiled for a newer processor.
 #pragma once
 
+#include "array.h"
 #include "cpu/convert.h"
 
 namespace masked_loss_ext {
 
 struct Layout;
-
-struct Array {
-  void* data = nullptr;  // nullptr: absent
-  Kind kind = Kind::kFloat;
-};
 
 // Work is cut into chunks of whole rows, or of parts of one long row. The cut depends on shapes only,
 // so the order of every sum is the same for any number of threads.

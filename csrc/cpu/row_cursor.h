@@ -12,7 +12,7 @@ struct RowCursor {
   int64_t offset[kOperands];
 };
 
-MASKED_LOSS_EXT_CPU_INLINE void seek(RowCursor& cursor, const Layout& layout, int64_t row) {
+MASKED_LOSS_EXT_INLINE void seek(RowCursor& cursor, const Layout& layout, int64_t row) {
   for (int o = 0; o < kOperands; ++o) cursor.offset[o] = 0;
   for (int d = layout.outer - 1; d >= 0; --d) {
     cursor.index[d] = row % layout.outer_size[d];
@@ -23,7 +23,7 @@ MASKED_LOSS_EXT_CPU_INLINE void seek(RowCursor& cursor, const Layout& layout, in
   }
 }
 
-MASKED_LOSS_EXT_CPU_INLINE void next(RowCursor& cursor, const Layout& layout) {
+MASKED_LOSS_EXT_INLINE void next(RowCursor& cursor, const Layout& layout) {
   for (int d = layout.outer - 1; d >= 0; --d) {
     for (int o = 0; o < kOperands; ++o) cursor.offset[o] += layout.outer_stride[d][o];
     if (++cursor.index[d] < layout.outer_size[d]) return;

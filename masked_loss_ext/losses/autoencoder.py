@@ -51,7 +51,7 @@ def masked_mse(x_recon, x, mask, *, reduction="mean"):
     >>> torch.testing.assert_close(
     ...     masked_mse(x_recon, x, mask), ((x_recon[mask] - x[mask]) ** 2).mean())
 
-    For ``[B, L, D]`` and a ``[B, L]`` mask the mean is over n * D elements. Everything else is as in
+    For ``[B, L, D]`` and a ``[B, L]`` mask the mean is over n * D elements. All else is as in
     ``masked_sse``.
     """
     return _reconstruction_error("masked_mse", x_recon, x, mask, reduction)

@@ -4,6 +4,7 @@
 import torch
 
 from .._checks import (
+    as_weighting,
     check_choice,
     check_mask,
     check_prediction,
@@ -26,7 +27,7 @@ class MaskEditLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss, 2 * torch.nn.functional.mse_loss(model_pred, target))
 
     Args:
-        foreground_weight, background_weight: fg and bg. The spelling ``forground_weight`` is accepted.
+        foreground_weight, background_weight: fg and bg; ``forground_weight`` is accepted too.
     """
 
     def __init__(self, foreground_weight=2.0, background_weight=1.0, *, forground_weight=None):
@@ -68,7 +69,8 @@ class MaskEditLoss(torch.nn.Module):
         check_rank(name, "model_pred", model_pred, 3, "[B, T, C]")
         check_mask(name, "attention_mask", attention_mask, "model_pred", model_pred, 2)
         check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-        weighting = check_weighting(name, weighting, "model_pred", model_pred)
+        weighting = as_weighting(weighting, model_pred)
+        check_weighting(name, weighting, "model_pred", model_pred)
         fg, bg = float(self.foreground_weight), float(self.background_weight)
         return masked_squared_error(
             model_pred,
@@ -109,7 +111,8 @@ class MseLoss(torch.nn.Module):
     def forward(self, model_pred, target, weighting=None, **kwargs):
         """model_pred, target ``[...]`` floating; weighting broadcastable to them, or a number."""
         check_prediction("MseLoss", "model_pred", model_pred, "target", target)
-        weighting = check_weighting("MseLoss", weighting, "model_pred", model_pred)
+        weighting = as_weighting(weighting, model_pred)
+        check_weighting("MseLoss", weighting, "model_pred", model_pred)
         return masked_squared_error(
             model_pred, target, None, None, weighting, 1.0, 1.0, self.reduction
         )

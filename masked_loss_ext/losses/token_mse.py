@@ -4,11 +4,13 @@
 import torch
 
 from .._checks import (
+    as_weighting,
     check_choice,
     check_mask,
     check_prediction,
     check_rank,
     check_weighting,
+    run_checked,
 )
 from ..ops.masked_squared_error import masked_squared_error
 
@@ -29,21 +31,35 @@ def _token_loss(
     reduction,
     mask_label=None,
 ):
-    check_prediction(function, "model_pred", model_pred, "target", target)
-    check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
-    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-    weighting = check_weighting(function, weighting, "model_pred", model_pred)
-    return masked_squared_error(
-        model_pred,
-        target,
-        attention_mask,
-        edit_mask,
-        weighting,
-        float(foreground_weight),
-        float(background_weight),
-        _TOKEN_REDUCTION[reduction],
-    )
+    def check():
+        check_prediction(function, "model_pred", model_pred, "target", target)
+        check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
+        check_mask(
+            function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label
+        )
+        check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
+        check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+
+    def unusual():  # what the operator would take
+        return (
+            model_pred.dim() != 3
+            or (attention_mask is not None and attention_mask.dim() != 2)
+            or (edit_mask is not None and edit_mask.dim() != 2)
+        )
+
+    def call():
+        return masked_squared_error(
+            model_pred,
+            target,
+            attention_mask,
+            edit_mask,
+            as_weighting(weighting, model_pred),
+            float(foreground_weight),
+            float(background_weight),
+            _TOKEN_REDUCTION[reduction],
+        )
+
+    return run_checked(check, unusual, call)
 
 
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
@@ -66,7 +82,7 @@ def masked_edit_token_mean_loss(
     reduction="mean",
     edit_mask_default="unit",
 ):
-    r"""Weighted squared error, mean over channels, then over the tokens that ``attention_mask`` keeps.
+    r"""Weighted squared error, mean over channels, then over the tokens that the mask keeps.
 
     .. math::
         \ell_{bt} = \frac1C \sum_c \omega_{btc}\, w_{bt}\, (\hat y_{btc} - y_{btc})^2,\qquad
@@ -80,8 +96,8 @@ def masked_edit_token_mean_loss(
     >>> torch.testing.assert_close(
     ...     masked_edit_token_mean_loss(model_pred, target, attention_mask), expected)
 
-    What the mask excludes is not read: NaN there changes nothing and gets a gradient of exactly 0.
-    With no token kept the loss is 0, attached to the graph, and so is the gradient (PyTorch gives NaN).
+    What the mask excludes is not read: NaN there changes nothing and its gradient is exactly 0.
+    With no token kept loss and gradient are 0, attached to the graph (PyTorch gives NaN).
 
     Args:
         model_pred: ``[B, T, C]`` float16, bfloat16, float32 or float64, any strides.
@@ -97,8 +113,8 @@ def masked_edit_token_mean_loss(
             ("foreground").
 
     Returns:
-        ``[]``, or ``[B, T]`` for "none" (0 at excluded tokens); float32, float64 where model_pred or
-        target is. Differentiable in model_pred, target and weighting.
+        ``[]``, or ``[B, T]`` for "none" (0 at excluded tokens); float32, float64 where model_pred
+        or target is. Differentiable in model_pred, target and weighting.
     """
     check_choice("masked_edit_token_mean_loss", "reduction", reduction, REDUCTIONS)
     check_choice(
@@ -123,8 +139,10 @@ def compute_loss_multi_resolution(
 ):
     r"""Squared error over the valid tokens of a multi-resolution batch.
 
-    .. math:: L = \frac{\sum_{btc} a_{bt}\, w_{bt}\, \omega_{btc}\, (\hat y - y)^2}{C \sum_{bt} a_{bt}},
-        \qquad w_{bt} = 2 m_{bt} + (1 - m_{bt}), \text{ or } 1 \text{ without an edit mask}
+    .. math::
+        L = \frac{\sum_{btc} a_{bt}\, w_{bt}\, \omega_{btc}\, (\hat y_{btc} - y_{btc})^2}
+        {C \sum_{bt} a_{bt}}, \qquad
+        w_{bt} = 2 m_{bt} + (1 - m_{bt}), \text{ or } 1 \text{ without an edit mask}
 
     The same number as ``masked_edit_token_mean_loss`` with its default weights:
 
@@ -159,8 +177,9 @@ def compute_loss_multi_resolution(
 class AttentionMaskMseLoss(torch.nn.Module):
     r"""``masked_edit_token_mean_loss`` as a module; also called ``ChannelInvariantTokenLoss``.
 
-    .. math:: L = \frac{\sum_{bt} a_{bt} \frac1C \sum_c \omega_{btc} w_{bt} (\hat y_{btc} - y_{btc})^2}
-        {\sum_{bt} a_{bt}}
+    .. math::
+        L = \frac{\sum_{bt} a_{bt} \frac1C \sum_c \omega_{btc}\, w_{bt}\,
+        (\hat y_{btc} - y_{btc})^2}{\sum_{bt} a_{bt}}
 
     It differs from ``F.mse_loss`` in what padding does (nothing), in weighting each token alike in
     rows of unequal length, and in the edit and element weights.
@@ -175,7 +194,8 @@ class AttentionMaskMseLoss(torch.nn.Module):
         foreground_weight, background_weight: fg and bg, weights of edit mask 1 and 0.
         eps: accepted for compatibility; a count of at least 1 needs none.
         reduction: "mean" over kept tokens, "sum" over them, or "none" (``[B, T]``).
-        edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg ("foreground").
+        edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
+            ("foreground").
     """
 
     def __init__(

@@ -5,8 +5,9 @@ The schema is in csrc/schemas.cpp, the formula in csrc/masked_squared_error.h. F
 native operator, because no single one serves all of PyTorch:
 
 - torch.compile and torch.export see ``torch.ops`` with ``register_fake`` and ``register_autograd``;
-- torch.func and forward-mode AD need an ``autograd.Function`` with ``setup_context`` (_Differentiable);
-- eager training takes the classic ``autograd.Function`` (_Eager), which costs a third of that per call;
+- torch.func and forward-mode AD need an ``autograd.Function`` with ``setup_context``
+  (_Differentiable);
+- eager training takes the classic ``autograd.Function`` (_Eager), a third of that per call;
 - without gradients the operator is called directly.
 """
 
@@ -19,8 +20,8 @@ from . import masked_squared_error_higher as higher
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
 _backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
 
-# Private names, both in every torch that the library supports; without the first, the Python autograd
-# kernel would run a second time in each call.
+# Private names, both in every torch that the library supports; without the first, the Python
+# autograd kernel would run a second time in each call.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_is_active = torch._C._are_functorch_transforms_active
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Plain-PyTorch pieces of masked_squared_error's derivative: vmap, tangents, the second derivative.
 
-They are built from reference.py, need memory of prediction's size, and are used where training does not
-come: torch.func.vmap, forward-mode AD and double backward.
+They are built from reference.py, need memory of prediction's size, and are used where training
+does not come: torch.func.vmap, forward-mode AD and double backward.
 """
 
 import torch
@@ -35,7 +35,7 @@ def loss_and_count(prediction, target, mask, edit_mask, weighting, *options):
 
 
 def tangent_of_loss(inputs, options, tangents):
-    """Forward-mode derivative of the loss: the sum of its partial derivatives times the tangents."""
+    """Forward-mode derivative of the loss: its partial derivatives times the tangents, summed."""
     prediction, _, mask, _, weighting = inputs
     # Per-element partial derivatives first, then the reduction.
     partials = masked_squared_error_gradients(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compile .cu files and the simulator's runtime into one library, with a cache of objects by content."""
+"""Compile .cu files and the simulator's runtime into one library; objects are cached by content."""
 
 import hashlib
 import os
@@ -15,14 +15,37 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).resolve().parent
 
-RUNTIME = [HERE / f for f in ("api.cpp", "device_memory.cpp", "faults.cpp", "launch.cpp",
-                              "scheduler.cpp", "symbols.cpp")]
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DMASKED_LOSS_EXT_CUDA_SIM",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall", "-Wno-unknown-pragmas"]
+RUNTIME = [
+    HERE / f
+    for f in (
+        "api.cpp",
+        "device_memory.cpp",
+        "faults.cpp",
+        "launch.cpp",
+        "scheduler.cpp",
+        "symbols.cpp",
+    )
+]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DMASKED_LOSS_EXT_CUDA_SIM",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 # Kernels alone: an index beyond an array, a misaligned vector access and integer overflow stop the
 # launch. Kernels also read vectors through pointers to scalars, as nvcc lets them.
-KERNEL_FLAGS = ["-x", "c++", "-fno-strict-aliasing", "-fsanitize-undefined-trap-on-error",
-                "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+KERNEL_FLAGS = [
+    "-x",
+    "c++",
+    "-fno-strict-aliasing",
+    "-fsanitize-undefined-trap-on-error",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+]
 
 
 def compiler():
@@ -47,9 +70,9 @@ def _digest(*parts):
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _headers_digest():
-    files = [f for d in (HERE, ROOT / "csrc") for f in sorted(d.rglob("*")) if f.is_file()]
-    return _digest(*(f.read_text() for f in files if f.suffix in (".h", ".cuh", ".inc")))
+def _headers_digest(directory):
+    files = [f for f in sorted(directory.rglob("*")) if f.suffix in (".h", ".cuh", ".inc")]
+    return _digest(*(f.read_text() for f in files))
 
 
 def _run(command):
@@ -69,7 +92,7 @@ def _make(command, target):
     return target
 
 
-def build(name, sources, flags=()):
+def build(name, sources, runtime_flags=()):
     """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
     cxx = compiler()
     if cxx is None:
@@ -77,13 +100,17 @@ def build(name, sources, flags=()):
     cache = _cache_directory()
     includes = ["-I", ROOT / "csrc", "-I", HERE, "-isystem", TORCH / "include"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    common = _digest(version, torch.__version__, _headers_digest())
+    common = _digest(version, torch.__version__, _headers_digest(HERE))
+    csrc_headers = _headers_digest(ROOT / "csrc")
 
     def compile_one(source):
         source = Path(source).resolve()
-        kernel = KERNEL_FLAGS if source.suffix == ".cu" else []
-        command = [cxx, *FLAGS, *kernel, *flags, *includes, "-c", source]
-        key = _digest(common, *command, source.read_text())
+        if source in RUNTIME:
+            headers, extra = "", runtime_flags
+        else:
+            headers, extra = csrc_headers, KERNEL_FLAGS if source.suffix == ".cu" else []
+        command = [cxx, *FLAGS, *extra, *includes, "-c", source]
+        key = _digest(common, headers, *command, source.read_text())
         return _make(command, cache / f"{source.stem}-{key}.o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -18,17 +19,28 @@
 
 namespace cuda_sim {
 
-// Arguments that are pointers have to be null or point to device memory; those within structs are not seen.
+// How many pointers an argument is or may hold.
+template <class T>
+constexpr size_t num_pointers() {
+  if (std::is_pointer_v<T>) return 1;
+  return std::is_class_v<T> && alignof(T) >= alignof(void*) ? sizeof(T) / sizeof(void*) : 0;
+}
+
+template <class T>
+void add_pointers(const T& argument, int position, PointerArgument*& next) {
+  for (size_t i = 0; i < num_pointers<T>(); ++i) {
+    const void* word;
+    std::memcpy(&word, reinterpret_cast<const char*>(&argument) + i * sizeof word, sizeof word);
+    *next++ = {position, word, std::is_class_v<T>};
+  }
+}
+
 template <class... Params, size_t... Is>
-std::array<PointerArgument, sizeof...(Params) + 1> pointer_arguments(
-    const std::tuple<Params...>& arguments, int* count, std::index_sequence<Is...>) {
-  std::array<PointerArgument, sizeof...(Params) + 1> pointers{};
-  const auto add = [&](int position, const auto& argument) {
-    using T = std::decay_t<decltype(argument)>;
-    if constexpr (std::is_pointer_v<T>) pointers[(*count)++] = {position, argument};
-  };
-  (add(static_cast<int>(Is), std::get<Is>(arguments)), ...);
-  (void)add;
+auto pointer_arguments(const std::tuple<Params...>& arguments, std::index_sequence<Is...>) {
+  std::array<PointerArgument, (num_pointers<Params>() + ... + 0)> pointers{};
+  PointerArgument* next = pointers.data();
+  (add_pointers(std::get<Is>(arguments), static_cast<int>(Is), next), ...);
+  (void)next;
   return pointers;
 }
 
@@ -43,11 +55,9 @@ cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_byt
     void (*kernel)(Params...);
     std::tuple<Params...> arguments;
   } call{kernel, std::tuple<Params...>(static_cast<Params>(std::forward<Args>(args))...)};
-  int count = 0;
-  const auto pointers =
-      pointer_arguments(call.arguments, &count, std::index_sequence_for<Params...>{});
+  const auto pointers = pointer_arguments(call.arguments, std::index_sequence_for<Params...>{});
   LaunchRequest request{stream, grid, block, shared_bytes, reinterpret_cast<const void*>(kernel),
-                        pointers.data(), count, nullptr, &call};
+                        pointers.data(), static_cast<int>(pointers.size()), nullptr, &call};
   request.run = [](void* context) {
     auto* c = static_cast<Call*>(context);
     std::apply(c->kernel, c->arguments);

@@ -67,7 +67,8 @@ Buffer& DeviceMemory::allocate(size_t bytes, bool writable, BufferKind kind) {
   const size_t rounded = round_up(bytes, kAlignment), page_bytes = round_up(rounded, page_);
   if (next_ + page_bytes + page_ > end_) {
     const bool idle = std::none_of(buffers_.begin(), buffers_.end(), [](auto& b) { return b.live; });
-    if (!idle || begin_ + page_bytes + 2 * page_ > end_) throw std::runtime_error("cuda_sim: out of device memory");
+    if (!idle || begin_ + page_bytes + 2 * page_ > end_)
+      throw std::runtime_error("cuda_sim: out of device memory");
     buffers_.clear();
     next_ = begin_ + page_;
   }

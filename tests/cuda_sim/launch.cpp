@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A launch from its checks to its end, and the simulator's settings.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
@@ -25,6 +28,13 @@ std::string text_of(dim3 d) {
   return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
 }
 
+// Whether this word can be an address at all; counts, strides and numbers of other types are not.
+bool is_mapped(const void* word) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char resident;
+  return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(word) & ~(page - 1)), 1, &resident) == 0;
+}
+
 bool valid(const LaunchRequest& r) {
   const dim3 g = r.grid, b = r.block;
   if (!g.x || !g.y || !g.z || !b.x || !b.y || !b.z) return false;
@@ -39,10 +49,13 @@ void check_use(const LaunchRequest& r) {
     throw std::runtime_error("cuda_sim: launch outside a DeviceScope of " + kernel);
   if (r.stream != current_stream())
     throw std::runtime_error("cuda_sim: launch not on the current stream of " + kernel);
-  for (int i = 0; i < r.num_pointers; ++i)
-    if (r.pointers[i].pointer && !is_device_pointer(r.pointers[i].pointer))
-      throw std::runtime_error("cuda_sim: argument " + std::to_string(r.pointers[i].position) +
-                               " is a pointer to host memory (or beyond a buffer) in the launch of " + kernel);
+  for (int i = 0; i < r.num_pointers; ++i) {
+    const PointerArgument& p = r.pointers[i];
+    if (p.pointer && !is_device_pointer(p.pointer) && (!p.in_struct || is_mapped(p.pointer)))
+      throw std::runtime_error("cuda_sim: argument " + std::to_string(p.position) +
+                               (p.in_struct ? " holds" : " is") +
+                               " a pointer to host memory (or beyond a buffer) in the launch of " + kernel);
+  }
 }
 
 // The state of a launch that has to end however its kernel ends.

@@ -43,10 +43,11 @@ void enter_device();
 void leave_device();
 cudaStream_t current_stream();
 
-// One argument of a launch, as far as the runtime checks it.
+// A pointer among the arguments of a launch; a word of a struct may be one.
 struct PointerArgument {
   int position;
   const void* pointer;
+  bool in_struct;
 };
 
 struct LaunchRequest {

@@ -143,7 +143,8 @@ bool Block::release_lanes(unsigned warp, Fiber& asking) {
     if (f.call == WarpCall::kShuffle) {
       if (!(mask >> f.source & 1)) {
         current_ = &f;
-        fail("a shuffle reads lane " + std::to_string(f.source) + ", which is not in the mask, at " + at(f.site));
+        fail("a shuffle reads lane " + std::to_string(f.source) + ", which is not in the mask, at " +
+             at(f.site));
         return false;
       }
       f.result = fibers_[first + static_cast<unsigned>(f.source)].bits;

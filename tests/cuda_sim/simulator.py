@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import os
 import weakref
 
 import torch
@@ -14,13 +15,15 @@ ORDERS = ("ascending", "descending", "1", "2")
 class Simulator:
     """The simulator inside one library that build() made; loads the library and its operators.
 
-    Device memory belongs to the library. A launch alone can reach it: to torch an uploaded tensor is a
-    CPU tensor, and reading its data on the host ends the process with a message.
+    Device memory belongs to the library. A launch alone can reach it: to torch an uploaded tensor
+    is a CPU tensor, and reading its data on the host (printing it, say) ends the process with a
+    message.
     """
 
     def __init__(self, library):
         torch.ops.load_library(library)
         self._c = ctypes.CDLL(str(library))
+        self._order = os.environ.get("MASKED_LOSS_EXT_CUDA_SIM_ORDER", "ascending")
         for name in ("allocate", "release", "write", "read", "reset", "launches"):
             getattr(self._c, f"cuda_sim_{name}").restype = ctypes.c_char_p
 
@@ -30,8 +33,10 @@ class Simulator:
             raise RuntimeError(error.decode())
 
     def upload(self, tensor, writable=False):
-        """A copy in device memory: same storage size, offset and strides. A kernel's write to it ends
-        the process unless it is writable."""
+        """A copy in device memory, with the storage as it is: same offset and strides.
+
+        A kernel's write to it ends the process unless it is writable.
+        """
         storage = tensor.detach().untyped_storage()
         nbytes = storage.nbytes()
         if nbytes == 0:
@@ -59,22 +64,24 @@ class Simulator:
         return bool(self._c.cuda_sim_is_device_pointer(ctypes.c_void_p(tensor.data_ptr())))
 
     def reset(self):
-        """Release all device memory, forget the launches. Tensors made before must not be used again."""
+        """Release all device memory and forget the launches; earlier tensors are of no use then."""
         self._call("reset")
 
     def set_order(self, order):
-        """Order of threads and of blocks: "ascending", "descending", or the seed of a random one."""
+        """Order of threads and of blocks: "ascending", "descending" or the seed of a random one."""
         if not self._c.cuda_sim_set_order(str(order).encode()):
             raise ValueError(f"order must be ascending, descending or a seed, got {order!r}")
+        self._order = order
 
     @contextlib.contextmanager
     def order(self, order):
-        """set_order() for a block of code, ascending afterwards."""
+        """set_order() for a block of code."""
+        before = self._order
         self.set_order(order)
         try:
             yield self
         finally:
-            self.set_order("ascending")
+            self.set_order(before)
 
     def launches(self):
         """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each."""
@@ -87,7 +94,7 @@ def _on_storage(storage, like):
 
 
 def mirror_schemas(source="masked_loss_ext", target="masked_loss_ext_sim"):
-    """Define in `target` every schema that `source` has, so that the .cu registers its kernels there.
+    """Define in `target` every schema that `source` has: the .cu registers its kernels there.
 
     Returns the torch.library.Library that holds the definitions: keep it.
     """

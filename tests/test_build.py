@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a build needs, and the one sentence that comes where something is missing."""
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+
+from masked_loss_ext import _build, _library, _toolchain
+from masked_loss_ext._toolchain import BuildError
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """No program on PATH, no setting, no cache."""
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "MASKED_LOSS_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return programs
+
+
+def program(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\nexit 1\n")
+    path.chmod(0o755)
+
+
+def fake_torch(folder, version="2.13.0", cuda="13.0"):
+    (folder / "torch").mkdir()
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    return folder / "torch"
+
+
+def fake_toolkit(folder):
+    program(folder / "bin" / "nvcc")
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
+    return folder
+
+
+def one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 300
+    return text
+
+
+def test_missing_compiler(bare):
+    with pytest.raises(BuildError) as error:
+        _toolchain.find_cxx()
+    assert "no C++ compiler is found" in one_sentence(error)
+    assert "apt-get install g++" in one_sentence(error)
+
+
+def test_compiler_from_the_environment(bare, monkeypatch):
+    program(bare / "clang++")
+    assert _toolchain.find_cxx() == [str(bare / "clang++")]
+    program(bare / "ccache")
+    monkeypatch.setenv("CXX", "ccache g++ -pipe")
+    assert _toolchain.find_cxx() == [str(bare / "ccache"), "g++", "-pipe"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="CXX=no-such-compiler names no program"):
+        _toolchain.find_cxx()
+
+
+def test_missing_ninja(bare, monkeypatch):
+    monkeypatch.setattr(_toolchain.sys, "executable", str(bare / "python"))
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(BuildError, match="ninja is missing; get it with: pip install ninja"):
+        _toolchain.find_ninja()
+    program(bare / "ninja")
+    assert _toolchain.find_ninja() == str(bare / "ninja")
+
+
+def test_missing_nvcc_is_an_error_where_cuda_was_asked_for(bare, monkeypatch, tmp_path):
+    monkeypatch.setattr(_toolchain, "cuda_home", lambda torch_root: None)
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
+    with pytest.raises(BuildError) as error:
+        _toolchain.find_cuda(tmp_path, None)
+    assert "nvcc is missing; install the CUDA toolkit" in one_sentence(error)
+
+
+def test_missing_nvcc_is_said_aloud_where_torch_has_cuda(bare, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_toolchain, "cuda_home", lambda torch_root: None)
+    assert _toolchain.find_cuda(tmp_path, "13.0") is None
+    said = capsys.readouterr().err
+    assert "WARNING: PyTorch is built for CUDA 13.0, but nvcc is missing" in said
+    assert "only the CPU kernels are built" in said
+
+
+def test_cuda_torch_with_nvcc_builds_the_cuda_kernels(bare, monkeypatch, tmp_path):
+    home = fake_toolkit(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert _toolchain.find_cuda(tmp_path, "13.0") == home
+    assert _toolchain.find_cuda(tmp_path, None) is None
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
+    assert _toolchain.find_cuda(tmp_path, None) == home
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "0")
+    assert _toolchain.find_cuda(tmp_path, "13.0") is None
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "yes")
+    with pytest.raises(BuildError, match="must be auto, 1 or 0, got 'yes'"):
+        _toolchain.find_cuda(tmp_path, None)
+
+
+def test_nvcc_script_outside_its_toolkit_is_no_toolkit(bare, monkeypatch, tmp_path):
+    program(bare / "nvcc")  # its parent folder has no include/cuda_runtime.h
+    monkeypatch.setenv("CUDA_PATH", str(fake_toolkit(tmp_path / "toolkit")))
+    assert _toolchain.cuda_home(tmp_path) == tmp_path / "toolkit"
+
+
+def test_toolkit_without_the_static_runtime(tmp_path):
+    home = fake_toolkit(tmp_path / "toolkit")
+    with pytest.raises(BuildError, match="libcudart_static.a is missing"):
+        _toolchain.find_static_cudart(home)
+
+
+def test_architectures(bare, monkeypatch):
+    assert _toolchain.find_architectures() == ["sm_80", "sm_90", "compute_90"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;10.0+PTX")
+    assert _toolchain.find_architectures() == ["sm_86", "sm_90a", "sm_100", "compute_100"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(BuildError, match="TORCH_CUDA_ARCH_LIST must list .* got 'Hopper'"):
+        _toolchain.find_architectures()
+
+
+def test_architecture_flags(tmp_path):
+    tools = _toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja")
+    tools.architectures = ["sm_90", "compute_90"]
+    assert tools.cuda_flags == [
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64"), ("win32", "AMD64")]
+)
+def test_other_platforms_are_refused(monkeypatch, system, machine):
+    monkeypatch.setattr(_toolchain.sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(BuildError, match="only Linux on x86-64 and aarch64 is supported") as error:
+        _toolchain.find_toolchain()
+    assert machine in one_sentence(error)
+
+
+def test_missing_and_old_torch(monkeypatch, tmp_path):
+    monkeypatch.setattr(_toolchain, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match="PyTorch is missing; get it with: pip install torch"):
+        _toolchain.torch_about()
+    places = type("Spec", (), {"submodule_search_locations": [fake_torch(tmp_path, "2.9.1+cu128")]})
+    monkeypatch.setattr(_toolchain, "find_spec", lambda name: places)
+    with pytest.raises(BuildError, match=r"PyTorch 2.10 or newer is needed, this is 2\.9\.1"):
+        _toolchain.torch_about()
+
+
+def test_import_without_a_compiler_ends_in_one_sentence(bare, monkeypatch):
+    monkeypatch.setenv("MASKED_LOSS_EXT_JIT", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", "import masked_loss_ext"],
+        cwd=_build.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.match("ImportError: masked_loss_ext: no C.. compiler", done.stderr.splitlines()[-1])
+    assert len(done.stderr.splitlines()) < 15, done.stderr
+
+
+def test_build_without_a_compiler_ends_in_one_sentence(bare, tmp_path):
+    if not (_build.PACKAGE.parent / "setup.py").is_file():
+        pytest.skip("the package under test is installed, there is no setup.py to run")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path)],
+        cwd=_build.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: masked_loss_ext: no C++ compiler is found"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compiler_errors_are_shown_without_the_command(tmp_path):
+    output = [
+        "[1/3] c++ -c good.cpp\n",
+        "FAILED: cpu/bad.cpp.o \n",
+        "/usr/bin/c++ -O3 very long\n",
+        "bad.cpp:1:1: error: 'x' does not name a type\n",
+        "ninja: build stopped: subcommand failed.\n",
+    ]
+    text = _build._failure(output)
+    assert text == "the compiler failed at cpu/bad.cpp.o:\n" + output[3]
+
+
+def test_every_source_is_listed_once():
+    listed = _build.CPU_SOURCES + _build.CUDA_SOURCES
+    assert len(listed) == len(set(listed))
+    root = _build.csrc_dir()
+    on_disk = [p for p in root.rglob("*") if p.suffix in (".cpp", ".cu")]
+    assert sorted(p.relative_to(root).as_posix() for p in on_disk) == sorted(listed)
+
+
+def test_fingerprint_follows_every_header(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "csrc_dir", lambda: tmp_path)
+    header = tmp_path / "checks.h"
+    header.write_text("// one\n")
+    first = _build.source_fingerprint()
+    assert first == _build.source_fingerprint()
+    header.write_text("// two\n")
+    assert first != _build.source_fingerprint()
+
+
+def test_build_info_is_read_without_loading(tmp_path):
+    library = tmp_path / "_C.abi3.so"
+    text = re.search('"(.*)"', _build.build_info_source(["sm_80", "sm_90"], "2.13.0"))[1]
+    library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0more")
+    info = _build.read_build_info(library)
+    assert info == {
+        "version": _build.VERSION,
+        "sources": _build.source_fingerprint(),
+        "cuda": "sm_80 sm_90",
+        "torch": "2.13.0",
+    }
+    library.write_bytes(b"\x7fELF\0")
+    assert _build.read_build_info(library) == {}
+    with pytest.raises(BuildError, match="is of version unknown, this package is"):
+        _library._usable(library)
+
+
+def test_cpu_only_library_is_reported_where_cuda_could_be_used(monkeypatch, tmp_path, capsys):
+    text = re.search('"(.*)"', _build.build_info_source([], "2.13.0"))[1]
+    library = tmp_path / "_C.abi3.so"
+    library.write_bytes(text.encode() + b"\0")
+    monkeypatch.delenv("MASKED_LOSS_EXT_CUDA", raising=False)
+    monkeypatch.setattr(_library.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "cuda_home", lambda torch_root: tmp_path)
+    assert _library._usable(library)
+    assert "has only CPU kernels, but PyTorch is built for CUDA 13.0" in capsys.readouterr().err
