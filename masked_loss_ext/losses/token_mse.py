@@ -89,7 +89,7 @@ def masked_edit_token_mean_loss(
         w_{bt} = \mathrm{fg}\, m_{bt} + \mathrm{bg}\, (1 - m_{bt}),\qquad
         L = \frac{\sum_{bt} a_{bt}\, \ell_{bt}}{\sum_{bt} a_{bt}}
 
-    Without masks and weights this equals ``F.mse_loss(model_pred, target)``. With an attention mask:
+    Without masks and weights this equals ``F.mse_loss(model_pred, target)``. With a mask:
 
     >>> a = attention_mask.bool()
     >>> expected = ((model_pred[a] - target[a]) ** 2).mean()
