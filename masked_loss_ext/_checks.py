@@ -102,28 +102,10 @@ def check_weighting(function, weighting, like_name, like):
 
 def as_weighting(weighting, like):
     """Numbers and integer tensors as floating tensors; anything else as it is."""
-    if weighting is None:
-        return None
+    if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
+        return weighting
     if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
         return torch.full((), weighting, dtype=torch.float64, device=like.device)
-    integers = isinstance(weighting, torch.Tensor) and not (
-        weighting.is_floating_point() or weighting.is_complex()
-    )
-    return weighting.to(torch.float32) if integers else weighting
-
-
-def run_checked(check, first, call):
-    """``call()``, and ``check()`` only where ``first`` says so or the call failed.
-
-    The operators check their arguments themselves, in C++. Doing it in Python as well, to name
-    the function that was called, takes a tenth of a small loss's time: only on failure, then.
-    Under torch.compile it is done while tracing, where it costs nothing.
-    """
-    try:
-        if first() or torch.compiler.is_compiling():
-            check()
-        return call()
-    except Exception as error:  # not only ours: a list has no .dim()
-        failure = error
-    check()
-    raise failure
+    if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
+        return weighting.to(torch.float32)
+    return weighting

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
+from .._checks import check_device
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -93,6 +94,10 @@ def _forward_fake(
     background_weight=1.0,
     reduction="mean",
 ):
+    others = {"target": target, "mask": mask, "edit_mask": edit_mask, "weighting": weighting}
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_device("masked_squared_error", name, tensor, "prediction", prediction)
     dtype = reference.accumulate_dtype(prediction, target)
     loss = prediction.new_empty(_loss_shape(prediction, reduction), dtype=dtype)
     return loss, prediction.new_empty((), dtype=torch.int64)
