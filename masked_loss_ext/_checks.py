@@ -6,6 +6,8 @@ Only shapes, dtypes and devices are looked at, never data: no synchronisation wi
 
 import torch
 
+_functorch_is_active = torch._C._are_functorch_transforms_active  # private, see ops/
+
 
 def shape_text(tensor):
     return sizes_text(tensor.shape)
@@ -117,10 +119,11 @@ def run_checked(check, first, call):
 
     The operators check their arguments themselves, in C++. Doing it in Python as well, to name
     the function that was called, takes a tenth of a small loss's time: only on failure, then.
-    Under torch.compile it is done while tracing, where it costs nothing.
+    Under torch.compile it is done while tracing, where it costs nothing; under torch.func, too,
+    because there vmap takes a path that would broadcast.
     """
     try:
-        if first() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _functorch_is_active() or first():
             check()
         return call()
     except Exception as error:  # not only ours: a list has no .dim()
