@@ -42,9 +42,9 @@ class Expected:
     """What the reference says: in the inputs' dtypes, in truth, and how exact that is.
 
     ``size`` is the sum of what is summed without its signs: grad_loss may make terms cancel.
-    ``relative_error`` is the reference's largest, and at least the bound of a pairwise sum: a single
-    sum may be exact by luck. In float64 the truth is the reference itself, so that the roundings of
-    a term count too.
+    ``relative_error`` is the reference's largest, and at least the bound of a pairwise sum: one sum
+    may be exact by luck. In float64 the truth is the reference itself, so the roundings of a term
+    count too.
     """
 
     def __init__(self, inputs, grad_loss=None, **options):

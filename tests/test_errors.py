@@ -180,6 +180,7 @@ OP_ARGUMENTS = [
         "reduction must be mean, sum, batch_mean, token_sum, token or none, got",
     ),
 ]
+TWO_DEVICES = [{"target": META}, {"mask": META}, {"edit": META}, {"weighting": META}]
 MANY = torch.zeros([1] * 65)
 SCATTERED = torch.zeros([2] * 12).permute(*range(11, -1, -1))
 
@@ -188,6 +189,12 @@ SCATTERED = torch.zeros([2] * 12).permute(*range(11, -1, -1))
 def test_operators_called_directly(arguments, text):
     check(lambda: call_op(**arguments), ValueError, "masked_squared_error: " + text)
     check(lambda: call_backward(**arguments), ValueError, "_masked_squared_error_backward: " + text)
+
+
+@pytest.mark.parametrize("arguments", TWO_DEVICES)
+def test_operators_refuse_a_meta_tensor_among_others(arguments):
+    for call in (call_op, call_backward):
+        check(lambda c=call: c(**arguments), ValueError, "one device, got cpu and meta")
 
 
 def test_ranks_the_operator_refuses():
