@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
@@ -22,6 +23,14 @@ import _build  # noqa: E402
 from _toolchain import BuildError, find_toolchain, say  # noqa: E402
 
 sys.path.pop(0)
+
+# Without build isolation pip takes the environment's, and what venv puts there is older; it would
+# refuse pyproject.toml with ninety lines.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        "masked_loss_ext: setuptools 77 or newer is needed to build, found "
+        f"{setuptools.__version__}; get it with: pip install --upgrade 'setuptools>=77'"
+    )
 
 
 class BuildLibrary(build_ext):
