@@ -35,13 +35,16 @@ inline bool is_scalar(Reduction reduction) {
   return reduction != Reduction::kToken && reduction != Reduction::kNone;
 }
 
-// What the sum is divided by, but for kMean, whose count only the kernel knows.
+// What the sum is divided by, at least 1, but for kMean, whose count only the kernel knows.
 inline double fixed_denominator(Reduction reduction, const Tensor& prediction) {
   const int64_t dims = prediction.dim();
+  const auto size_or_one = [&](int64_t d) {
+    return dims > 0 && prediction.size(d) > 1 ? prediction.size(d) : 1;
+  };
   switch (reduction) {
-    case Reduction::kBatchMean: return dims > 0 && prediction.size(0) > 1 ? prediction.size(0) : 1;
+    case Reduction::kBatchMean: return size_or_one(0);
     case Reduction::kToken:
-    case Reduction::kTokenSum: return dims > 0 ? prediction.size(dims - 1) : 1;
+    case Reduction::kTokenSum: return size_or_one(dims - 1);
     default: return 1;
   }
 }

@@ -10,10 +10,15 @@ python examples/demo.py --acts denoise  one act
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-import torch
+# Before PyTorch loads its OpenMP runtime: threads that spin while they wait for one that is not
+# running made training 4 times slower on a machine that other programs use as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # the measuring code is shared with benchmarks/

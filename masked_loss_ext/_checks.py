@@ -6,8 +6,6 @@ Only shapes, dtypes and devices are looked at, never data: no synchronisation wi
 
 import torch
 
-_functorch_is_active = torch._C._are_functorch_transforms_active  # private, see ops/
-
 
 def shape_text(tensor):
     return sizes_text(tensor.shape)
@@ -104,29 +102,10 @@ def check_weighting(function, weighting, like_name, like):
 
 def as_weighting(weighting, like):
     """Numbers and integer tensors as floating tensors; anything else as it is."""
-    if weighting is None:
-        return None
+    if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
+        return weighting
     if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
         return torch.full((), weighting, dtype=torch.float64, device=like.device)
-    integers = isinstance(weighting, torch.Tensor) and not (
-        weighting.is_floating_point() or weighting.is_complex()
-    )
-    return weighting.to(torch.float32) if integers else weighting
-
-
-def run_checked(check, first, call):
-    """``call()``, and ``check()`` only where ``first`` says so or the call failed.
-
-    The operators check their arguments themselves, in C++. Doing it in Python as well, to name
-    the function that was called, takes a tenth of a small loss's time: only on failure, then.
-    Under torch.compile it is done while tracing, where it costs nothing; under torch.func, too,
-    because there vmap takes a path that would broadcast.
-    """
-    try:
-        if torch.compiler.is_compiling() or _functorch_is_active() or first():
-            check()
-        return call()
-    except Exception as error:  # not only ours: a list has no .dim()
-        failure = error
-    check()
-    raise failure
+    if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
+        return weighting.to(torch.float32)
+    return weighting

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "allocate.h"
 #include "cpu/capability.h"
 #include "cpu/masked_squared_error_cpu.h"
 #include "cpu/memory.h"
@@ -29,7 +30,7 @@ const SquaredErrorKernels& kernels() {
 }
 
 Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, ScalarType type) {
-  Tensor tensor = torch::stable::new_empty(prediction, sizes, type);
+  Tensor tensor = empty_tensor(prediction, sizes, type);
   const size_t bytes = tensor.numel() * tensor.element_size();
   advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   // Without channels there are still tokens, but no kernel comes to write their 0.
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
   const double denominator = fixed_denominator(reduction, prediction);
   Tensor loss = allocate(prediction, output_sizes(prediction, loss_shape(reduction)),
                          accumulate_type(in));
-  Tensor count = torch::stable::new_empty(prediction, {}, ScalarType::Long);
+  Tensor count = empty_tensor(prediction, {}, ScalarType::Long);
 
   LayoutBuilder builder = input_layout(in);
   if (!is_scalar(reduction)) builder.add(kLoss, loss);

@@ -20,9 +20,9 @@ from .plots import plot_reconstructions, plot_training
 from .quality import quality, reconstructions
 from .report import print_comparison, print_quality
 
-FULL = {"steps": 240, "crops": 16, "cells": 7, "held_out": 32, "dim": 192, "depth": 4}
+FULL = {"steps": 200, "crops": 16, "cells": 7, "held_out": 32, "dim": 192, "depth": 4}
 QUICK = {"steps": 6, "crops": 4, "cells": 3, "held_out": 6, "dim": 48, "depth": 1}
-EVALUATIONS = 12  # of the held-out batch, spread over the training
+EVALUATIONS = 10  # of the held-out batch, spread over the training
 LEARNING_RATE = 1e-3
 
 

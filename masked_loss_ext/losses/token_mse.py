@@ -10,7 +10,6 @@ from .._checks import (
     check_prediction,
     check_rank,
     check_weighting,
-    run_checked,
 )
 from ..ops.masked_squared_error import masked_squared_error
 
@@ -19,47 +18,55 @@ EDIT_MASK_DEFAULTS = ("unit", "foreground")
 _TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
 
 
+def _check(function, mask_label, model_pred, target, attention_mask, edit_mask, weighting):
+    check_prediction(function, "model_pred", model_pred, "target", target)
+    check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
+    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
+    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
+    check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+
+
+def _unusual(model_pred, attention_mask, edit_mask):
+    """Ranks that the operator would take."""
+    return (
+        model_pred.dim() != 3
+        or (attention_mask is not None and attention_mask.dim() != 2)
+        or (edit_mask is not None and edit_mask.dim() != 2)
+    )
+
+
 def _token_loss(
     function,
-    model_pred,
-    target,
-    attention_mask,
-    edit_mask,
-    weighting,
+    tensors,
     foreground_weight,
     background_weight,
     reduction,
-    mask_label=None,
+    mask_label="attention_mask shape",
 ):
-    def check():
-        check_prediction(function, "model_pred", model_pred, "target", target)
-        check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-        check_mask(
-            function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label
-        )
-        check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-        check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+    """The loss, with Python's checks only where something may be wrong.
 
-    def unusual():  # what the operator would take
-        return (
-            model_pred.dim() != 3
-            or (attention_mask is not None and attention_mask.dim() != 2)
-            or (edit_mask is not None and edit_mask.dim() != 2)
-        )
-
-    def call():
+    The operator checks its arguments itself, in C++. Doing it in Python as well, to name the
+    function that was called, takes a tenth of a small loss's time: only when it refuses, then, and
+    under torch.compile, where it is done while tracing.
+    """
+    model_pred, target, attention_mask, edit_mask, weighting = tensors
+    try:
+        if torch.compiler.is_compiling() or _unusual(model_pred, attention_mask, edit_mask):
+            _check(function, mask_label, *tensors)
         return masked_squared_error(
             model_pred,
             target,
             attention_mask,
             edit_mask,
             as_weighting(weighting, model_pred),
-            float(foreground_weight),
-            float(background_weight),
+            foreground_weight,
+            background_weight,
             _TOKEN_REDUCTION[reduction],
         )
-
-    return run_checked(check, unusual, call)
+    except Exception as error:  # a list has no .dim(), and what else there is
+        failure = error
+    _check(function, mask_label, *tensors)
+    raise failure
 
 
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
@@ -89,7 +96,7 @@ def masked_edit_token_mean_loss(
         w_{bt} = \mathrm{fg}\, m_{bt} + \mathrm{bg}\, (1 - m_{bt}),\qquad
         L = \frac{\sum_{bt} a_{bt}\, \ell_{bt}}{\sum_{bt} a_{bt}}
 
-    Without masks and weights this equals ``F.mse_loss(model_pred, target)``. With an attention mask:
+    Without masks and weights this equals ``F.mse_loss(model_pred, target)``. With a mask:
 
     >>> a = attention_mask.bool()
     >>> expected = ((model_pred[a] - target[a]) ** 2).mean()
@@ -123,11 +130,7 @@ def masked_edit_token_mean_loss(
     background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
     return _token_loss(
         "masked_edit_token_mean_loss",
-        model_pred,
-        target,
-        attention_mask,
-        edit_mask,
-        weighting,
+        (model_pred, target, attention_mask, edit_mask, weighting),
         foreground_weight,
         background,
         reduction,
@@ -162,11 +165,7 @@ def compute_loss_multi_resolution(
     background = _background(edit_mask, "unit", 2.0, 1.0)
     return _token_loss(
         "compute_loss_multi_resolution",
-        model_pred,
-        target,
-        attention_mask,
-        edit_mask,
-        weighting,
+        (model_pred, target, attention_mask, edit_mask, weighting),
         2.0,
         background,
         "mean",
@@ -226,11 +225,7 @@ class AttentionMaskMseLoss(torch.nn.Module):
         """Shapes and dtypes as in ``masked_edit_token_mean_loss``; other keywords are ignored."""
         return _token_loss(
             "AttentionMaskMseLoss",
-            model_pred,
-            target,
-            attention_mask,
-            edit_mask,
-            weighting,
+            (model_pred, target, attention_mask, edit_mask, weighting),
             self.foreground_weight,
             _background(
                 edit_mask, self.edit_mask_default, self.foreground_weight, self.background_weight
