@@ -6,6 +6,8 @@ Only shapes, dtypes and devices are looked at, never data: no synchronisation wi
 
 import torch
 
+_functorch_is_active = torch._C._are_functorch_transforms_active  # private, see ops/
+
 
 def shape_text(tensor):
     return sizes_text(tensor.shape)
@@ -109,3 +111,9 @@ def as_weighting(weighting, like):
     if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
         return weighting.to(torch.float32)
     return weighting
+
+
+def is_traced():
+    """Under torch.compile or torch.func: another path than the operator's own checks may be taken,
+    vmap's broadcasts, and checking costs nothing where it is done while tracing."""
+    return torch.compiler.is_compiling() or _functorch_is_active()

@@ -10,6 +10,7 @@ from .._checks import (
     check_prediction,
     check_rank,
     check_weighting,
+    is_traced,
 )
 from ..ops.masked_squared_error import masked_squared_error
 
@@ -46,12 +47,11 @@ def _token_loss(
     """The loss, with Python's checks only where something may be wrong.
 
     The operator checks its arguments itself, in C++. Doing it in Python as well, to name the
-    function that was called, takes a tenth of a small loss's time: only when it refuses, then, and
-    under torch.compile, where it is done while tracing.
+    function that was called, takes a tenth of a small loss's time: only when it refuses, then.
     """
     model_pred, target, attention_mask, edit_mask, weighting = tensors
     try:
-        if torch.compiler.is_compiling() or _unusual(model_pred, attention_mask, edit_mask):
+        if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
             _check(function, mask_label, *tensors)
         return masked_squared_error(
             model_pred,

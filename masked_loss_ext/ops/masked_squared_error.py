@@ -15,7 +15,6 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
-from .._checks import check_device
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -83,13 +82,15 @@ def _loss_shape(prediction, reduction):
     return prediction.shape[:-1] if reduction == "token" else ()
 
 
-def _check_one_device(op, prediction, target, mask, edit_mask, weighting, grad_loss=None):
-    # One meta tensor among real ones brings the call to the fake, which would return real memory
-    # that nobody has written.
-    others = {"target": target, "mask": mask, "edit_mask": edit_mask, "weighting": weighting}
-    for name, tensor in {"grad_loss": grad_loss, **others}.items():
-        if tensor is not None:
-            check_device(op, name, tensor, "prediction", prediction)
+def _refuse_two_devices(prediction, *others):
+    # One meta tensor among real ones brings the call here, and the result would be real memory that
+    # nobody has written.
+    for other in others:
+        if other is not None and other.device != prediction.device:
+            raise ValueError(
+                f"masked_squared_error: all tensors must be on one device, got {prediction.device} "
+                f"and {other.device}"
+            )
 
 
 @torch.library.register_fake("masked_loss_ext::masked_squared_error")
@@ -103,7 +104,7 @@ def _forward_fake(
     background_weight=1.0,
     reduction="mean",
 ):
-    _check_one_device("masked_squared_error", prediction, target, mask, edit_mask, weighting)
+    _refuse_two_devices(prediction, target, mask, edit_mask, weighting)
     dtype = reference.accumulate_dtype(prediction, target)
     loss = prediction.new_empty(_loss_shape(prediction, reduction), dtype=dtype)
     return loss, prediction.new_empty((), dtype=torch.int64)
@@ -125,8 +126,7 @@ def _backward_fake(
     needs_target,
     needs_weighting,
 ):
-    inputs = (prediction, target, mask, edit_mask, weighting)
-    _check_one_device("_masked_squared_error_backward", *inputs, grad_loss)
+    _refuse_two_devices(prediction, target, mask, edit_mask, weighting, grad_loss, count)
     shape, nothing = prediction.shape, (0,)
     weighting_shape = nothing
     if needs_weighting and weighting is not None:

@@ -31,6 +31,9 @@ CUDA_SIM_API const char* cuda_sim_allocate(size_t bytes, int writable, void** da
     *data = cuda_sim::device_allocate(bytes, writable != 0);
   });
 }
+CUDA_SIM_API const char* cuda_sim_skip(size_t bytes) {
+  return guarded([&] { cuda_sim::DeviceMemory::instance().skip(bytes); });
+}
 CUDA_SIM_API const char* cuda_sim_release(void* data) {
   return guarded([&] { cuda_sim::DeviceMemory::instance().release(data); });
 }

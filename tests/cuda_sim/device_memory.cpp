@@ -88,6 +88,13 @@ Buffer& DeviceMemory::allocate(size_t bytes, bool writable, BufferKind kind) {
   return buffers_.back();
 }
 
+void DeviceMemory::skip(size_t bytes) {
+  const size_t page_bytes = round_up(bytes, page_);
+  if (page_bytes > static_cast<size_t>(end_ - next_))
+    throw std::runtime_error("cuda_sim: out of addresses for device memory");
+  next_ += page_bytes;
+}
+
 Buffer* DeviceMemory::find(const void* address) {
   const auto* p = static_cast<const char*>(address);
   auto after = std::upper_bound(buffers_.begin(), buffers_.end(), p,

@@ -32,6 +32,7 @@ class DeviceMemory {
   static DeviceMemory& instance();
 
   Buffer& allocate(size_t bytes, bool writable, BufferKind kind = BufferKind::kGlobal);
+  void skip(size_t bytes);  // the next buffer lies at least that much further on
   void release(void* data);
   void release_all();
   Buffer* find(const void* address);  // live buffer that holds it or ends there

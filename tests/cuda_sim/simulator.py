@@ -24,7 +24,7 @@ class Simulator:
         torch.ops.load_library(library)
         self._c = ctypes.CDLL(str(library))
         self._order = os.environ.get("MASKED_LOSS_EXT_CUDA_SIM_ORDER", "ascending")
-        for name in ("allocate", "release", "write", "read", "reset", "launches"):
+        for name in ("allocate", "skip", "release", "write", "read", "reset", "launches"):
             getattr(self._c, f"cuda_sim_{name}").restype = ctypes.c_char_p
 
     def _call(self, name, *args):
@@ -48,6 +48,27 @@ class Simulator:
         weakref.finalize(memory, self._call, "release", data)
         device_storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
         return _on_storage(device_storage, tensor)
+
+    def upload_rows(self, rows, gap=0):
+        """Equal rows as one tensor [n, ...], each in its own buffer, `gap` bytes or more apart.
+
+        A kernel's access to a row that is None ends the process; the first row must be there. With
+        a large gap, offsets that are cut to 32 bits do so too.
+        """
+        like = rows[0]
+        uploaded = []
+        for row in rows:
+            self._call("skip", ctypes.c_size_t(gap if uploaded else 0))
+            uploaded.append(self.upload((like if row is None else row).clone()))
+        begin = uploaded[0].data_ptr()
+        step = uploaded[1].data_ptr() - begin
+        assert [row.data_ptr() - begin for row in uploaded] == [step * i for i in range(len(rows))]
+        memory = (ctypes.c_char * (step * (len(rows) - 1) + like.nbytes)).from_address(begin)
+        present = [u for u, row in zip(uploaded, rows, strict=True) if row is not None]
+        weakref.finalize(memory, present.clear)  # the other rows go when this function ends
+        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        strides = (step // like.element_size(), *like.stride())
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, (len(rows), *like.shape), strides)
 
     def download(self, tensor):
         """An ordinary copy of a tensor in device memory, with its strides."""

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operator as its CUDA source computes it, run by the simulator of cuda_sim."""
+
+import functools
+import re
+
+import torch
+from cuda_sim import ORDERS, Simulator, build, mirror_schemas
+from cuda_sim.build import ROOT
+
+import masked_loss_ext  # noqa: F401  its schemas are mirrored
+
+ARGUMENTS = ("prediction", "target", "mask", "edit_mask", "weighting")
+READER = re.compile(r"(Direct|Any)Reader<(?:c10::)?([\w, ]+)>")
+
+
+class SimulatedOperator:
+    """masked_squared_error and its backward on tensors that are uploaded and downloaded again.
+
+    Inputs are read-only there, and a write to them ends the process. Outputs start as NaN or -1.
+    """
+
+    def __init__(self):
+        self._schemas = mirror_schemas()
+        sources = [ROOT / "csrc" / "cuda" / "masked_squared_error.cu"]
+        self.sim = Simulator(build("product", sources))
+        ops = torch.ops.masked_loss_ext_sim
+        self.forward, self.backward = ops.masked_squared_error, ops._masked_squared_error_backward
+
+    def upload(self, tensor):
+        """Tensors that lie on the device already stay as they are."""
+        if tensor is None or (tensor.numel() > 0 and self.sim.holds(tensor)):
+            return tensor
+        return self.sim.upload(tensor)
+
+    def __call__(
+        self,
+        inputs,
+        grad_loss=None,
+        needs=None,
+        order=ORDERS[0],
+        foreground_weight=2.0,
+        background_weight=1.0,
+        reduction="mean",
+    ):
+        """{"loss": ..., "grad prediction": ..., ...} as accuracy.evaluate() has it, and the count.
+
+        needs: which gradients of prediction, target, weighting; all that there are by default.
+        """
+        options = (foreground_weight, background_weight, reduction)
+        weighting = inputs["weighting"]
+        if needs is None:
+            needs = (True, True, weighting is not None)
+        args = [self.upload(inputs[name]) for name in ARGUMENTS]
+        with self.sim.order(order):
+            loss, count = self.forward(*args, *options)
+            results = {"loss": self.sim.download(loss)}
+            if grad_loss is None:
+                grad_loss = torch.ones_like(results["loss"])
+            grad_loss = self.upload(grad_loss.to(results["loss"].dtype))
+            grads = self.backward(grad_loss, *args, count, *options, *needs)
+        for needed, name, grad in zip(needs, ARGUMENTS[:2] + ARGUMENTS[4:], grads, strict=True):
+            assert needed or grad.shape == (0,), name
+            if needed:
+                results[f"grad {name}"] = self.sim.download(grad)
+        if needs[2]:  # the last step is torch's, as in ops/masked_squared_error.py
+            grad = results["grad weighting"].sum_to_size(weighting.shape)
+            results["grad weighting"] = grad.to(weighting.dtype)
+        return results, self.sim.download(count).item()
+
+    def readers(self):
+        """How each launch since the last reset() reads: "Direct float, 4" is packs of 4 floats,
+        "Any float" is element by element of any dtype and strides."""
+        found = [READER.search(launch) for launch in self.sim.launches()]
+        return [f"{match[1]} {match[2]}" for match in found if match]
+
+
+@functools.cache
+def simulated_operator():
+    """One for all test files."""
+    return SimulatedOperator()
