@@ -197,7 +197,7 @@ def test_operators_refuse_a_meta_tensor_among_others(arguments):
         check(
             lambda c=call: c(**arguments),
             ValueError,
-            "must be on the device of prediction (cpu), got meta",
+            "one device, got cpu and meta",
         )
 
 
