@@ -194,7 +194,11 @@ def test_operators_called_directly(arguments, text):
 @pytest.mark.parametrize("arguments", TWO_DEVICES)
 def test_operators_refuse_a_meta_tensor_among_others(arguments):
     for call in (call_op, call_backward):
-        check(lambda c=call: c(**arguments), ValueError, "one device, got cpu and meta")
+        check(
+            lambda c=call: c(**arguments),
+            ValueError,
+            "one device, got cpu and meta",
+        )
 
 
 def test_ranks_the_operator_refuses():

@@ -15,7 +15,9 @@ NAN, INF = float("nan"), float("inf")
 POISONS = (NAN, -INF, 6e4)
 SMALL = [c for c in CASES if c.mask and torch.Size(c.shape).numel() < 1 << 13]
 # A stride of 0 makes one number of excluded and kept elements: it cannot be poisoned in one place.
-POISONABLE = [c for c in SMALL if c.layout != "expanded" and c.mask_layout != "expanded"]
+POISONABLE = [c for c in SMALL if "expanded" not in (c.layout, c.mask_layout)]
+# One integer and one floating mask stand for all dtypes here.
+POISONABLE = [c for c in POISONABLE if c.mask_dtype in (torch.bool, torch.int64, torch.float16)]
 
 
 def kept(inputs):

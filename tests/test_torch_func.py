@@ -117,11 +117,14 @@ def test_forward_mode_in_one_argument(only):
 
 def test_arguments_are_checked_under_vmap():
     x, target, mask = torch.randn(4, 2, 5), torch.randn(2, 5), torch.ones(2, 5)
+    token_loss = mle.AttentionMaskMseLoss()
     for bad, text in (
         (lambda a: mle.masked_mse(a, target[:1], mask), "x must have the shape of x_recon"),
         (lambda a: mle.masked_mse(a.long(), target, mask), "x_recon must be a floating tensor"),
         (lambda a: mle.masked_mse(a, target, mask[:, :1]), "mask shape must be"),
         (lambda a: mle.MseLoss()(a, target, x), "weighting must be broadcastable"),
+        (lambda a: token_loss(a[None], target[None, :1]), "Shape mismatch"),
+        (lambda a: token_loss(a[None].long(), target[None]), "must be a floating tensor"),
     ):
         with pytest.raises(ValueError, match=text):
             torch.vmap(bad)(x)
