@@ -241,4 +241,4 @@ def test_sums_that_show_their_order(op, dtype):
         for columns in (torch.randperm(4096) for _ in range(20)):
             shuffled = dict(inputs, prediction=values[:, columns], target=target[:, columns])
             sums.add(op(shuffled, reduction="sum")[0]["loss"].item())
-        assert len(sums) > 5
+        assert len(sums) > 1
