@@ -213,8 +213,8 @@ def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -
 
 def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tuple[float, float]:
     """Mean (total, forward) microseconds of a call."""
-    if calls > 1:  # what the contender before left in the caches is no part of a short call
-        timed_call(contender, clock, calls)
+    # Warm caches: what the contender before left in them is no part of this one's time.
+    timed_call(contender, clock, calls)
     marks = [timed_call(contender, clock, index) for index in range(calls)]
     clock.finish()
     total = sum(clock.elapsed_us(begin, end) for begin, _, end in marks)

@@ -8,6 +8,8 @@ import torch
 
 _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see ops/
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def shape_text(tensor):
     return sizes_text(tensor.shape)
@@ -84,6 +86,21 @@ def check_mask(function, name, mask, like_name, like, dims, label=None):
     if mask.is_complex():
         raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")
     check_device(function, name, mask, like_name, like)
+    check_not_additive(function, name, mask)
+
+
+def check_not_additive(function, name, mask):
+    """A mask of 0 and -inf, as attention layers add it, would select the padding.
+
+    Looks at data, so only at that of floating masks on the CPU, and not while tracing.
+    """
+    if mask.dtype not in _FLOATING or mask.device.type != "cpu" or is_traced():
+        return
+    if mask.numel() and mask.min() < 0:
+        raise ValueError(
+            f"{function}: {name} must be on where it is not 0, got negative entries: an additive "
+            "mask? Give mask == 0 instead"
+        )
 
 
 def check_weighting(function, weighting, like_name, like):

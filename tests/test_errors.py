@@ -256,3 +256,20 @@ def test_zero_sized_batches_work(shape):
     assert none.shape == shape[:2] and (none == 0).all()
     assert mle.masked_sse(x, x.detach(), mask).item() == 0
     assert mle.MseLoss()(x, x.detach()).item() == 0
+
+
+def test_additive_masks_are_refused():
+    mask = torch.zeros(2, 3)
+    mask[0, 1:] = -torch.inf
+    loss = mle.AttentionMaskMseLoss()
+    with pytest.raises(ValueError, match=r"AttentionMaskMseLoss: attention_mask .* additive"):
+        loss(torch.ones(2, 3, 4), torch.zeros(2, 3, 4), mask)
+    with pytest.raises(ValueError, match=r"masked_mse: mask .* additive"):
+        mle.masked_mse(torch.ones(2, 3), torch.zeros(2, 3), mask)
+
+
+def test_a_reduction_that_was_changed_to_a_wrong_word():
+    loss = mle.AttentionMaskMseLoss()
+    loss.reduction = "average"
+    with pytest.raises(ValueError, match="AttentionMaskMseLoss: Invalid reduction.*'average'"):
+        loss(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))

@@ -110,7 +110,10 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
   q.partial_sum = sums.data();
   q.partial_count = counts.data();
   const SquaredErrorKernels& kernel = kernels();
-  for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.forward(q, chunk); });
+  // Last chunk first: what the model wrote last is still in the cache, and what is read last here is
+  // what the backward, which goes upwards, reads first.
+  for_each_chunk(q.chunks.count,
+                 [&](int64_t i) { kernel.forward(q, q.chunks.count - 1 - i); });
 
   double sum = 0;
   int64_t selected = 0;
@@ -162,7 +165,10 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   q.scale = backward_scale(grad_loss, count, reduction, prediction);
   set_layout(q, layout, plan.whole_rows);
   const SquaredErrorKernels& kernel = kernels();
-  for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.backward(q, chunk); });
+  const Tensor& output = plan.prediction ? grad_prediction : grad_target;
+  const int64_t bytes = q.chunks.rows_per_chunk * q.chunks.cols_per_chunk * output.element_size();
+  for_each_chunk_of_output(q.chunks.count, output.const_data_ptr(), bytes,
+                           [&](int64_t chunk) { kernel.backward(q, chunk); });
   return {grad_prediction, grad_target, grad_weighting};
 }
 

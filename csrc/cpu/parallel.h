@@ -8,20 +8,42 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/memory.h"
+
 namespace masked_loss_ext {
 
-// Runs f(chunk) for every chunk on PyTorch's threads. Each takes the next chunk when it is free: masked
-// rows cost almost nothing, so equal shares would not be equal work. f must not throw (parallel_for
-// would lose the text) and must write to a place of its own per chunk.
+// Runs f(chunk) for every chunk in [0, count), each on the next of PyTorch's threads that is free: masked
+// rows cost almost nothing, so equal shares would not be equal work. f must not throw (parallel_for would
+// lose the text).
 template <class F>
-void for_each_chunk(int64_t chunks, const F& f) {
+void for_each_chunk(int64_t count, const F& f) {
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t, int64_t) {
-    for (int64_t chunk = next++; chunk < chunks; chunk = next++) f(chunk);
+    for (int64_t chunk = next++; chunk < count; chunk = next++) f(chunk);
   };
-  if (chunks <= 1) return work(0, 1);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+  if (count <= 1) return work(0, 1);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   torch::stable::parallel_for(0, threads, 1, work);
+}
+
+// The same for chunks that fill `bytes` each of a large fresh output. Two threads that touch a huge page
+// for the first time at once both clear 2 MB, and one throws its page away: so each thread takes the
+// chunks of one huge page at a time, where that leaves enough pieces to balance.
+template <class F>
+void for_each_chunk_of_output(int64_t chunks, const void* output, int64_t bytes, const F& f) {
+  constexpr int64_t kPiecesPerThread = 4;
+  const int64_t page = static_cast<int64_t>(kHugePage);
+  const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(output) % kHugePage);
+  const int64_t pages = (shift + chunks * bytes + page - 1) / page;
+  if (pages < kPiecesPerThread * torch::stable::get_num_threads()) return for_each_chunk(chunks, f);
+  // Chunks that begin in pages [0, i).
+  auto before = [&](int64_t i) {
+    const int64_t offset = std::max<int64_t>(i * page - shift, 0);
+    return std::min((offset + bytes - 1) / bytes, chunks);
+  };
+  for_each_chunk(pages, [&](int64_t i) {
+    for (int64_t chunk = before(i); chunk < before(i + 1); ++chunk) f(chunk);
+  });
 }
 
 }  // namespace masked_loss_ext

@@ -19,7 +19,10 @@ EDIT_MASK_DEFAULTS = ("unit", "foreground")
 _TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
 
 
-def _check(function, mask_label, model_pred, target, attention_mask, edit_mask, weighting):
+def _check(
+    function, reduction, mask_label, model_pred, target, attention_mask, edit_mask, weighting
+):
+    check_choice(function, "reduction", reduction, REDUCTIONS, "Invalid reduction: ")
     check_prediction(function, "model_pred", model_pred, "target", target)
     check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
     check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
@@ -52,7 +55,7 @@ def _token_loss(
     model_pred, target, attention_mask, edit_mask, weighting = tensors
     try:
         if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
-            _check(function, mask_label, *tensors)
+            _check(function, reduction, mask_label, *tensors)
         return masked_squared_error(
             model_pred,
             target,
@@ -65,7 +68,7 @@ def _token_loss(
         )
     except Exception as error:  # a list has no .dim(), and what else there is
         failure = error
-    _check(function, mask_label, *tensors)
+    _check(function, reduction, mask_label, *tensors)
     raise failure
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
+from .._checks import check_not_additive
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -46,8 +47,10 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
-    if mask is not None and mask.dtype in _RARE_DTYPES:
-        mask = mask != 0
+    if mask is not None and mask.dtype != torch.bool:
+        check_not_additive("masked_squared_error", "mask", mask)
+        if mask.dtype in _RARE_DTYPES:
+            mask = mask != 0
     if edit_mask is not None and edit_mask.dtype in _RARE_DTYPES:
         edit_mask = edit_mask.to(torch.float32)
     args = (
