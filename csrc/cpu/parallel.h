@@ -27,21 +27,25 @@ void for_each_chunk(int64_t count, const F& f) {
 }
 
 // The same for chunks that fill `bytes` each of a large fresh output. Two threads that touch a huge page
-// for the first time at once both clear 2 MB, and one throws its page away: so each thread takes the
-// chunks of one huge page at a time, where that leaves enough pieces to balance.
+// for the first time at once both clear 2 MB, and one throws its page away. So a thread takes all chunks
+// of a page, where that leaves enough pieces to balance, and what is taken at a time lies far apart: a
+// chunk may reach into the next page.
 template <class F>
 void for_each_chunk_of_output(int64_t chunks, const void* output, int64_t bytes, const F& f) {
   constexpr int64_t kPiecesPerThread = 4;
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t page = static_cast<int64_t>(kHugePage);
   const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(output) % kHugePage);
   const int64_t pages = (shift + chunks * bytes + page - 1) / page;
-  if (pages < kPiecesPerThread * torch::stable::get_num_threads()) return for_each_chunk(chunks, f);
+  if (threads == 1 || pages < kPiecesPerThread * threads) return for_each_chunk(chunks, f);
   // Chunks that begin in pages [0, i).
   auto before = [&](int64_t i) {
     const int64_t offset = std::max<int64_t>(i * page - shift, 0);
     return std::min((offset + bytes - 1) / bytes, chunks);
   };
-  for_each_chunk(pages, [&](int64_t i) {
+  const int64_t share = (pages + threads - 1) / threads;
+  for_each_chunk(share * threads, [&](int64_t turn) {
+    const int64_t i = turn % threads * share + turn / threads;
     for (int64_t chunk = before(i); chunk < before(i + 1); ++chunk) f(chunk);
   });
 }
