@@ -29,4 +29,8 @@ struct Array {
   Kind kind = Kind::kFloat;
 };
 
+struct ByteRange {
+  uintptr_t begin = 0, end = 0;  // addresses
+};
+
 }  // namespace masked_loss_ext

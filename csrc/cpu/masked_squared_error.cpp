@@ -38,6 +38,10 @@ Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, Sca
   return tensor;
 }
 
+ByteRange untouched_pages_of(const Tensor& fresh) {
+  return untouched_pages(fresh.mutable_data_ptr(), fresh.numel() * fresh.element_size());
+}
+
 // whole_rows: something is written once per row, so a row must not be cut.
 Chunks cut(const Layout& layout, bool whole_rows) {
   Chunks chunks;
@@ -161,6 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   if (!is_scalar(reduction)) q.loss = array_of(grad_loss);
   if (plan.prediction) q.grad_prediction = array_of(grad_prediction);
   if (plan.target) q.grad_target = array_of(grad_target);
+  q.zero_prediction = untouched_pages_of(grad_prediction);
+  q.zero_target = untouched_pages_of(grad_target);
   if (plan.weighting) q.grad_weighting = array_of(grad_weighting);
   q.scale = backward_scale(grad_loss, count, reduction, prediction);
   set_layout(q, layout, plan.whole_rows);

@@ -28,6 +28,7 @@ struct SquaredErrorProblem {
   double* partial_sum = nullptr;     // [chunks], forward
   int64_t* partial_count = nullptr;  // [chunks], forward
   Array grad_prediction, grad_target, grad_weighting;
+  ByteRange zero_prediction, zero_target;  // where these are known to be 0 already
 };
 
 struct SquaredErrorKernels {

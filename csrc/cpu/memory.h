@@ -3,9 +3,13 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
+
+#include "array.h"
 
 namespace masked_loss_ext {
 
@@ -21,6 +25,32 @@ inline void advise_huge_pages(void* data, size_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
+#endif
+}
+
+constexpr size_t kUntouchedFrom = size_t(4) << 20;  // bytes; less is rarely fresh from the system
+
+// The pages of a freshly allocated output that nobody has ever touched, all or none: they read as 0, so
+// rows that the mask drops need not be written there. mincore() knows what is in memory; MADV_FREE drops
+// what might have been swapped out, and refuses anything but private anonymous memory, whose untouched
+// pages are zero by contract. Where either is not to be had the range is empty.
+inline ByteRange untouched_pages(void* data, size_t bytes) {
+#if defined(MADV_FREE)
+  if (bytes < kUntouchedFrom) return {};
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  std::vector<unsigned char> resident((end - begin) / page);
+  void* first = reinterpret_cast<void*>(begin);
+  if (mincore(first, end - begin, resident.data()) != 0) return {};
+  for (unsigned char state : resident) {
+    if (state & 1) return {};
+  }
+  if (madvise(first, end - begin, MADV_FREE) != 0) return {};
+  return {begin, end};
+#else
+  (void)data, (void)bytes;
+  return {};
 #endif
 }
 
