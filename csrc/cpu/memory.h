@@ -14,11 +14,15 @@
 namespace masked_loss_ext {
 
 constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+// Bytes. The C library soon keeps smaller blocks to itself, so that their pages are warm, and then asking
+// costs more than it brings.
+constexpr size_t kLargeOutput = size_t(16) << 20;
 
 // Asks for huge pages where a freshly allocated output holds any: its first write then faults once per
 // 2 MB instead of once per 4 KB, which on a virtual machine costs more than the arithmetic.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
+  if (bytes < kLargeOutput) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (address + bytes) & ~(kHugePage - 1);
@@ -28,15 +32,13 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-constexpr size_t kUntouchedFrom = size_t(4) << 20;  // bytes; less is rarely fresh from the system
-
 // The pages of a freshly allocated output that nobody has ever touched, all or none: they read as 0, so
 // rows that the mask drops need not be written there. mincore() knows what is in memory; MADV_FREE drops
 // what might have been swapped out, and refuses anything but private anonymous memory, whose untouched
 // pages are zero by contract. Where either is not to be had the range is empty.
 inline ByteRange untouched_pages(void* data, size_t bytes) {
 #if defined(MADV_FREE)
-  if (bytes < kUntouchedFrom) return {};
+  if (bytes < kLargeOutput) return {};
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
