@@ -112,7 +112,7 @@ def test_a_run_with_a_refusal_fails_after_it_has_written_what_it_has(monkeypatch
 
 
 def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate(monkeypatch):
-    monkeypatch.setattr(harness, "REGION_US", 0.0)  # one call a sample
+    monkeypatch.setattr(harness, "REGION_US", 0.0)  # one timed call a sample
     seen = []
     data = torch.ones(4, requires_grad=True)
 
@@ -125,7 +125,9 @@ def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate
         return harness.Contender(name, call, [(data,)])
 
     samples = harness.interleave([named(name) for name in "abc"], "cpu", rounds=8)
-    rounds = [tuple(seen[i : i + 3]) for i in range(len(seen) - 24, len(seen), 3)]
+    turns = seen[-2 * 24 :]  # each is a call that warms the caches and one that is timed
+    assert turns[::2] == turns[1::2]
+    rounds = [tuple(turns[i : i + 6 : 2]) for i in range(0, len(turns), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 1
     assert all(len(one.total_us) == 8 for one in samples.values())

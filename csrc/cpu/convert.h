@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Element types of the CPU kernels and branch-free conversions that compilers vectorise at every
-// instruction-set level (no F16C, no AVX512-BF16 needed). Only static functions: see isa.h.
+// instruction-set level (no F16C, no AVX512-BF16 needed). Only static functions: see array.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "array.h"
-
 
 namespace masked_loss_ext {
 
