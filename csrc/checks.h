@@ -54,10 +54,10 @@ inline void check_mask_type(const char* op, const char* name, const Tensor& tens
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
-                              const Tensor& prediction) {
-  const auto device = tensor.device(), expected = prediction.device();
+                              const Tensor& like, const char* like_name = "prediction") {
+  const auto device = tensor.device(), expected = like.device();
   if (device.type() == expected.type() && device.index() == expected.index()) return;
-  fail(op, ": ", name, " must be on the device of prediction (they differ in type or index)");
+  fail(op, ": ", name, " must be on the device of ", like_name, " (they differ in type or index)");
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& tensor,
@@ -67,6 +67,15 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& ten
   if (!same) {
     fail(op, ": ", name, " must have the shape of prediction ", shape_text(prediction), ", got ",
          shape_text(tensor));
+  }
+}
+
+inline void check_integer(const char* op, const char* name, const Tensor& tensor, const char* why) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte: case ScalarType::Char: case ScalarType::Short: case ScalarType::Int:
+    case ScalarType::Long: return;
+    default: fail(op, ": ", name, " must be uint8, int8, int16, int32 or int64", why, ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 

@@ -4,7 +4,7 @@
 // others enumerate rows. Plain data, no PyTorch header: kernels take it as it is.
 #pragma once
 
-#include <cstdint>
+#include "array.h"
 
 namespace masked_loss_ext {
 
@@ -25,5 +25,18 @@ struct Layout {
   int64_t rows = 1, cols = 1;
   int64_t col_stride[kOperands] = {};
 };
+
+// Offset of an operand's element `index`, counted over rows and columns in order.
+MASKED_LOSS_EXT_INLINE int64_t offset_at(const Layout& layout, Operand operand, int64_t index) {
+  if (layout.outer == 0) return index * layout.col_stride[operand];
+  int64_t row = index / layout.cols;
+  int64_t offset = (index - row * layout.cols) * layout.col_stride[operand];
+  for (int d = layout.outer - 1; d >= 0; --d) {
+    const int64_t quotient = d > 0 ? row / layout.outer_size[d] : 0;
+    offset += (row - quotient * layout.outer_size[d]) * layout.outer_stride[d][operand];
+    row = quotient;
+  }
+  return offset;
+}
 
 }  // namespace masked_loss_ext

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "array.h"
 #include "checks.h"
@@ -42,9 +43,14 @@ class LayoutBuilder {
     for (int d = 0; d < dims_; ++d) size_[d] = prediction.size(d);
   }
 
-  // The tensor's dimension i is dimension i + first of prediction; size-1 dimensions broadcast.
+  explicit LayoutBuilder(const std::vector<int64_t>& sizes) : dims_(static_cast<int>(sizes.size())) {
+    for (int d = 0; d < dims_; ++d) size_[d] = sizes[d];
+  }
+
+  // The tensor's dimension i is dimension i + first of the nest; size-1 dimensions broadcast, and
+  // dimensions beyond the nest are left out.
   void add(Operand operand, const Tensor& tensor, int first = 0) {
-    for (int d = 0; d < tensor.dim(); ++d) {
+    for (int d = 0; d < tensor.dim() && d + first < dims_; ++d) {
       stride_[d + first][operand] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
     }
   }

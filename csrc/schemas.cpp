@@ -25,6 +25,23 @@
 //                       "none"        per element                -> prediction.shape
 // Returns the loss (float32; float64 where prediction or target is) and the int64 count of selected
 // elements.
+
+// Cross entropy and row statistics of the rows that count (formula: masked_cross_entropy.h).
+//   logits        [..., V]  floating; any strides, but of the last dimension
+//   target        [...]     integer; None: statistics alone, loss 0
+//   mask          [...]     any dtype, on where != 0; None keeps everything
+//   weight        [V]       class weights, in the dtype of the loss
+//   token_weight  [...]     floating
+//   segment_ids   [...]     integer
+//   temperature   []        floating, > 0; a tensor, as it may change from step to step
+//   normalizer    []        number to divide by, for reduction "mean"
+//   softcap                 0 for none
+//   shift                   position t of the last row dimension is scored against target t + shift
+//   reduction               "mean" sum / denominator -> [], "sum" -> [], "none" -> [...]
+// Returns, in float32 (float64 where logits is): the loss; per row log-sum-exp, entropy (with
+// `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
+// one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
+// at rows that do not count; and the denominator [] (float64).
 STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "masked_squared_error(Tensor prediction, Tensor target, Tensor? mask=None, "
@@ -39,6 +56,31 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "float background_weight, str reduction, bool needs_prediction, bool needs_target, "
       "bool needs_weighting) -> (Tensor grad_prediction, Tensor grad_target, Tensor "
       "grad_weighting)");
+  m.def(
+      "masked_cross_entropy(Tensor logits, Tensor? target, Tensor? mask=None, Tensor? weight=None, "
+      "Tensor? token_weight=None, Tensor? segment_ids=None, Tensor? temperature=None, "
+      "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, "
+      "float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, SymInt shift=0, "
+      "str reduction=\"mean\", bool statistics=False) -> (Tensor loss, Tensor lse, Tensor entropy, "
+      "Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor denominator)");
+  // grad_* may be absent; grad_logits is contiguous, with no elements where it is not needed, and so
+  // is grad_token_weight (in the dtype of the loss).
+  m.def(
+      "_masked_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
+      "Tensor? grad_log_prob, Tensor logits, Tensor? target, Tensor? mask, Tensor? weight, "
+      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor lse, Tensor entropy, "
+      "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
+      "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
+      "str reduction, bool needs_logits, bool needs_token_weight) -> (Tensor grad_logits, "
+      "Tensor grad_token_weight)");
+  // The same, with grad_logits written over the logits. The caller bumps their version.
+  m.def(
+      "_masked_cross_entropy_backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
+      "Tensor? grad_log_prob, Tensor(a!) logits, Tensor? target, Tensor? mask, Tensor? weight, "
+      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor lse, Tensor entropy, "
+      "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
+      "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
+      "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
 }

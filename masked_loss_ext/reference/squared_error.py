@@ -1,28 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every operation again in plain PyTorch: the specification that the kernels are tested against.
-
-Never tuned. Each function computes in float32, or in float64 where prediction or target is
-float64, so float64 copies of the inputs give the truth. What a mask excludes is replaced by 0
-*before* any arithmetic: ``torch.where`` on the result would leave ``0 * NaN`` in the gradient.
-"""
+"""Masked squared errors."""
 
 import torch
-import torch.nn.functional as F
-
-__all__ = [
-    "compute_loss_multi_resolution",
-    "lengths_to_mask",
-    "map_mask_to_latent",
-    "mask_edit_loss",
-    "masked_edit_token_mean_loss",
-    "masked_mse",
-    "masked_squared_error",
-    "masked_squared_error_gradients",
-    "masked_sse",
-    "mse_loss",
-    "pad_latents_for_multi_res",
-    "unpad",
-]
 
 
 def accumulate_dtype(prediction, target):
@@ -201,36 +180,3 @@ def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
 def masked_mse(x_recon, x, mask, *, reduction="mean"):
     """The same with another default."""
     return masked_squared_error(x_recon, x, mask, reduction=reduction)
-
-
-def pad_latents_for_multi_res(latents, max_seq_len=None):
-    """[n_i, C] latents -> zero-padded [B, T, C] and bool mask [B, T]."""
-    length = max(latent.shape[0] for latent in latents) if max_seq_len is None else max_seq_len
-    first = latents[0]
-    rows = [F.pad(latent.to(first), (0, 0, 0, length - latent.shape[0])) for latent in latents]
-    return torch.stack(rows), lengths_to_mask(
-        torch.tensor([latent.shape[0] for latent in latents], device=first.device), length
-    )
-
-
-def lengths_to_mask(lengths, max_len=None):
-    """[B] lengths -> bool [B, T], True at t < length."""
-    length = int(lengths.max()) if max_len is None else max_len
-    return torch.stack([torch.arange(length, device=lengths.device) < n for n in lengths])
-
-
-def unpad(padded, mask):
-    """Padded [B, T, ...] -> list of the rows' kept entries [n_i, ...]."""
-    return [row[keep != 0] for row, keep in zip(padded, mask, strict=True)]
-
-
-def map_mask_to_latent(image_mask):
-    """[B, H, W] -> [B, (H//16) * (W//16)]: the strongest 8x8 average of each 2x2 group."""
-    if not image_mask.is_floating_point():
-        image_mask = image_mask != 0
-    image_mask = image_mask.to(accumulate_dtype(image_mask, image_mask))
-    batch, height, width = image_mask.shape
-    cells = image_mask[:, : height // 8 * 8, : width // 8 * 8]
-    cells = cells.reshape(batch, height // 8, 8, width // 8, 8).mean(dim=(2, 4))
-    groups = cells.reshape(batch, height // 16, 2, width // 16, 2).amax(dim=(2, 4))
-    return groups.flatten(1)

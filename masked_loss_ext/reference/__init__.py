@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every operation again in plain PyTorch: the specification that the kernels are tested against.
+
+Never tuned. Each function computes in float32, or in float64 where prediction or target (or the
+logits) is float64, so float64 copies of the inputs give the truth. What a mask excludes is replaced
+by 0 *before* any arithmetic: ``torch.where`` on the result would leave ``0 * NaN`` in the gradient.
+"""
+
+from .cross_entropy import (
+    RowStatistics,
+    mask_labels,
+    masked_cross_entropy,
+    multi_token_prediction_loss,
+    row_statistics,
+)
+from .padding import lengths_to_mask, map_mask_to_latent, pad_latents_for_multi_res, unpad
+from .squared_error import (
+    accumulate_dtype,
+    align_leading,
+    compute_loss_multi_resolution,
+    factors,
+    mask_edit_loss,
+    masked_edit_token_mean_loss,
+    masked_mse,
+    masked_squared_error,
+    masked_squared_error_gradients,
+    masked_sse,
+    mse_loss,
+    select,
+    term_scale,
+)
+
+__all__ = [
+    "RowStatistics",
+    "accumulate_dtype",
+    "align_leading",
+    "compute_loss_multi_resolution",
+    "factors",
+    "lengths_to_mask",
+    "map_mask_to_latent",
+    "mask_edit_loss",
+    "mask_labels",
+    "masked_cross_entropy",
+    "masked_edit_token_mean_loss",
+    "masked_mse",
+    "masked_squared_error",
+    "masked_squared_error_gradients",
+    "masked_sse",
+    "mse_loss",
+    "multi_token_prediction_loss",
+    "pad_latents_for_multi_res",
+    "row_statistics",
+    "select",
+    "term_scale",
+    "unpad",
+]

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Masked cross entropy, row by row: the exact meaning of every keyword and of their combinations.
+
+With z = softcap(logits) / temperature, softcap(x) = c * tanh(x / c), and per row
+
+    lse = log(sum_c exp(z_c))      ce = lse - z_y      p = exp(-ce)      eps = label_smoothing
+
+the loss of a row that counts is
+
+    token_weight * ( ((1 - eps) * w_y * ce + eps / V * sum_c w_c * (lse - z_c)) * (1 - p)^focal_gamma
+                     + z_loss * lse^2 )
+
+and exactly 0 of one that does not. A row counts where the mask is on and its label is not
+ignore_index; with a shift k both are those of position t + k, which must lie inside the row and, where
+segment_ids are given, in the segment of t.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .squared_error import accumulate_dtype, select
+
+
+class RowStatistics(NamedTuple):
+    """Per row, of z = softcap(logits) / temperature; 0 (False) at rows that do not count.
+
+    lse       log-sum-exp of z
+    entropy   of softmax(z), in nats
+    log_prob  of the target; None without one
+    hit       whether the target is the (first) largest entry; None without a target
+    """
+
+    lse: torch.Tensor
+    entropy: torch.Tensor
+    log_prob: torch.Tensor | None
+    hit: torch.Tensor | None
+
+
+def shifted(tensor, shift, fill):
+    """tensor[..., t + shift] at position t; ``fill`` where that lies outside."""
+    if shift == 0:
+        return tensor
+    moved = torch.full_like(tensor, fill)
+    moved[..., : max(tensor.shape[-1] - shift, 0)] = tensor[..., shift:]
+    return moved
+
+
+def counted_rows(logits, target, mask, ignore_index, shift=0, segment_ids=None):
+    """The label of each row, 0 where it does not count, and which rows count."""
+    on = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if target is not None:
+        on = target != ignore_index
+    if mask is not None:
+        on = on & (mask != 0)
+    on = shifted(on, shift, False)
+    if segment_ids is not None:
+        on = on & (shifted(segment_ids, shift, 0) == segment_ids)
+    if target is None:
+        return None, on
+    labels = torch.where(on, shifted(target, shift, 0), 0).long()
+    return labels, on
+
+
+def scaled_logits(logits, on, temperature=1.0, softcap=None):
+    """z of the rows that count; all 0 in the others."""
+    z = select(on.unsqueeze(-1), logits.to(accumulate_dtype(logits, logits)))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    return z.masked_fill(z == -torch.inf, -torch.inf)  # banned: a constant, its gradient is 0
+
+
+def _gather(z, labels):
+    return z.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def statistics_of(z, labels, on):
+    """RowStatistics of z; banned classes (-inf) have probability, gradient and entropy term 0."""
+    lse = torch.logsumexp(z, -1)
+    banned = z == -torch.inf
+    finite = z.masked_fill(banned, 0)  # 0 * -inf must not come about, in the derivative neither
+    p = torch.exp(z - lse.unsqueeze(-1))
+    entropy = lse - (p * finite).sum(-1)
+    if labels is None:
+        return RowStatistics(select(on, lse), select(on, entropy), None, None)
+    z_y = _gather(z, labels)
+    hit = (z.argmax(-1) == labels) & on
+    return RowStatistics(select(on, lse), select(on, entropy), select(on, z_y - lse), hit)
+
+
+def row_losses(z, labels, on, weight, token_weight, label_smoothing, z_loss, focal_gamma):
+    """The formula above, and w_y per row (the denominator's share)."""
+    classes = z.shape[-1]
+    lse = torch.logsumexp(z, -1)
+    ce = lse - _gather(z, labels)
+    w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
+    w_y = w[labels]
+    loss = (1 - label_smoothing) * w_y * ce
+    if label_smoothing > 0:
+        # A class of weight 0 takes no part, banned (-inf) or not.
+        distance = (lse.unsqueeze(-1) - z).masked_fill((w == 0).expand(z.shape), 0)
+        loss = loss + label_smoothing / classes * (w * distance).sum(-1)
+    if focal_gamma > 0:
+        loss = loss * focal_factor(ce, focal_gamma)
+    if z_loss != 0:
+        loss = loss + z_loss * lse.square()
+    if token_weight is not None:
+        loss = loss * select(on, token_weight.to(z.dtype))
+    return select(on, loss), select(on, w_y)
+
+
+def focal_factor(ce, gamma):
+    """(1 - p)^gamma, with derivative 0 where p is 1: gamma < 1 would make it infinite there."""
+    rest = -torch.expm1(-ce)
+    certain = rest <= 0
+    return rest.masked_fill(certain, 1).pow(gamma).masked_fill(certain, 0)
+
+
+def masked_cross_entropy(
+    logits,
+    target,
+    mask=None,
+    *,
+    ignore_index=-100,
+    weight=None,
+    token_weight=None,
+    label_smoothing=0.0,
+    temperature=1.0,
+    softcap=None,
+    z_loss=0.0,
+    focal_gamma=0.0,
+    shift=0,
+    segment_ids=None,
+    reduction="mean",
+    normalizer=None,
+    return_stats=False,
+):
+    """Sum of the row losses over a denominator ("mean"), their sum, or each ("none").
+
+    The denominator is ``normalizer``, else the number of rows that count or, with class weights, the
+    sum of their w_y; where it is 0 so is the loss.
+    """
+    labels, on = counted_rows(logits, target, mask, ignore_index, shift, segment_ids)
+    z = scaled_logits(logits, on, temperature, softcap)
+    if token_weight is not None:
+        token_weight = shifted(token_weight, shift, 0)
+    if logits.shape[-1] == 0 or on.numel() == 0:
+        loss, w_y = z.sum(-1), z.sum(-1)
+        stats = RowStatistics(z.sum(-1), z.sum(-1), z.sum(-1), on)
+    else:
+        loss, w_y = row_losses(
+            z, labels, on, weight, token_weight, label_smoothing, z_loss, focal_gamma
+        )
+        stats = statistics_of(z, labels, on) if return_stats else None
+    if reduction == "mean":
+        if normalizer is None:
+            normalizer = on.sum() if weight is None else w_y.double().sum()
+        denominator = torch.as_tensor(normalizer, device=loss.device).double()
+        total = loss.sum() / torch.where(denominator == 0, 1, denominator)
+        loss = torch.where(denominator == 0, 0, total).to(loss.dtype)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return (loss, stats) if return_stats else loss
+
+
+def row_statistics(
+    logits, target=None, mask=None, *, ignore_index=-100, temperature=1.0, softcap=None
+):
+    """The statistics of the rows that count, without a loss."""
+    labels, on = counted_rows(logits, target, mask, ignore_index)
+    z = scaled_logits(logits, on, temperature, softcap)
+    if logits.shape[-1] == 0 or on.numel() == 0:
+        nothing = z.sum(-1)
+        log_prob, hit = (None, None) if target is None else (nothing, on)
+        return RowStatistics(nothing, nothing, log_prob, hit)
+    return statistics_of(z, labels, on)
+
+
+def multi_token_prediction_loss(
+    logits_list,
+    labels,
+    attention_mask=None,
+    weights=(0.5, 0.25, 0.15, 0.1),
+    *,
+    ignore_index=-100,
+    segment_ids=None,
+    mask_sources=False,
+    renormalize_empty_heads=False,
+    normalizer=None,
+):
+    """Head i predicts the label i + 1 positions on: sum_i weights[i] * mean cross entropy of head i."""
+    losses, counts = [], []
+    for i, logits in enumerate(logits_list):
+        _, on = counted_rows(logits, labels, attention_mask, ignore_index, i + 1, segment_ids)
+        if mask_sources and attention_mask is not None:
+            on = on & (attention_mask != 0)
+        target = torch.where(on, shifted(labels, i + 1, 0), ignore_index)
+        losses.append(
+            masked_cross_entropy(logits, target, ignore_index=ignore_index, normalizer=normalizer)
+        )
+        counts.append(on.sum())
+    w = torch.tensor(weights, dtype=torch.float64)
+    if renormalize_empty_heads:
+        w = w * torch.stack([(count > 0).double() for count in counts])
+        w = w / w.sum() if w.sum() > 0 else w
+    total = sum(wi.item() * loss for wi, loss in zip(w, losses, strict=True))
+    return total, losses
+
+
+def mask_labels(labels, mask, *, ignore_index=-100):
+    """Labels with ignore_index wherever the mask is off."""
+    return torch.where(mask != 0, labels, ignore_index)
