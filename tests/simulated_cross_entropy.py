@@ -57,7 +57,7 @@ class Call:
         return (o.get("ignore_index", -100), *real, o.get("shift", 0), o["reduction"])
 
     def backward(self, grads=None, order=ORDERS[0], needs=(True, True), in_place=False):
-        """{"logits": ..., "token_weight": ...} for {"loss": ..., "lse": ...}; 1 for the loss alone."""
+        """{"logits": ..., "token_weight": ...} for {"loss": ..., "lse": ...}; for a loss of 1."""
         sim = self.op.sim
         if grads is None:
             grads = {"loss": torch.ones_like(self.results["loss"])}

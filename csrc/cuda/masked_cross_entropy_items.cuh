@@ -49,6 +49,18 @@ __device__ __forceinline__ A scale_of(const CrossEntropyParams& q) {
   return q.temperature.data != nullptr ? cap / load<A>(q.temperature, 0) : cap;
 }
 
+__device__ __forceinline__ double weight_at(const CrossEntropyParams& q, int64_t label) {
+  return q.weight.data != nullptr && label >= 0 ? load<double>(q.weight, label) : 1;
+}
+
+__device__ __forceinline__ double sum_of_weights(const CrossEntropyParams& q, const double* weight_sum) {
+  return weight_sum != nullptr ? *weight_sum : double(q.rows.classes);
+}
+
+__device__ __forceinline__ double token_weight_at(const CrossEntropyParams& q, int64_t row) {
+  return q.token_weight.data != nullptr ? load<double>(q.token_weight, row + q.rows.shift) : 1;
+}
+
 // e^(scale * x). In float a result below the normal numbers becomes 0: it is added to 1 or more, or is
 // a gradient of its size.
 struct FloatExponential {

@@ -49,18 +49,6 @@ __device__ __forceinline__ RowSums<double> merge_parts(const RowSums<double>* pa
   return total;
 }
 
-__device__ __forceinline__ double weight_at(const CrossEntropyParams& q, int64_t label) {
-  return q.weight.data != nullptr && label >= 0 ? load<double>(q.weight, label) : 1;
-}
-
-__device__ __forceinline__ double sum_of_weights(const CrossEntropyParams& q, const double* weight_sum) {
-  return weight_sum != nullptr ? *weight_sum : double(q.rows.classes);
-}
-
-__device__ __forceinline__ double token_weight_at(const CrossEntropyParams& q, int64_t row) {
-  return q.token_weight.data != nullptr ? load<double>(q.token_weight, row + q.rows.shift) : 1;
-}
-
 // z at the label.
 template <class A>
 __device__ __forceinline__ double target_at(const CrossEntropyParams& q, int64_t row, int64_t label) {
