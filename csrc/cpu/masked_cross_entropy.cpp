@@ -112,7 +112,7 @@ ForwardOutputs allocate_outputs(const Tensor& logits, RowReduction reduction, bo
 // An output that is made, or nothing.
 Array array_where(bool made, const Tensor& tensor) { return made ? array_of(tensor) : Array{}; }
 
-ChunkTotals run_forward(CrossEntropyProblem& q, bool has_target) {
+ChunkTotals run_forward(CrossEntropyProblem& q) {
   const CrossEntropyKernels& kernel = kernels();
   q.chunks = cut(q.counted, false);
   const bool is_cut = q.chunks.pieces > 1;
@@ -132,7 +132,6 @@ ChunkTotals run_forward(CrossEntropyProblem& q, bool has_target) {
     all.denominator += t.denominator;
     if (all.bad_row < 0) all.bad_row = t.bad_row;
   }
-  (void)has_target;
   return all;
 }
 
@@ -164,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_cross_
   q.smooth_distance = array_where(label_smoothing > 0 && target, out.smooth_distance);
   q.loss = array_where(reduction == RowReduction::kNone && target, out.loss);
   if (!target) q.options.label_smoothing = 0;
-  const ChunkTotals totals = run_forward(q, target.has_value());
+  const ChunkTotals totals = run_forward(q);
   if (totals.bad_row >= 0) refuse_label(q, logits, totals.bad_row);
   double denominator = reduction == RowReduction::kMean ? totals.denominator : 1;
   if (normalizer && reduction == RowReduction::kMean) denominator = read_number(*normalizer);
@@ -280,23 +279,6 @@ GradientOutputs backward_cpu(const char* op, const CrossEntropyInputs& in, const
   return {grad_logits, grad_token_weight};
 }
 
-// Two rows that share memory would each overwrite what the other must still read.
-void check_overwritable(const char* op, const Tensor& logits) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    if (logits.size(d) == 0) return;
-    if (logits.size(d) > 1) dims.push_back({logits.stride(d), logits.size(d)});
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride < extent) {
-      fail(op, ": logits must not be expanded or overlap where the gradient is written over them");
-    }
-    extent += stride * (size - 1);
-  }
-}
-
 std::tuple<Tensor, Tensor> masked_cross_entropy_backward_cpu(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
     const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_log_prob,
@@ -333,7 +315,6 @@ Tensor masked_cross_entropy_backward_in_place_cpu(
                               token_weight, segment_ids, temperature};
   const BackwardInputs b{grad_loss, grad_lse, grad_entropy,    grad_log_prob, lse,
                          entropy,   log_prob, smooth_distance, denominator};
-  check_overwritable(op, logits);
   return backward_cpu(op, in, b, {label_smoothing, softcap, z_loss, focal_gamma}, ignore_index, shift,
                       reduction, true, needs_token_weight, true)
       .token_weight;
