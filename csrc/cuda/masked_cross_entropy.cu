@@ -22,25 +22,27 @@ ForwardResults make_results(const CrossEntropyInputs& in, const CrossEntropyOpti
   const std::vector<int64_t> rows = row_sizes(like), none = {0}, scalar = {};
   const ScalarType type = accumulate_type(like);
   const bool has_target = in.target.has_value();
-  return {device_empty(like, reduction == RowReduction::kNone ? rows : scalar, type),
+  const bool per_row = reduction == RowReduction::kNone && has_target;
+  return {device_empty(like, per_row ? rows : scalar, type),
           device_empty(like, rows, type),
           device_empty(like, statistics ? rows : none, type),
           device_empty(like, has_target ? rows : none, type),
           device_empty(like, statistics && has_target ? rows : none, ScalarType::Bool),
-          device_empty(like, options.label_smoothing > 0 ? rows : none, type),
+          device_empty(like, options.label_smoothing > 0 && has_target ? rows : none, type),
           device_empty(like, scalar, ScalarType::Double)};
 }
 
 template <class A>
-RowOutputs<A> outputs_of(const ForwardResults& r, RowReduction reduction, const Tensor& weight_sum,
-                         const std::optional<Tensor>& normalizer) {
+RowOutputs<A> outputs_of(const ForwardResults& r, RowReduction reduction, bool has_target,
+                         const Tensor& weight_sum, const std::optional<Tensor>& normalizer) {
   RowOutputs<A> out = {};
   out.lse = data_of<A>(r.lse);
   out.entropy = data_of<A>(r.entropy);
   out.log_prob = data_of<A>(r.log_prob);
   out.smooth_distance = data_of<A>(r.smooth_distance);
   out.hit = data_of<bool>(r.hit);
-  (reduction == RowReduction::kNone ? out.row_loss : out.loss) = data_of<A>(r.loss);
+  const bool per_row = reduction == RowReduction::kNone && has_target;
+  (per_row ? out.row_loss : out.loss) = data_of<A>(r.loss);
   out.denominator = data_of<double>(r.denominator);
   if (reduction == RowReduction::kMean) {
     out.rule = normalizer ? Denominator::kGiven : Denominator::kCounted;
@@ -73,7 +75,8 @@ void launch_cross_entropy_forward(const char* op, const CrossEntropyParams& q,
   }
   with_loss_type(q, [&](auto value) {
     using A = decltype(value);
-    const RowOutputs<A> out = outputs_of<A>(results, reduction, weights, normalizer);
+    const RowOutputs<A> out = outputs_of<A>(results, reduction, q.rows.target.data != nullptr, weights,
+                                              normalizer);
     check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
                             cross_entropy_rows_kernel<A>, q, out, parts, totals));
     if (per_row.blocks == 1) return;

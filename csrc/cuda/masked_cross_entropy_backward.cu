@@ -38,7 +38,7 @@ void check_row_values(const char* op, const char* name, const Tensor& tensor, co
 
 void check_gradients(const char* op, const Gradients& grad, const Saved& saved, const Tensor& logits,
                      bool has_target, RowReduction reduction) {
-  if (grad.loss && reduction == RowReduction::kNone) {
+  if (grad.loss && reduction == RowReduction::kNone && has_target) {
     check_row_values(op, "grad_loss", *grad.loss, logits, false);
   } else if (grad.loss) {
     check_number(op, "grad_loss", grad.loss, logits);
@@ -140,7 +140,7 @@ void launch_cross_entropy_backward(const BackwardCall& c, const CrossEntropyPara
 Tensor backward(const BackwardCall& c, const Tensor* grad_logits, bool needs_token_weight) {
   const RowInputs per_row(c.in);
   const RowValues values(c);
-  needs_token_weight = needs_token_weight && c.in.token_weight.has_value();
+  needs_token_weight = needs_token_weight && c.in.token_weight && c.in.target;
   const std::vector<int64_t> none = {0};
   Tensor grad_token_weight =
       device_empty(c.in.logits, needs_token_weight ? row_sizes(c.in.logits) : none,

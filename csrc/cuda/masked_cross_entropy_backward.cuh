@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool kFull>
 struct GradientWriter {
   using A = accumulate_t<T>;
+  static constexpr int kPacks = kPacksAtOnce<T, kFull>;
 
   const T* row;     // [V]
   T* out;           // [V], may be row
@@ -164,13 +165,13 @@ struct GradientWriter {
 
   template <bool kAll>
   __device__ __forceinline__ void write_packs(int64_t col, int64_t step, int64_t end, bool aligned) {
-    Vector<T> packs[kPacksAtOnce];
+    Vector<T> packs[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacksAtOnce; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       if (kAll || col + i * step < end) packs[i] = load(col + i * step, aligned);
     }
 #pragma unroll
-    for (int i = 0; i < kPacksAtOnce; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       const int64_t first = col + i * step;
       if (!kAll && first >= end) continue;
       const int label = label_from<kVectorOf<T>>(first);
@@ -188,7 +189,7 @@ struct GradientWriter {
       const int64_t col = s.single(i);
       out[col] = static_cast<T>(at(widen(row[col]), col, col == k.label));
     }
-    for_packs<kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
+    for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
       write_packs<decltype(all)::value>(col, step, s.end, aligned);
     });
   }

@@ -19,6 +19,7 @@ struct Share {
 template <class T, bool kFull>
 struct RowReader {
   using A = accumulate_t<T>;
+  static constexpr int kPacks = kPacksAtOnce<T, kFull>;
 
   const T* row;     // [V]
   const A* weight;  // [V] or null
@@ -62,12 +63,12 @@ struct RowReader {
   }
 
   // Packs that are not there hold -inf. One rescaling for all of them.
-  template <int kPacks, int kVector>
-  __device__ __forceinline__ void add(const A (&u)[kPacks][kVector], int64_t col, int64_t step) {
+  template <int kCount, int kVector>
+  __device__ __forceinline__ void add(const A (&u)[kCount][kVector], int64_t col, int64_t step) {
     RowSums<A>& sums = share.sums;
     A largest = sums.max;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       A in_pack = u[i][0];
 #pragma unroll
       for (int j = 1; j < kVector; ++j) in_pack = max(in_pack, u[i][j]);
@@ -80,7 +81,7 @@ struct RowReader {
     }
     const A base = largest == -A(INFINITY) ? A(0) : largest;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       A sum = 0, distance = 0;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -96,14 +97,14 @@ struct RowReader {
   template <bool kAll>
   __device__ __forceinline__ void add_packs(int64_t col, int64_t step, int64_t end) {
     constexpr int kVector = kVectorOf<T>;
-    Vector<T> packs[kPacksAtOnce];
+    Vector<T> packs[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacksAtOnce; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       if (kAll || col + i * step < end) packs[i] = load_pack(row + col + i * step);
     }
-    A u[kPacksAtOnce][kVector];
+    A u[kPacks][kVector];
 #pragma unroll
-    for (int i = 0; i < kPacksAtOnce; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       const bool there = kAll || col + i * step < end;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -124,7 +125,7 @@ struct RowReader {
   __device__ __forceinline__ void read(const Stretch& s, int lane, int team) {
     // The first of the single ones is under way while the packs are added.
     const A early = lane < s.single_columns ? widen(row[s.single(lane)]) : A(0);
-    for_packs<kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
+    for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
       add_packs<decltype(all)::value>(col, step, s.end);
     });
     for (int i = lane; i < s.single_columns; i += team) {

@@ -17,7 +17,9 @@
 namespace masked_loss_ext::cuda {
 
 constexpr int kThreads = 256;    // of the largest block
-constexpr int kPacksAtOnce = 4;  // loads in flight per thread
+// Loads in flight per thread. What full kernels do with 8 halves or with doubles needs the registers.
+template <class T, bool kFull>
+constexpr int kPacksAtOnce = kFull && sizeof(T) != 4 ? 2 : 4;
 
 struct CrossEntropyParams {
   CountedRows rows;
@@ -153,12 +155,12 @@ __device__ __forceinline__ Stretch stretch_of(const CrossEntropyParams& q, const
   return s;
 }
 
-// Calls f(first column, step between packs, all kPacksAtOnce there) for this lane's packs.
-template <int kVector, class F>
+// Calls f(first column, step between packs, all kPacks there) for this lane's packs.
+template <int kPacks, int kVector, class F>
 __device__ __forceinline__ void for_packs(const Stretch& s, int lane, int team, F f) {
   const int64_t step = int64_t(team) * kVector;
   int64_t col = s.begin + int64_t(lane) * kVector;
-  for (; col + (kPacksAtOnce - 1) * step < s.end; col += kPacksAtOnce * step) {
+  for (; col + (kPacks - 1) * step < s.end; col += kPacks * step) {
     f(col, step, std::true_type{});
   }
   if (col < s.end) f(col, step, std::false_type{});
