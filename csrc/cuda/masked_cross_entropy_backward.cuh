@@ -78,7 +78,7 @@ __device__ __forceinline__ void write_token_weight_gradient(const CrossEntropyPa
 
 // grid: ceil(rows / block); block: kThreads.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_row_gradients_kernel(CrossEntropyParams q, BackwardInputs<A> in,
                                        RowGradient<A>* gradients)  // [rows]
 {
@@ -209,7 +209,7 @@ struct GradientWriter {
 // block: a multiple of q.team; as many blocks as q.parts of all rows need. Each thread reads what it
 // writes over, so that the gradient may lie over the logits.
 template <class T, bool kFull>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_gradient_kernel(CrossEntropyParams q,
                                   const RowGradient<accumulate_t<T>>* gradients,  // [rows]
                                   T* grad_logits)                                 // [rows, V]

@@ -153,7 +153,7 @@ __device__ __forceinline__ Share<A> group_merge(Share<A> share, Exponential<A> e
 // block: a multiple of q.team; as many blocks as q.parts of all rows need. Writes parts[row][part] of
 // rows whose logits are needed, and nothing of others.
 template <class T, bool kFull>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_sums_kernel(CrossEntropyParams q,
                               RowSums<double>* parts)  // [rows, q.parts], in u
 {

@@ -16,7 +16,9 @@
 
 namespace masked_loss_ext::cuda {
 
-constexpr int kThreads = 256;    // of the largest block
+constexpr int kThreads = 256;      // of the largest block
+// Resident per multiprocessor: 128 registers a thread. Left to itself ptxas takes 64 and spills.
+constexpr int kBlocksAtLeast = 2;
 // Loads in flight per thread. What full kernels do with 8 halves or with doubles needs the registers.
 template <class T, bool kFull>
 constexpr int kPacksAtOnce = kFull && sizeof(T) != 4 ? 2 : 4;

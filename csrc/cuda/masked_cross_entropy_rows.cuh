@@ -112,7 +112,7 @@ __device__ __forceinline__ void finish(const RowOutputs<A>& out, Totals totals) 
 // grid: ceil(rows / block), at least 1; block: kThreads. One block finishes by itself, more leave their
 // totals to cross_entropy_finish_kernel.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_rows_kernel(CrossEntropyParams q, RowOutputs<A> out,
                               const RowSums<double>* parts,  // [rows, q.parts]
                               Totals* totals)                // [blocks]
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grid: 1; block: kThreads.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_finish_kernel(RowOutputs<A> out,
                                 const Totals* totals,  // [count]
                                 int64_t count) {
