@@ -18,7 +18,7 @@ from masked_loss_ext import reference
 STATISTICS = ("lse", "entropy", "log_prob", "hit")
 OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "denominator")
 DIFFERENTIABLE = ("loss", "lse", "entropy", "log_prob")
-ROUNDINGS_OF_A_SUM = 16  # of a row of float64; the reference's own error is 0 there
+ROUNDINGS_IN_A_ROW = 64  # in float64; the reference's own error is 0 there
 
 
 class SimulatedCrossEntropy(Uploader):
@@ -132,7 +132,7 @@ def assert_close(actual, truth, in_dtype, what, size=0.0):
         return
     info, wide = torch.finfo(rounded.dtype), torch.float64
     eps = torch.finfo(wide if rounded.dtype == wide else torch.float32).eps
-    roundings = ROUNDINGS_OF_A_SUM if rounded.dtype == wide else 1
+    roundings = ROUNDINGS_IN_A_ROW if rounded.dtype == wide else 1
     size = max(truth.abs().max().item(), size)
     error = (in_dtype - truth).abs().nan_to_num(0).max() + roundings * eps * size
     allowed = 4 * error + info.eps * truth.abs() + info.tiny * info.eps
