@@ -16,7 +16,7 @@ if compiler() is None:
 
 from simulated_cross_entropy import check, random_upstream, simulated_cross_entropy
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 OPTIONS = {
     "plain": {},
     "sum": {"reduction": "sum"},
@@ -271,109 +271,3 @@ def test_no_rows(op, shape, reduction):
 
 def test_one_row_without_dimensions(op):
     check(op, torch.randn(19), torch.tensor(3))
-
-
-def test_ties_go_to_the_first(op):
-    logits = torch.zeros(6, 300)
-    logits[:, 1] = -1
-    target = torch.tensor([0, 2, 299, 1, 299, 17])
-    logits[4, 299] = 1
-    logits[5, 17] = logits[5, 290] = 3
-    assert check(op, logits, target)["hit"].tolist() == [True, False, False, False, True, True]
-    wide = logits.repeat(1, 20)
-    assert check(op, wide, target)["hit"].tolist() == [True, False, False, False, True, True]
-
-
-@pytest.mark.parametrize("name", ["plain", "smoothing_weight", "softcap", "focal"])
-def test_banned_classes(op, name):
-    logits, target, mask = make((4, 50))
-    logits[:, 7:30] = -INF
-    logits[1, target[1]] = 1.0
-    logits[2] = -INF
-    logits[2, target[2]] = 0.5  # certain
-    options = filled(OPTIONS[name], logits)
-    if "weight" in options:
-        options["weight"][7:30] = 0
-    target[target < 30] = 40
-    results = check(op, logits, target, mask, **options)
-    if name != "softcap":
-        banned = results["grad logits"][:, 7:30]
-        assert_same_bits(banned, torch.zeros_like(banned))
-
-
-def test_a_banned_label_and_a_row_of_nothing_else(op):
-    logits, target, _ = make((3, 50))
-    logits[0, target[0]] = -INF
-    logits[1] = -INF
-    call = op(logits, target, reduction="none")
-    loss = call.results["loss"]
-    assert loss[0] == INF and loss[1].isnan() and loss[2].isfinite()
-    grad = call.backward({"loss": torch.ones(3)})["logits"]
-    assert grad.isfinite().all() and (grad[1] == 0).all() and grad[0, target[0]] == 0
-    p = logits[0].double().softmax(-1)
-    torch.testing.assert_close(grad[0].double(), p, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("value", [NAN, INF])
-def test_a_logit_that_is_not_a_number_shows(op, value):
-    for length in (40, 1100, 9000):
-        logits, target, mask = make((3, length))
-        logits[0, length // 2] = value
-        results = op(logits, target, mask).results
-        assert results["loss"].isnan() and results["lse"][0].isnan() and mask[0]
-        assert results["lse"][1:].isfinite().all()
-
-
-def test_a_certain_label_keeps_its_digits(op):
-    # p - 1 with p in half precision is off by 1.3 %; the sum 1 + 0.0078 in float32 by 2e-5
-    for dtype in FLOATING:
-        logits = torch.zeros(2, 64, dtype=dtype)
-        logits[:, 3] = 9.0
-        grad = op(logits, torch.tensor([3, 3]), reduction="sum").backward({"loss": torch.ones(())})
-        truth = -63 / (63 + torch.tensor(9.0, dtype=torch.float64).exp())
-        allowed = 1e-12 if dtype == torch.float64 else max(torch.finfo(dtype).eps, 1e-4)
-        assert abs(grad["logits"][0, 3].double() / truth - 1) < allowed
-
-
-def test_everything_ignored(op):
-    logits, target, mask = make((5, 70))
-    target.fill_(-100)
-    logits.fill_(NAN)
-    for reduction in ("mean", "sum", "none"):
-        for options in ({}, filled(OPTIONS["focal_half"], logits)):
-            call = op(logits, target, mask, reduction=reduction, **options)
-            grads = call.backward(random_upstream(logits, reduction, True))
-            for name, result in (call.results | grads).items():
-                if name != "denominator" or reduction == "mean":
-                    assert_same_bits(result, torch.zeros_like(result), name)
-
-
-@pytest.mark.parametrize("label", [70, -1, -101, 2**31 - 1, -(2**63)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_bad_label(op, label, reduction):
-    logits, target, _ = make((4, 70))
-    target[1], target[3] = label, label
-    mask = torch.tensor([1, 1, 1, 0])
-    options = {"token_weight": torch.rand(4), "label_smoothing": 0.1, "reduction": reduction}
-    call = op(logits, target, mask, **options)
-    good = torch.tensor([True, False, True, True])
-    clean = op(logits, target.masked_fill(~good, -100), mask, **options)
-    for name in ("lse", "entropy", "log_prob", "smooth_distance"):
-        assert call.results[name][1].isnan()
-        assert_same_bits(call.results[name][good], clean.results[name][good], name)
-    assert not call.results["hit"][1]
-    upstream = random_upstream(logits, reduction, True)
-    grads = call.backward(upstream)
-    assert grads["logits"][1].isnan().all() and grads["token_weight"][1].isnan()
-    assert grads["logits"][good].isfinite().all() and (grads["logits"][3] == 0).all()
-    if reduction == "mean":
-        assert call.results["loss"].isnan() and call.results["denominator"] == 3
-    else:
-        assert call.results["loss"].isnan().tolist() == [False, True, False, False]
-
-
-def test_bad_label_shows_where_the_denominator_is_0(op):
-    logits, target, _ = make((2, 7))
-    target.fill_(9)
-    for options in ({"normalizer": 0.0}, {"weight": torch.ones(7)}):
-        assert op(logits, target, **options).results["loss"].isnan()

@@ -121,7 +121,7 @@ struct GradientWriter {
   Unit<A> unit;
   Exponential<A> exponential;
 
-  __device__ GradientWriter(const CrossEntropyParams& q, T* grad, const Item& item,
+  __device__ GradientWriter(const CrossEntropyParams& q, T* grad, const RowItem& item,
                             const RowGradient<A>& k)
       : row(static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, item.row)),
         out(grad + offset_at(q.layout, kGrad, item.row)),
@@ -139,8 +139,7 @@ struct GradientWriter {
   }
 
   // A banned class (-inf) has none, be it the label.
-  __device__ __forceinline__ A at(A logit, int64_t col, bool is_label) const {
-    const A u = kFull ? unit(logit) : logit;
+  __device__ __forceinline__ A gradient_of(A logit, A u, int64_t col, bool is_label) const {
     const A log_p = u * scale - k.lse, p = exponential(log_p);
     A gradient = k.probability * p;
     if (kFull) {
@@ -150,8 +149,22 @@ struct GradientWriter {
       if (k.smoothing != 0) gradient -= k.smoothing * (weight != nullptr ? weight[col] : A(1));
     }
     gradient = is_label ? k.target : gradient;
-    if (kFull && unit.per_cap > 0) gradient *= 1 - u * u;
+    if (kFull && unit.capped()) gradient *= 1 - u * u;
     return logit == -A(INFINITY) ? A(0) : gradient;
+  }
+
+  // Logits of columns from `col` on become their gradients.
+  template <int kCount>
+  __device__ __forceinline__ void replace(T (&values)[kCount], int64_t col) const {
+    const int label = label_from<kCount>(col);
+    A logits[kCount], u[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) logits[j] = u[j] = widen(values[j]);
+    if (kFull) unit.apply(u);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      values[j] = static_cast<T>(gradient_of(logits[j], u[j], col + j, j == label));
+    }
   }
 
   // Packs lie on 16-byte boundaries of `out`; those of `row` may differ.
@@ -174,11 +187,7 @@ struct GradientWriter {
     for (int i = 0; i < kPacks; ++i) {
       const int64_t first = col + i * step;
       if (!kAll && first >= end) continue;
-      const int label = label_from<kVectorOf<T>>(first);
-#pragma unroll
-      for (int j = 0; j < kVectorOf<T>; ++j) {
-        packs[i].value[j] = static_cast<T>(at(widen(packs[i].value[j]), first + j, j == label));
-      }
+      replace(packs[i].value, first);
       *reinterpret_cast<Vector<T>*>(out + first) = packs[i];
     }
   }
@@ -187,7 +196,9 @@ struct GradientWriter {
     const bool aligned = elements_off_boundary(row) == elements_off_boundary(out);
     for (int i = lane; i < s.single_columns; i += team) {
       const int64_t col = s.single(i);
-      out[col] = static_cast<T>(at(widen(row[col]), col, col == k.label));
+      T value[1] = {row[col]};
+      replace(value, col);
+      out[col] = value[0];
     }
     for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
       write_packs<decltype(all)::value>(col, step, s.end, aligned);
@@ -215,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
                                   T* grad_logits)                                 // [rows, V]
 {
   using A = accumulate_t<T>;
-  const Item item = item_of(q);
+  const RowItem item = item_of(q);
   if (!item.exists) return;
   GradientWriter<T, kFull> writer(q, grad_logits, item, gradients[item.row]);
   const Stretch s = stretch_of(q, writer.out, item.part);

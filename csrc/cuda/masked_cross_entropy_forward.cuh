@@ -10,7 +10,7 @@ namespace masked_loss_ext::cuda {
 // One thread's share of a row, in u. A class-weighted sum has terms of both signs: one double addition
 // per pack hides behind its loads.
 template <class A>
-struct Share {
+struct RowShare {
   RowSums<A> sums;
   double weighted = 0;
 };
@@ -27,7 +27,7 @@ struct RowReader {
   bool statistics, smoothing;
   Unit<A> unit;
   Exponential<A> exponential;
-  Share<A> share;
+  RowShare<A> share;
 
   __device__ RowReader(const CrossEntropyParams& q, int64_t row_index, int64_t label)
       : row(static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row_index)),
@@ -109,15 +109,16 @@ struct RowReader {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         u[i][j] = there ? widen(packs[i].value[j]) : -A(INFINITY);
-        if (kFull && there) u[i][j] = unit(u[i][j]);
       }
+      if (kFull && there) unit.apply(u[i]);
       if (kFull && smoothing && there) add_weighted<kVector>(u[i], col + i * step);
     }
     add(u, col, step);
   }
 
   __device__ __forceinline__ void add_single(A logit, int64_t col) {
-    const A u[1][1] = {{kFull ? unit(logit) : logit}};
+    A u[1][1] = {{logit}};
+    if (kFull) unit.apply(u[0]);
     if (kFull && smoothing) add_weighted<1>(u[0], col);
     add(u, col, 0);
   }
@@ -136,7 +137,7 @@ struct RowReader {
 
 // Over groups of `lanes` lanes; every lane gets it. All 32 lanes must call it.
 template <bool kFull, class A>
-__device__ __forceinline__ Share<A> group_merge(Share<A> share, Exponential<A> exponential, int lanes) {
+__device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponential<A> exponential, int lanes) {
   RowSums<A>& sums = share.sums;
   const A largest = group_max(sums.max, lanes);
   rescale(sums, largest, exponential(sums.max - largest));
@@ -158,11 +159,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
                               RowSums<double>* parts)  // [rows, q.parts], in u
 {
   using A = accumulate_t<T>;
-  const Item item = item_of(q);
+  const RowItem item = item_of(q);
   const int64_t label = item.exists ? label_at(q, item.row) : kNotCounted;
   const bool read = label >= 0 || label == kNoLabel;
   if (q.team > kWarpSize && !read) return;  // the whole block
-  Share<A> share;
+  RowShare<A> share;
   Exponential<A> exponential(scale_of<A>(q));
   if (read) {
     RowReader<T, kFull> reader(q, item.row, label);
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     }
     __syncthreads();
     if (warp > 0) return;
-    Share<A> other;
+    RowShare<A> other;
     if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
       other.sums.max = warp_max[lane];
       other.sums.sum = warp_sum[lane];

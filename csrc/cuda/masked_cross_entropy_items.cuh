@@ -94,28 +94,32 @@ template <class A> using Exponential = typename ExponentialOf<A>::type;
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 
-// From the logit to u.
+// From logits to u. The branch is the same for a whole launch: take it once for many logits.
 template <class A>
 struct Unit {
   A per_cap;  // 1 / softcap, or 0
   explicit __device__ Unit(const CrossEntropyParams& q)
       : per_cap(q.options.softcap > 0 ? A(1 / q.options.softcap) : A(0)) {}
-  __device__ __forceinline__ A operator()(A logit) const {
-    return per_cap > 0 ? hyperbolic_tangent(logit * per_cap) : logit;
+  __device__ __forceinline__ bool capped() const { return per_cap > 0; }
+  template <int kCount>
+  __device__ __forceinline__ void apply(A (&logits)[kCount]) const {
+    if (!capped()) return;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) logits[j] = hyperbolic_tangent(logits[j] * per_cap);
   }
 };
 
 // Which part of which row this thread works on, and as which of its team.
-struct Item {
+struct RowItem {
   int64_t row, part;
   int lane;
   bool exists;
 };
 
-__device__ __forceinline__ Item item_of(const CrossEntropyParams& q) {
+__device__ __forceinline__ RowItem item_of(const CrossEntropyParams& q) {
   const unsigned team = static_cast<unsigned>(q.team);
   const int64_t index = int64_t(blockIdx.x) * (blockDim.x / team) + threadIdx.x / team;
-  Item item;
+  RowItem item;
   item.row = q.parts == 1 ? index : index / q.parts;
   item.part = index - item.row * q.parts;
   item.lane = static_cast<int>(threadIdx.x & (team - 1));

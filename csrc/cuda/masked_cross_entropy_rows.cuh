@@ -52,8 +52,9 @@ __device__ __forceinline__ RowSums<double> merge_parts(const RowSums<double>* pa
 // z at the label.
 template <class A>
 __device__ __forceinline__ double target_at(const CrossEntropyParams& q, int64_t row, int64_t label) {
-  const A logit = load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label);
-  return double(Unit<A>(q)(logit)) * scale_of<double>(q);
+  A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label)};
+  Unit<A>(q).apply(u);
+  return double(u[0]) * scale_of<double>(q);
 }
 
 __device__ __forceinline__ RowResult not_a_number() {
