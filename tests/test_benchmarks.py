@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import harness, machine, memory, readme, report, squared_error  # noqa: E402
+from benchmarks import agreement, contenders, harness, machine  # noqa: E402
+from benchmarks import memory, readme, report, squared_error  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +61,9 @@ def test_ratios_are_taken_against_ours(target, met):
 
 def test_relative_error_asks_for_an_exact_zero_where_the_truth_is_zero():
     truth = torch.tensor([2.0, 0.0, -4.0], dtype=torch.float64)
-    assert harness.relative_error(torch.tensor([2.0, 0.0, -5.0]), truth) == 0.25
-    assert harness.relative_error(torch.tensor([2.0, 1e-20, -4.0]), truth) > 1e6
-    assert math.isnan(harness.relative_error(torch.tensor([2.0, 0.0, math.nan]), truth))
+    assert agreement.relative_error(torch.tensor([2.0, 0.0, -5.0]), truth) == 0.25
+    assert agreement.relative_error(torch.tensor([2.0, 1e-20, -4.0]), truth) > 1e6
+    assert math.isnan(agreement.relative_error(torch.tensor([2.0, 0.0, math.nan]), truth))
 
 
 # --- what is timed, and in which order ---------------------------------------------------------
@@ -93,7 +94,8 @@ def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
     rival, reason = WRONG[wrong]
     case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
     wanted = command.parser().parse_args(["squared_error", "--quick"])
-    rows = {row["contender"]: row for row in command.measure_case(case, wanted)}
+    (table,) = command.measure_case(case, wanted)
+    rows = {row["contender"]: row for row in table}
     assert rows["rival"]["status"].startswith(f"refused: {reason}")
     assert "median_us" not in rows["rival"]
     assert rows["ours"]["median_us"] > 0
@@ -140,7 +142,7 @@ def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate
 
 
 def test_the_copy_moves_as_many_bytes_as_the_formula_says():
-    copy = harness.plain_copy(1000, "cpu")
+    copy = contenders.plain_copy(1000, "cpu")
     source, target = copy.inputs[0]
     target.zero_()
     copy.call(source, target)
@@ -266,9 +268,9 @@ def toy_row(contender: str, **values: object) -> dict:
 
 @pytest.fixture
 def toy_results(tmp_path):
-    ours = toy_row("ours", median_us=1500.0, gb_per_s=4.0, of_copy=0.5, peak_over_gradient=1.02)
-    slow = toy_row("slow", median_us=4500.0, ratio_of_medians=3.0, target=2.0)
-    wrong = toy_row("wrong", status="refused: loss is off")
+    ours = toy_row("ours", role="ours", median_us=1500.0, gb_per_s=4.0, of_copy=0.5, peak_over_gradient=1.02)
+    slow = toy_row("slow", role="rival", median_us=4500.0, ratio_of_medians=3.0, target=2.0)
+    wrong = toy_row("wrong", role="rival", status="refused: loss is off")
     report.write_csv(tmp_path / "toy_cpu.csv", [ours, slow, wrong])
     return tmp_path
 
