@@ -18,8 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import agreement, contenders, harness, machine  # noqa: E402
-from benchmarks import memory, readme, report, squared_error  # noqa: E402
+from benchmarks import (  # noqa: E402
+    agreement,
+    contenders,
+    harness,
+    machine,
+    memory,
+    readme,
+    report,
+    squared_error,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +276,8 @@ def toy_row(contender: str, **values: object) -> dict:
 
 @pytest.fixture
 def toy_results(tmp_path):
-    ours = toy_row("ours", role="ours", median_us=1500.0, gb_per_s=4.0, of_copy=0.5, peak_over_gradient=1.02)
+    rates = {"gb_per_s": 4.0, "of_copy": 0.5, "peak_over_gradient": 1.02}
+    ours = toy_row("ours", role="ours", median_us=1500.0, **rates)
     slow = toy_row("slow", role="rival", median_us=4500.0, ratio_of_medians=3.0, target=2.0)
     wrong = toy_row("wrong", role="rival", status="refused: loss is off")
     report.write_csv(tmp_path / "toy_cpu.csv", [ours, slow, wrong])
