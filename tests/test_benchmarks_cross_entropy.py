@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks import (  # noqa: E402
     cross_entropy,
     harness,
     machine,
+    memory,
     readme,
     report,
 )
@@ -210,9 +212,16 @@ def test_the_readme_tells_distances_and_small_peaks(tmp_path):
     assert "Median of 1 to 7 rounds" in made
 
 
-def test_the_readme_says_where_there_are_no_figures_yet(tmp_path):
-    made = readme.regenerate("<!-- benchmark toy -->\n<!-- /benchmark -->", tmp_path)
-    assert "No figures yet." in made
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="this system does not let a process reset its memory high-water mark",
+)
+def test_the_call_in_place_needs_next_to_nothing_beside_the_logits():
+    peak, trouble = memory.measure_apart("cross_entropy", "train_32k", "ours in place", "cpu", 2)
+    assert trouble == "" and peak < 512 * 32000 * 4 / 100
 
 
 # --- cases and levels ----------------------------------------------------------------------------
