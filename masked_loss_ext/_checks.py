@@ -11,6 +11,10 @@ _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class ArgumentError(ValueError, AssertionError):
+    """For arguments that callers of older code expect to be refused by an assertion."""
+
+
 def shape_text(tensor):
     return sizes_text(tensor.shape)
 
@@ -37,6 +41,13 @@ def check_length(function, name, value):
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {value}")
+
+
+def check_integers(function, name, tensor):
+    """A tensor of integers; bool is not one."""
+    check_tensor(function, name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{function}: {name} must be integers, got {tensor.dtype}")
 
 
 def check_choice(function, name, value, choices, label=""):
