@@ -36,9 +36,14 @@ def check_rank(function, name, tensor, rank, layout):
         )
 
 
-def check_length(function, name, value):
-    if not hasattr(value, "__index__"):
+def check_int(function, name, value):
+    # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+
+
+def check_length(function, name, value):
+    check_int(function, name, value)
     if value < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {value}")
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import (
+    check_int,
     check_integers,
     check_length,
     check_mask,
@@ -146,8 +147,7 @@ def mask_labels(labels, mask, *, ignore_index=-100):
     check_integers(name, "labels", labels)
     check_tensor(name, "mask", mask)
     check_mask(name, "mask", mask, "labels", labels, labels.dim())
-    if not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"{name}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_int(name, "ignore_index", ignore_index)
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(

@@ -1,14 +1,63 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MultiTokenPredictionLoss beside its numbers: what it returns, that nothing waits, bad input."""
+"""MultiTokenPredictionLoss in use: accumulation, what it returns, that nothing waits, bad input."""
 
 import math
 
 import pytest
 import torch
-from test_multi_token import Loss, detached, heads, right_padded
+from test_multi_token import Loss, by_torch, detached, heads, right_padded
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# --- accumulation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_accumulated_micro_batches_equal_one_batch(renormalize):
+    """Rows of 7, 2, 4, 1, 6, 3 tokens, two at a time: the sum with the whole count is the whole."""
+    logits, labels = heads(batch=6)
+    mask = right_padded([7, 2, 4, 1, 6, 3], 7)
+    loss_fn = Loss(renormalize_empty_heads=renormalize)
+    whole = loss_fn(logits, labels, mask)[0]
+    whole.backward()
+    parts = [slice(b, b + 2) for b in (0, 2, 4)]
+    counts = sum(loss_fn.count_targets(labels[p], mask[p]) for p in parts)
+    assert counts.tolist() == [6 + 1 + 3 + 5 + 2, 5 + 2 + 4 + 1, 4 + 1 + 3, 3 + 2]
+    pieces = detached(logits)
+    total = 0.0
+    for part in parts:
+        step = loss_fn([x[part] for x in pieces], labels[part], mask[part], normalizer=counts)[0]
+        step.backward()
+        total += step.detach()
+    torch.testing.assert_close(total, whole.detach())
+    for x, y in zip(logits, pieces, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_one_normalizer_for_all_heads():
+    logits, labels = heads()
+    mask = right_padded([7, 4, 2], 7)
+    expected = [by_torch(x, labels, mask, k) for k, x in enumerate(logits, 1)]
+    counts = Loss().count_targets(labels, mask)
+    for normalizer in (40, 40.0, torch.tensor(40), torch.tensor(40.0)):
+        _, loss_dict = Loss()(logits, labels, mask, normalizer=normalizer)
+        for i, value in enumerate(expected):
+            torch.testing.assert_close(loss_dict[f"loss_t{i + 1}"], value * counts[i] / 40)
+
+
+def test_targets_are_counted_as_they_are_scored():
+    labels = torch.tensor([[156, 1, -100, 3, 4], [5, 6, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
+    segments = torch.tensor([[0, 0, 0, 0, 1], [4, 4, 4, 4, 4]])
+    assert Loss().count_targets(labels).tolist() == [7, 5, 4, 2]
+    assert Loss().count_targets(labels, mask).tolist() == [5, 3, 2, 1]
+    assert Loss().count_targets(labels, mask, segment_ids=segments).tolist() == [4, 2, 1, 0]
+    sources = Loss(mask_sources=True)
+    assert sources.count_targets(labels, mask, segment_ids=segments).tolist() == [3, 1, 1, 0]
+    small = torch.tensor([[1, 156, 2]], dtype=torch.uint8)  # 156 is -100 in eight bits
+    assert Loss().count_targets(small).tolist() == [2, 1, 0, 0]
+
 
 # --- the dictionary, and no synchronisation ------------------------------------------------------
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import check_choice, check_length, check_tensor, shape_text
+from .._checks import check_choice, check_int, check_length, check_tensor, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -82,10 +82,11 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         super().__init__()
         name = type(self).__name__
         check_choice(name, "reduction", reduction, REDUCTIONS)
+        check_int(name, "ignore_index", ignore_index)
         check_length(name, "shift", shift)
         fits = 0 <= label_smoothing <= 1
         _require(name, "label_smoothing", label_smoothing, fits, "in [0, 1]")
-        _require(name, "focal_gamma", focal_gamma, focal_gamma >= 0, "not negative")
+        _require(name, "focal_gamma", focal_gamma, focal_gamma >= 0, "at least 0")
         if softcap is not None:
             _require(name, "softcap", softcap, softcap > 0, "positive")
         if weight is not None:

@@ -8,6 +8,7 @@ import torch
 from .._checks import (
     ArgumentError,
     check_device,
+    check_int,
     check_integers,
     check_length,
     check_mask,
@@ -82,6 +83,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
     ):
         super().__init__()
         check_length(_NAME, "n_pred_tokens", n_pred_tokens)
+        check_int(_NAME, "ignore_index", ignore_index)
         weights = [float(weight) for weight in aux_loss_weights]
         if len(weights) != n_pred_tokens:
             raise ArgumentError(
