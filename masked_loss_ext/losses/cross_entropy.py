@@ -18,14 +18,14 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         p = e^{-\mathrm{ce}}
 
     .. math::
-        \ell = u \Big( \big((1 - \varepsilon)\, w_y\, \mathrm{ce}
+        \ell = \omega \Big( \big((1 - \varepsilon)\, w_y\, \mathrm{ce}
         + \tfrac{\varepsilon}{V} \sum_c w_c\, (\mathrm{lse} - z_c)\big)\, (1 - p)^\gamma
-        + \zeta\, \mathrm{lse}^2 \Big),\qquad
+        + \lambda\, \mathrm{lse}^2 \Big),\qquad
         L = \frac{\sum_{n\ \mathrm{counts}} \ell_n}{\mathrm{denominator}}
 
     with :math:`x` the logits of one row, :math:`T` the temperature, :math:`y` the target,
     :math:`\varepsilon` label_smoothing, :math:`w` the class weights, :math:`\gamma` focal_gamma,
-    :math:`\zeta` z_loss and :math:`u` the row's token_weight. A row counts where the mask is on and
+    :math:`\lambda` z_loss and :math:`\omega` the row's token_weight. A row counts where the mask is on and
     its target is not ignore_index; any other is not read, is 0 in "none" and has gradient 0.
 
     >>> loss_fn = MaskedCrossEntropyLoss(label_smoothing=0.1)
@@ -55,7 +55,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         label_smoothing: :math:`\varepsilon` in [0, 1].
         temperature: T > 0, a number or a 0-d tensor (a buffer that is not saved).
         softcap: c > 0, or None for none.
-        z_loss: :math:`\zeta`.
+        z_loss: :math:`\lambda`.
         focal_gamma: :math:`\gamma \ge 0`.
         shift: k scores position t against target t + k, without a copy: 1 for the labels of a
             causal language model. mask, ignore_index and token_weight are those of the target.
