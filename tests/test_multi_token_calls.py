@@ -120,10 +120,10 @@ def test_runs_without_data(device):
 def test_compiled_with_one_graph():
     torch._dynamo.reset()
     counters.clear()
-    loss_fn = Loss(mask_sources=True, renormalize_empty_heads=True)
+    loss_fn = Loss(2, (2.0, 1.0), mask_sources=True, renormalize_empty_heads=True)
     compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, length in ((3, 7), (5, 9), (4, 13)):
-        logits, labels = heads(batch=batch, length=length)
+        logits, labels = heads(2, batch, length)
         mask, segments = torch.rand(batch, length) < 0.8, torch.randint(2, (batch, length))
         total, loss_dict = compiled(logits, labels, mask, segment_ids=segments)
         total.backward()
@@ -145,8 +145,9 @@ def test_gradients_written_over_the_logits():
     values = detached(logits)
     work = [x + 0 for x in values]
     Loss(inplace_backward=True)(work, labels, mask)[0].backward()
-    for x, y in zip(logits, values, strict=True):
+    for x, y, z in zip(logits, values, work, strict=True):
         torch.testing.assert_close(x.grad, y.grad)
+        assert torch.equal(z, y.grad), "the logits' memory holds the gradient"
 
 
 # --- bad input -----------------------------------------------------------------------------------

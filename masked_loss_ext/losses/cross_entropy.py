@@ -25,8 +25,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
 
     with :math:`x` the logits of one row, :math:`T` the temperature, :math:`y` the target,
     :math:`\varepsilon` label_smoothing, :math:`w` the class weights, :math:`\gamma` focal_gamma,
-    :math:`\lambda` z_loss and :math:`\omega` the row's token_weight. A row counts where the mask is on and
-    its target is not ignore_index; any other is not read, is 0 in "none" and has gradient 0.
+    :math:`\lambda` z_loss and :math:`\omega` the row's token_weight. A row counts where the mask is
+    on and its target is not ignore_index; any other is not read, is 0 in "none" and has gradient 0.
 
     >>> loss_fn = MaskedCrossEntropyLoss(label_smoothing=0.1)
     >>> a = attention_mask.bool()
