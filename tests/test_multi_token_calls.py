@@ -163,6 +163,7 @@ CASES = [
     (([X[0], X[0][0]], Y), ValueError, "logits_list[1] must have 3 dimensions [B, S, V], got"),
     (([X[0][:1], X[0]], Y), ValueError, "logits_list[0] must have the B and S of labels [2, 3]"),
     (([X[0].to("meta")] * 2, Y), ValueError, "logits_list[0] must be on the device of labels"),
+    (([X[0], X[0].long()], Y), ValueError, "logits_list[1] must be a floating tensor, got torch.i"),
     ((X, None), TypeError, "labels must be a torch.Tensor, got NoneType"),
     ((X, Y.float()), ValueError, "labels must be integers, got torch.float32"),
     ((X, Y[0]), ValueError, "labels must have 2 dimensions [B, S], got [3]"),

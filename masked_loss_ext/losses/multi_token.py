@@ -139,7 +139,9 @@ class MultiTokenPredictionLoss(torch.nn.Module):
                 zip(logits_list, self._divisors(normalizer), strict=True)
             )
         ]
-        total = sum(w * loss for w, loss in zip(self.aux_loss_weights, losses, strict=True))
+        total = losses[0] * self.aux_loss_weights[0]
+        for w, loss in zip(self.aux_loss_weights[1:], losses[1:], strict=True):
+            total = torch.add(total, loss, alpha=w)
         if self.renormalize_empty_heads:
             counts = normalizer
             if not _is_per_head(normalizer):
@@ -208,6 +210,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             name = f"logits_list[{i}]"
             check_tensor(_NAME, name, logits)
             check_rank(_NAME, name, logits, 3, "[B, S, V]")
+            if not logits.is_floating_point():
+                raise ValueError(f"{_NAME}: {name} must be a floating tensor, got {logits.dtype}")
             if logits.shape[:2] != labels.shape:
                 raise ValueError(
                     f"{_NAME}: {name} must have the B and S of labels {shape_text(labels)}, "
