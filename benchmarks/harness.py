@@ -41,7 +41,7 @@ class Contender:
     call: Callable[..., Tensor | tuple]
     inputs: Sequence[tuple]
     weigh: bool = True  # False: its peak memory says nothing beside the case's gradient
-    role: str = "rival"  # "floor": ours cannot be faster; "information": neither
+    role: str = "rival"  # or "floor", which ours cannot beat, or "information" for the reader
     prepare: Callable[..., object] | None = None  # on the same inputs, before a call, untimed
 
 
