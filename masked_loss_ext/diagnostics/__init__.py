@@ -28,18 +28,19 @@ def check_padding(
     Only what the mask excludes is changed, one entry of the batch after the other and all at once;
     nothing that the step computes from the rest may move. Works with any PyTorch loss or model:
 
-    >>> logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     >>> mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    >>> logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    >>> batch = {"logits": logits, "labels": labels, "mask": mask}
     >>> def step(batch):  # forgets the mask
     ...     return torch.nn.functional.cross_entropy(batch["logits"].mT, batch["labels"])
-    >>> report = check_padding(step, {"logits": logits, "labels": labels, "mask": mask}, mask)
+    >>> report = check_padding(step, batch, mask)
     >>> report  # print(report) shows by how much each run moved the loss and every gradient
-    <PaddingReport: LEAK through batch (as given), logits (random values), ...>
+    <PaddingReport: LEAK through batch, logits, labels, all at once, row 1; print it for the table>
     >>> def step(batch):
     ...     ignored = batch["labels"].masked_fill(batch["mask"] == 0, -100)
     ...     return torch.nn.functional.cross_entropy(batch["logits"].mT, ignored)
-    >>> bool(check_padding(step, {"logits": logits, "labels": labels, "mask": mask}, mask))
-    True
+    >>> check_padding(step, batch, mask, nonfinite=False)
+    <PaddingReport: no leak in 5 runs>
 
     In a test: ``check_padding(step, batch, mask).raise_if_leaking()``, which fails with the table,
     or ``assert check_padding(step, batch, mask)``. A leak is any of
@@ -49,19 +50,19 @@ def check_padding(
     - the step raised an error for what stands in the padding;
     - one row of the batch has another loss when its padding is cut off (a mean over ``B * T``).
 
-    What is changed: entries whose first dimensions are the mask's. Floating ones get random numbers
-    ten times as large as theirs, NaN, and infinities; integers (ids, labels) other values that occur
-    in the entry, so that they stay valid indices; bool is flipped. Left alone are the mask itself
-    (same memory, or ``mask.numel()`` entries that are 1 and 0 like it, 0 and 1, or 0 and below -1e4)
-    and entries of other shapes; the report lists both. Labels of the one negative value of their
-    entry (-100) say by themselves that they do not count: they stay, and what happens when they are
-    replaced is reported as "by label", which is no leak.
+    What is changed: entries whose first dimensions are the mask's. Floating ones get random
+    numbers ten times as large as theirs, NaN, and infinities; integers (ids, labels) other values
+    that occur in the entry, so that they stay valid indices; bool is flipped. Left alone are the
+    mask itself (same memory, or ``mask.numel()`` entries that are 1 and 0 like it, 0 and 1, or 0
+    and at most -1e4) and entries of other shapes; the report lists both. Labels of the one negative
+    value of their entry (-100) say by themselves that they do not count: they stay, and what
+    happens when they are replaced is reported as "by label", which is no leak.
 
-    The step must be a function of the batch's content: the random state is the same for each run, so
-    dropout is. Random state, gradients, parameters and buffers of the modules that ``step`` can be
-    seen to use (itself, closure, globals, ``self``) are put back afterwards; an optimiser's own state
-    is not, so leave its step out. If two runs of the unchanged batch differ, the report says so, and
-    only what exceeds three times that counts as a leak.
+    The step must be a function of the batch's content. The random state is the same for each run,
+    so dropout is. Random state, gradients, parameters and buffers of the modules that ``step`` can
+    be seen to use (itself, closure, globals, ``self``) are put back afterwards; an optimiser's own
+    state is not, so leave its step out. If two runs of the unchanged batch differ, the report says
+    so, and only what exceeds three times that counts as a leak.
 
     Args:
         step: function of a batch that returns the loss, a scalar tensor attached to the graph, or
@@ -77,8 +78,10 @@ def check_padding(
             gradient of an embedding on a GPU or tokens grouped by expert. None: 1e-6, or the
             dtype's machine epsilon if that is larger. Cutting padding off does change shapes;
             there a loss may differ by up to 1 % (less where little is cut).
-        nonfinite: False leaves NaN and infinities out: for models with floating inputs whose
-            attention multiplies what it masks by a probability of 0, as PyTorch's does.
+        nonfinite: False leaves NaN and infinities out. A multiplication by 0 does not stop them,
+            and PyTorch has many: a weight's gradient is a product with its input, attention
+            multiplies what it masks, and ``F.cross_entropy`` gives ignored logits the gradient NaN
+            if they hold one. So they are for losses, and for models whose inputs are ids.
         trim: False leaves out the comparison with a row without its padding.
         ignore_index: a further integer value by which the step itself tells that a position does
             not count, such as a label of 255 or a padding id; treated like -100 above.

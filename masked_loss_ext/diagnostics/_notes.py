@@ -98,8 +98,10 @@ def _only_nonfinite(kept_still):
             "occur there: nonfinite=False."
         )
     return (
-        "only NaN and inf leak: somewhere the padding is multiplied by 0 instead of left out "
-        "(0 * NaN = NaN). PyTorch's attention does that; for such a model nonfinite=False."
+        "only NaN and inf leak: the padding is multiplied by 0 (0 * NaN = NaN), not left out. "
+        "If a loss or a pooling does that, torch.where on its inputs mends it. Every weight's "
+        "gradient and PyTorch's attention do it too: for a model of floating inputs, "
+        "nonfinite=False."
     )
 
 

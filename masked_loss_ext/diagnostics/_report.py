@@ -22,8 +22,12 @@ class Shift(NamedTuple):
 
     def __str__(self):
         if self.nonfinite:
-            return "NaN/inf"
-        return f"{self.absolute:.1e} ({self.relative:.0e} rel.)"
+            return f"{self.nonfinite} NaN/inf"
+        if self.relative == float("inf"):
+            return f"{self.absolute:.2g} (was 0)"
+        if self.relative >= 10:
+            return f"{self.absolute:.2g} ({self.relative:.2g}x)"
+        return f"{self.absolute:.2g} ({100 * self.relative:.3g} %)"
 
 
 @dataclass
@@ -162,14 +166,14 @@ class PaddingReport:
     def __repr__(self):  # what pytest shows of ``assert check_padding(...)``
         if not self.leaks:
             return f"<PaddingReport: no leak in {len(self.changes)} runs>"
-        names = list(dict.fromkeys(f"{c.entry} ({c.kind})" for c in self.leaks))
-        return f"<PaddingReport: LEAK through {', '.join(names)}; print it for the table>"
+        names = ", ".join(dict.fromkeys(change.entry for change in self.leaks))
+        return f"<PaddingReport: LEAK through {names}; print it for the table>"
 
     def __str__(self):
         verdict = "the step reads its padding" if self.leaks else "no leak found"
         lines = [
-            f"check_padding: {verdict}. {len(self.leaks)} of {len(self.changes)} runs leak; the mask "
-            f"keeps {self.kept} of {self.total} positions.",
+            f"check_padding: {verdict}. {len(self.leaks)} of {len(self.changes)} runs leak; the "
+            f"mask keeps {self.kept} of {self.total} positions.",
             "",
             *_table([HEAD, *(change.cells() for change in self.changes)]),
         ]

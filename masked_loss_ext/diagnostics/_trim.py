@@ -19,9 +19,9 @@ class Cut(NamedTuple):
 def cut_padding(entries, ignore_index):
     """(Cut, "") or (None, why not).
 
-    The batch is cut, never lengthened: positions beyond those it has may not exist in the model, and
-    on a GPU an index out of range ends the process. Every row becomes the same one, so that entries
-    of one number per row (lengths) stay true of what is left.
+    The batch is cut, never lengthened: positions beyond those it has may not exist in the model,
+    and on a GPU an index out of range ends the process. Every row becomes the same one, so that
+    entries of one number per row (lengths) stay true of what is left.
     """
     keep = entries.keep
     if keep.dim() > 2:
