@@ -77,7 +77,7 @@ def check_padding(
             ``rtol=0`` asks for that; but the order of some sums depends on content, such as the
             gradient of an embedding on a GPU or tokens grouped by expert. None: 1e-6, or the
             dtype's machine epsilon if that is larger. Cutting padding off does change shapes;
-            there a loss may differ by up to 1 % (less where little is cut).
+            there a loss that differs by up to 1 % (less where little is cut) is "close".
         nonfinite: False leaves NaN and infinities out. A multiplication by 0 does not stop them,
             and PyTorch has many: a weight's gradient is a product with its input, attention
             multiplies what it masks, and ``F.cross_entropy`` gives ignored logits the gradient NaN

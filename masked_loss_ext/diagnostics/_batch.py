@@ -18,22 +18,25 @@ def map_tensors(function, value, path=""):
     if isinstance(value, torch.Tensor):
         return function(path or "batch", value)
     if isinstance(value, Mapping):
-        items = {
-            key: map_tensors(function, item, f"{path}.{key}" if path else str(key))
-            for key, item in value.items()
-        }
+        items = {key: map_tensors(function, item, _join(path, key)) for key, item in value.items()}
         return _mapping_like(value, items)
     if isinstance(value, (list, tuple)):
-        items = [map_tensors(function, item, f"{path}[{i}]") for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        fields = getattr(value, "_fields", None)  # of a named tuple
+        names = [f"{path}[{i}]" for i in range(len(value))]
+        names = [_join(path, name) for name in fields] if fields else names
+        items = [map_tensors(function, *pair) for pair in zip(value, names, strict=True)]
+        return type(value)(*items) if fields else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
         for field in dataclasses.fields(value):
-            item = getattr(value, field.name)
-            name = f"{path}.{field.name}" if path else field.name
-            object.__setattr__(result, field.name, map_tensors(function, item, name))
+            item = map_tensors(function, getattr(value, field.name), _join(path, field.name))
+            object.__setattr__(result, field.name, item)  # frozen ones too
         return result
     return value
+
+
+def _join(path, name):
+    return f"{path}.{name}" if path else str(name)
 
 
 def _mapping_like(value, items):
@@ -69,11 +72,10 @@ def sort_entries(batch, mask):
     tensors = tensors_of(batch)
     plain = {n: t for n, t in tensors.items() if not t.is_nested and t.layout == torch.strided}
     keep = mask.detach() != 0
-    matching = _matching(plain, keep)
-    while not matching and keep.dim() > 1 and keep.shape[-1] == 1:
+    matching, masks = _sorted(plain, mask, keep)
+    while matching == masks and keep.dim() > 1 and keep.shape[-1] == 1:
         keep = keep.squeeze(-1)
-        matching = _matching(plain, keep)
-    masks = [name for name in matching if _is_mask(tensors[name], mask, keep)]
+        matching, masks = _sorted(plain, mask, keep)
     return Entries(
         keep=keep,
         tensors=tensors,
@@ -83,8 +85,9 @@ def sort_entries(batch, mask):
     )
 
 
-def _matching(tensors, keep):
-    return [name for name, t in tensors.items() if t.shape[: keep.dim()] == keep.shape]
+def _sorted(tensors, mask, keep):
+    matching = [name for name, t in tensors.items() if t.shape[: keep.dim()] == keep.shape]
+    return matching, [name for name in matching if _is_mask(tensors[name], mask, keep)]
 
 
 def _is_mask(tensor, mask, keep):

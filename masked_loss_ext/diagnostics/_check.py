@@ -6,6 +6,7 @@ import torch
 from . import _notes
 from ._batch import INF, NAN, OTHER, RANDOM, UNIGNORED, changed, is_floating, kinds_of
 from ._report import (
+    CLOSE,
     LEAK,
     ROUNDING,
     SAME,
@@ -142,6 +143,8 @@ class Check:
         judge = Tolerance(min(0.01, cut.share / 4), self.tolerance.atol)
         judge.noise = self.tolerance.noise
         shift = distance("loss", padded.loss, alone.loss, judge)
+        if shift.verdict == ROUNDING:
+            shift = shift._replace(verdict=CLOSE)
         self.changes.append(Change(cut.row, f"none: cut to {cut.length}", shift))
 
     # --- comparisons -----------------------------------------------------------------------------

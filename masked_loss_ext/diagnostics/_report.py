@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 SAME, ROUNDING, NOISE, LEAK = "same", "rounding", "noise", "LEAK"
+CLOSE = "close"  # as near as results of other shapes need be
 BY_LABEL = "by label"  # the labels say what does not count: no leak
 NOISE_FACTOR = 3  # a difference between two runs may well be thrice that between two others
 
@@ -46,7 +47,7 @@ class Change:
         if self.error:
             return LEAK
         found = {s.verdict for s in [self.loss, *self.gradients, *self.padding] if s}
-        return next((v for v in (LEAK, BY_LABEL, NOISE, ROUNDING) if v in found), SAME)
+        return next((v for v in (LEAK, BY_LABEL, NOISE, CLOSE, ROUNDING) if v in found), SAME)
 
     def by_label(self):
         """What moved here moved because labels say what counts: no leak."""
