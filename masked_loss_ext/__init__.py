@@ -10,6 +10,7 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
 from .losses.token_mse import (  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "MaskEditLoss",
     "MseLoss",
     "__version__",
+    "check_padding",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",

@@ -17,6 +17,7 @@ NAMES = [
     "ChannelInvariantTokenLoss",
     "MaskEditLoss",
     "MseLoss",
+    "check_padding",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",

@@ -3,7 +3,7 @@
 
 import torch
 
-from ._batch import sort_entries
+from ._batch import shape_of, sort_entries
 from ._check import Check
 from ._report import Change, PaddingLeak, PaddingReport, Shift, Tolerance
 from ._step import Runner
@@ -128,7 +128,7 @@ def _entries(batch, mask):
         )
     entries = sort_entries(batch, mask)
     if not entries.checked:
-        shapes = {entry: list(tensor.shape) for entry, tensor in entries.tensors.items()}
+        shapes = {entry: shape_of(tensor) for entry, tensor in entries.tensors.items()}
         raise ValueError(
             f"{name}: mask must have the first dimensions of an entry of batch that is not a mask "
             f"itself, got {list(mask.shape)} and {shapes}; taken for the mask: {entries.masks}"

@@ -70,7 +70,7 @@ class Entries(NamedTuple):
 
 def sort_entries(batch, mask):
     tensors = tensors_of(batch)
-    plain = {n: t for n, t in tensors.items() if not t.is_nested and t.layout == torch.strided}
+    plain = {name: tensor for name, tensor in tensors.items() if _is_plain(tensor)}
     keep = mask.detach() != 0
     matching, masks = _sorted(plain, mask, keep)
     while matching == masks and keep.dim() > 1 and keep.shape[-1] == 1:
@@ -83,6 +83,17 @@ def sort_entries(batch, mask):
         masks=masks,
         others=[name for name in tensors if name not in matching],
     )
+
+
+def _is_plain(tensor):
+    """What can be filled at a mask's positions: no sparse, nested or quantised one, no float8."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        return False
+    return tensor.itemsize > 1 or not tensor.is_floating_point()
+
+
+def shape_of(tensor):
+    return "nested" if tensor.is_nested else list(tensor.shape)
 
 
 def _sorted(tensors, mask, keep):
@@ -158,7 +169,8 @@ def changed(tensor, drop, kind, generator, ignore_index=None):
 
 def _other_integers(inside, values, generator, *, other):
     """Drawn from ``values`` (sorted, all that occur), so that each is a valid index or label."""
-    draw = torch.randint(int(other), len(values), inside.shape, generator=generator)
+    shape = inside.shape
+    draw = torch.randint(int(other), len(values), shape, generator=generator, device="cpu")
     place = torch.searchsorted(values, inside) if other else 0
     return values[(place + draw.to(inside.device)) % len(values)]
 
@@ -166,7 +178,7 @@ def _other_integers(inside, values, generator, *, other):
 def _other_numbers(tensor, inside, kind, generator):
     # Drawn on the CPU: the same on every device, and no device's generator moves.
     wide = torch.complex64 if tensor.is_complex() else torch.float32
-    noise = torch.randn(inside.shape, generator=generator, dtype=wide)
+    noise = torch.randn(inside.shape, generator=generator, dtype=wide, device="cpu")
     if kind == NAN:
         return torch.full_like(inside, float("nan"))
     if kind == INF:

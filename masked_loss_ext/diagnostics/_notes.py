@@ -3,7 +3,7 @@
 
 import torch
 
-from ._batch import INF, NAN, OTHER, is_floating
+from ._batch import INF, NAN, OTHER, is_floating, shape_of
 from ._report import BY_LABEL, LEAK, SAME
 
 UPDATES = (
@@ -17,7 +17,7 @@ def of_entries(entries, kinds):
     if entries.masks:
         notes.append(f"taken for the mask and left alone: {', '.join(entries.masks)}.")
     if entries.others:
-        shapes = [f"{name} {list(entries.tensors[name].shape)}" for name in entries.others]
+        shapes = [f"{name} {shape_of(entries.tensors[name])}" for name in entries.others]
         keep = list(entries.keep.shape)
         notes.append(f"not checked, shape does not begin with {keep}: {', '.join(shapes)}.")
     constant = [name for name, found in kinds.items() if not found]

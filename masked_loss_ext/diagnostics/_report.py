@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ._batch import UNIGNORED
+
 SAME, ROUNDING, NOISE, LEAK = "same", "rounding", "noise", "LEAK"
 CLOSE = "close"  # as near as results of other shapes need be
 BY_LABEL = "by label"  # the labels say what does not count: no leak
@@ -45,7 +47,7 @@ class Change:
     @property
     def verdict(self):
         if self.error:
-            return LEAK
+            return BY_LABEL if self.kind == UNIGNORED else LEAK
         found = {s.verdict for s in [self.loss, *self.gradients, *self.padding] if s}
         return next((v for v in (LEAK, BY_LABEL, NOISE, CLOSE, ROUNDING) if v in found), SAME)
 

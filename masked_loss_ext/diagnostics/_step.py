@@ -148,7 +148,7 @@ def _as_loss(loss):
         raise ValueError(
             f"check_padding: step must return a scalar loss, got {list(loss.shape)} {loss.dtype}"
         )
-    return loss.reshape(())
+    return (loss if loss.is_floating_point() else loss.double()).reshape(())
 
 
 def _gradients(loss, wanted):
