@@ -12,7 +12,7 @@ from cuda_sim import compiler
 if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
 
-from simulated_cross_entropy import check, random_upstream, simulated_cross_entropy
+from simulated_cross_entropy import check, evaluate, random_upstream, simulated_cross_entropy
 from test_cuda_cross_entropy import OPTIONS, filled, make
 
 NAN, INF = float("nan"), float("inf")
@@ -80,6 +80,33 @@ def test_a_logit_that_is_not_a_number_shows(op, value):
         assert results["lse"][1:].isfinite().all()
 
 
+@pytest.mark.parametrize("offset, spread", [(1000, 3), (-1000, 3), (0, 200), (-3e4, 0.1)])
+def test_large_logits(op, offset, spread):
+    # a row less its maximum has the same loss, and the reference is exact there
+    for dtype in FLOATING:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        logits, target, _ = make((3, 1500), torch.float64, spread=spread)
+        logits = (logits + offset).to(dtype)
+        top = logits.double().amax(-1, keepdim=True)
+        one = {"loss": torch.ones(3)}
+        for options in ({}, {"label_smoothing": 0.1}):
+            options = options | {"reduction": "none"}
+            call = op(logits, target, **options)
+            truth = evaluate(torch.float64, logits.double() - top, target, None, one, options)
+            truth["lse"] += top[:, 0]
+            rounding = 8 * torch.finfo(wide).eps
+            at_size = rounding * truth["lse"].abs().max().item()  # of what lse is rounded to
+            for name in ("lse", "entropy", "log_prob", "loss"):
+                atol = at_size if name == "loss" and "label_smoothing" in options else rounding
+                rtol = 8 * rounding
+                torch.testing.assert_close(
+                    call.results[name].double(), truth[name], rtol=rtol, atol=atol
+                )
+            rtol = torch.finfo(dtype).eps + at_size
+            grad = call.backward(one)["logits"].double()
+            torch.testing.assert_close(grad, truth["grad logits"], rtol=rtol, atol=at_size / 100)
+
+
 def test_a_certain_label_keeps_its_digits(op):
     # p - 1 with p in half precision is off by 1.3 %; the sum 1 + 0.0078 in float32 by 2e-5
     for dtype in FLOATING:
@@ -133,3 +160,23 @@ def test_bad_label_shows_where_the_denominator_is_0(op):
     target.fill_(9)
     for options in ({"normalizer": 0.0}, {"weight": torch.ones(7)}):
         assert op(logits, target, **options).results["loss"].isnan()
+
+
+def test_backward_refuses(op):
+    logits, target, _ = make((4, 7))
+    call = op(logits, target, reduction="none")
+    with pytest.raises(ValueError, match=r"grad_lse must have the shape of logits \[4, 7\]"):
+        call.backward({"lse": torch.ones(3)})
+    with pytest.raises(ValueError, match="grad_loss must have the shape of logits"):
+        call.backward({"loss": torch.ones(())})
+    denominator = call.device["denominator"]
+    call.device["denominator"] = op.upload(torch.ones(()))
+    with pytest.raises(ValueError, match="denominator must be a float64 number"):
+        call.backward({"loss": torch.ones(4)})
+    call.device["denominator"] = denominator
+    call.device["lse"] = op.upload(torch.ones(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="lse must have the dtype of the loss, Float, got Double"):
+        call.backward({"loss": torch.ones(4)})
+    lean = op(logits, target, statistics=False)
+    with pytest.raises(ValueError, match="entropy must have the shape of logits"):
+        lean.backward({"entropy": torch.ones(4)})
