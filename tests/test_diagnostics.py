@@ -76,6 +76,7 @@ def test_multiplication_by_zero():
     everywhere = ("pred", "target", "all at once")
     assert leaking(report) == {(e, k) for e in everywhere for k in ("NaN", "inf")}
     assert change(report, "pred", "NaN").loss.nonfinite == 1
+    assert "1 NaN/inf" in str(report)
     assert "nonfinite=False" in str(report)
     assert check_padding(step, pair_batch(), RIGHT, nonfinite=False)
 
