@@ -248,6 +248,7 @@ def test_a_detached_loss_is_compared_alone():
     step = lambda b: mle.masked_mse(b["pred"], b["target"], b["mask"]).detach()  # noqa: E731
     report = check_padding(step, pair_batch(), RIGHT)
     assert report and "no gradient was compared: the step returned a loss" in str(report)
+    assert all(c.gradients is None and c.cells()[3:5] == ["-", "-"] for c in report.changes)
 
 
 def test_a_step_that_cannot_be_differentiated_by_everything():
