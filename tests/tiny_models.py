@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tiny language models with random weights, rows of unequal length, and the real Trainer on them."""
+"""Tiny language models with random weights, rows of unequal length, the real Trainer."""
 
 import os
 
@@ -44,7 +44,7 @@ def make_rows(lengths=LENGTHS):
 
 
 class Collator:
-    """As users write them: pads, makes the mask, and copies input_ids to labels, padding and all."""
+    """As users write them: pads, makes the mask, copies input_ids to labels, padding and all."""
 
     def __init__(self, side="right", garbage=False):
         self.side, self.garbage = side, garbage

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""For the programs that users train with; each is imported by its own name, never by the package."""
+"""For what users train with: each is imported by its own name, never by the package."""

@@ -48,9 +48,7 @@ class PaddingCheck:
             labels = batch.pop("labels")
             with self.autocast():
                 outputs = self.model(**batch)
-                return self.loss_func(
-                    outputs, labels, num_items_in_batch=self.num_items_in_batch
-                )
+                return self.loss_func(outputs, labels, num_items_in_batch=self.num_items_in_batch)
 
         batch = {**self.inputs, "labels": self.labels}
         report = check_padding(step, batch, batch["attention_mask"], parameters=self.model)
@@ -63,5 +61,7 @@ class PaddingCheck:
     def give_up(self):
         """At the end of a training in which no batch had padding."""
         self.hook.remove()
-        seen = "no batch had padding" if self.seen_mask else "the model got no attention_mask [B, S]"
+        seen = (
+            "no batch had padding" if self.seen_mask else "the model got no attention_mask [B, S]"
+        )
         warnings.warn(f"TokenLossCallback: padding was not checked: {seen}", stacklevel=2)

@@ -36,7 +36,7 @@ class TokenLossCallback(TrainerCallback):
     each step weighing the same however many tokens it had, divided by what its version counts, and
     without the steps that were NaN or inf. With evaluation, ``eval_token_loss`` and ``eval_tokens``
     over all that was evaluated (the Trainer's ``eval_loss`` weights batches by rows); it may serve
-    as ``metric_for_best_model``. Ranks are reduced in an ordinary all-reduce of two numbers per log.
+    as ``metric_for_best_model``. Each log costs an all-reduce of two numbers where there are ranks.
     Under tensor or sequence parallelism ``tokens`` counts a token once per rank that holds it.
 
     Costs one comparison of the labels per micro-batch, and one synchronisation per log.
@@ -108,7 +108,7 @@ class TokenLossCallback(TrainerCallback):
             self._check = PaddingCheck(model, self._loss_func, self._autocast)
 
     def _run_check(self):
-        """After a backward and before its update: the graph is gone, the parameters are the same."""
+        """After a backward, whose graph is gone, and before the update: the parameters are its own."""
         if self._check is not None and self._check.ready:
             check, self._check = self._check, None
             self.padding_report = check.run(raises=self.check_padding != "warn")

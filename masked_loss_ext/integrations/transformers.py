@@ -22,7 +22,8 @@ import copy
 
 import torch
 
-from ..reference import mask_labels, masked_cross_entropy
+from ..ops.masked_cross_entropy import masked_cross_entropy
+from ..reference import mask_labels
 
 try:
     from ._token_loss import TokenLossCallback
@@ -113,9 +114,7 @@ class MaskLabels:
 
     def __init__(self, collator, *, mask_sources=True):
         if not callable(collator):
-            raise TypeError(
-                f"MaskLabels: collator must be callable, got {type(collator).__name__}"
-            )
+            raise TypeError(f"MaskLabels: collator must be callable, got {type(collator).__name__}")
         self.collator = collator
         self.mask_sources = mask_sources
 
