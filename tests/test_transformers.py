@@ -14,13 +14,15 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="transformers is not installed: pip install .[hf]")
 
 from tiny_models import (  # noqa: E402
-    LENGTHS,
+    PREDICTED,
     Collator,
     logged,
     make_model,
     make_rows,
     make_trainer,
     token_losses,
+    trained_by_hand,
+    weights,
 )
 
 import masked_loss_ext as mle  # noqa: E402
@@ -28,7 +30,6 @@ from masked_loss_ext.integrations.transformers import MaskLabels, causal_lm_loss
 
 ARRANGEMENTS = [(8, 1), (4, 2), (1, 8)]  # rows in a micro-batch, micro-batches in a step
 MODELS = ["gpt2", "llama"]  # the Trainer counts the labels of the two differently
-PREDICTED = sum(LENGTHS) - len(LENGTHS)
 # Models in float64, so that what differs is the order of sums alone: some 1e3 roundings of 1e-16.
 ROUNDING = dict(rtol=1e-12, atol=1e-13)
 LOGGED = dict(rtol=1e-6, atol=0)  # the Trainer sums and rounds its own log in float32
@@ -39,21 +40,6 @@ def train(model, directory, **options):
     trainer = make_trainer(model, directory, **options)
     trainer.train()
     return trainer
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def trained_by_hand(name, rows):
-    """Loss and weights after one step on the mean over all tokens; no batch, so no padding."""
-    model = make_model(name)
-    loss = token_losses(model, rows).mean()
-    loss.backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.5 * p.grad
-    return loss.item(), weights(model)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,8 +158,7 @@ def test_replicas_of_data_parallel_share_one_count(tmp_path):
     loss, expected = trained_by_hand("llama", make_rows())
     model = make_model("llama")
     trainer = make_trainer(
-        model, tmp_path, batch=4, data_collator=MaskLabels(Collator()),
-        compute_loss_func=causal_lm_loss,
+        model, tmp_path, data_collator=MaskLabels(Collator()), compute_loss_func=causal_lm_loss
     )  # fmt: skip
     trainer.args._n_gpu = 2
     trainer.train()

@@ -13,13 +13,14 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install .[hf]")
 
 from tiny_models import (  # noqa: E402
-    LENGTHS,
+    PREDICTED,
     Collator,
     logged,
     make_model,
     make_rows,
     make_trainer,
     token_losses,
+    weights,
 )
 from transformers import TrainerCallback  # noqa: E402
 
@@ -29,7 +30,6 @@ from masked_loss_ext.integrations.transformers import (  # noqa: E402
     causal_lm_loss,
 )
 
-PREDICTED = sum(LENGTHS) - len(LENGTHS)
 EXACT = dict(rtol=1e-6, atol=0)  # the counts of the Trainer are float32, and so may a loss be
 
 
@@ -37,10 +37,6 @@ def make_followed(model, directory, *, check_padding=False, **options):
     options = dict(data_collator=MaskLabels(Collator()), compute_loss_func=causal_lm_loss) | options
     trainer = make_trainer(model, directory, **options)
     return trainer, TokenLossCallback(check_padding=check_padding).attach(trainer)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("batch, accumulate", [(8, 1), (4, 2), (1, 8)])
@@ -123,7 +119,7 @@ def test_check_finds_the_labels_that_are_not_masked(tmp_path):
         trainer.train()
     assert torch.equal(weights(model), start), "stopped before the first update"
     assert not callback.padding_report
-    assert {change.entry for change in callback.padding_report.leaks} == {"labels"}
+    assert "labels" in {change.entry for change in callback.padding_report.leaks}
 
 
 def test_check_warns_if_told_to(tmp_path):
@@ -204,52 +200,26 @@ def test_errors(tmp_path):
         trainer.train()
 
 
-RANK = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_transformers_callback import *
-torch.set_num_threads(1)
-model = make_model("llama")
-held_out = make_rows([12, 2, 3, 9])
-expected = token_losses(model, make_rows()).mean().item()
-expected_eval = token_losses(model, held_out).mean().item()
-trainer, _ = make_followed(
-    model, {out!r}, batch=2, accumulate=2, eval_dataset=held_out, ddp_backend="gloo",
-    learning_rate=0.0,
-)
-trainer.train()
-metrics = trainer.evaluate()
-assert trainer.args.world_size == 2
-assert logged(trainer, "tokens") == [PREDICTED], logged(trainer, "tokens")
-torch.testing.assert_close(logged(trainer, "token_loss"), [expected], **EXACT)
-torch.testing.assert_close(logged(trainer, "loss"), [expected], **EXACT)
-torch.testing.assert_close(metrics["eval_token_loss"], expected_eval, **EXACT)
-torch.distributed.destroy_process_group()
-print("rank done")
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
-    """Each has other rows; both log the loss over the tokens of both."""
+    """Both log the loss over the tokens of both, and train the weights that one would."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    code = RANK.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", OMP_NUM_THREADS="1")
+        port = s.getsockname()[1]
+    script = Path(__file__).with_name("two_ranks.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | group | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            [sys.executable, script, str(rank), str(port), tmp_path],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in range(2)
+        for rank in range(2)
     ]
     try:
-        texts = [rank.communicate(timeout=240)[0] for rank in ranks]
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()
-    assert all(text.endswith("rank done\n") for text in texts), "\n---\n".join(texts)
+            rank.kill()  # nothing, if it has ended
+    assert all("as one process" in text for text in texts), "\n---\n".join(texts)

@@ -19,6 +19,8 @@ from transformers import (  # noqa: E402
 VOCABULARY = 61
 PAD = 0
 LENGTHS = (12, 3, 7, 2, 9, 4, 11, 5)  # sums of halves and quarters differ, and none is a mean
+PREDICTED = sum(LENGTHS) - len(LENGTHS)  # tokens; nothing predicts the first of a row
+LEARNING_RATE = 0.5
 
 
 def make_model(name, dropout=0.0, dtype=torch.float64):
@@ -70,7 +72,7 @@ def make_trainer(model, directory, *, rows=None, batch=8, accumulate=1, steps=1,
         per_device_eval_batch_size=4,
         gradient_accumulation_steps=accumulate,
         max_steps=steps,
-        learning_rate=0.5,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # clipping would hide a gradient of the wrong size
         optim="sgd",  # an update is the gradient times a constant
@@ -104,3 +106,18 @@ def token_losses(model, rows):
         logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
         parts.append(F.cross_entropy(logits, row["input_ids"][1:], reduction="none"))
     return torch.cat(parts)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained_by_hand(name, rows):
+    """Loss and weights after one step on the mean over all tokens; no batch, so no padding."""
+    model = make_model(name)
+    loss = token_losses(model, rows).mean()
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= LEARNING_RATE * p.grad
+    return loss.item(), weights(model)

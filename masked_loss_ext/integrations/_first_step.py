@@ -37,8 +37,8 @@ class PaddingCheck:
         if self.inputs is not None and not self.ready:
             self.labels, self.num_items_in_batch = labels, num_items_in_batch
 
-    def run(self, raises):
-        """The report; raises PaddingLeak or warns where something leaks."""
+    def run(self):
+        """The report."""
         from ..diagnostics import check_padding  # not needed by those who do not check
 
         self.hook.remove()
@@ -51,12 +51,7 @@ class PaddingCheck:
                 return self.loss_func(outputs, labels, num_items_in_batch=self.num_items_in_batch)
 
         batch = {**self.inputs, "labels": self.labels}
-        report = check_padding(step, batch, batch["attention_mask"], parameters=self.model)
-        if raises:
-            report.raise_if_leaking()
-        elif not report:
-            warnings.warn(f"TokenLossCallback: {report}", stacklevel=2)
-        return report
+        return check_padding(step, batch, batch["attention_mask"], parameters=self.model)
 
     def give_up(self):
         """At the end of a training in which no batch had padding."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The loss per token, over everything since the last log: sum of the losses / number of tokens."""
 
+import warnings
+
 import torch
 from transformers import TrainerCallback
 
@@ -108,10 +110,15 @@ class TokenLossCallback(TrainerCallback):
             self._check = PaddingCheck(model, self._loss_func, self._autocast)
 
     def _run_check(self):
-        """After a backward, whose graph is gone, and before the update: the parameters are its own."""
-        if self._check is not None and self._check.ready:
-            check, self._check = self._check, None
-            self.padding_report = check.run(raises=self.check_padding != "warn")
+        """After a backward, whose graph is gone, and before the update of the parameters."""
+        if self._check is None or not self._check.ready:
+            return
+        check, self._check = self._check, None
+        self.padding_report = check.run()
+        if self.check_padding != "warn":
+            self.padding_report.raise_if_leaking()
+        elif not self.padding_report:
+            warnings.warn(f"TokenLossCallback: {self.padding_report}", stacklevel=2)
 
     def on_substep_end(self, args, state, control, **kwargs):
         """The check, if it is due."""
