@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy and row_statistics: the public functions.
 
-The schema is in csrc/schemas.cpp, the formula in csrc/masked_cross_entropy.h, fake and derivative in
-masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; here only what it
-cannot see, or what needs no look at a tensor.
+The schema is in csrc/schemas.cpp, the formula in csrc/masked_cross_entropy.h, fake and derivative
+in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; here only what
+it cannot see, or what needs no look at a tensor.
 """
 
 import numbers
@@ -38,8 +38,8 @@ def masked_cross_entropy(
 ):
     r"""Cross entropy of the rows that count, from one read of their logits.
 
-    A row counts where ``mask`` is on and its label is not ``ignore_index``; the others are not read,
-    whatever is stored there, and their gradient is exactly 0. With
+    A row counts where ``mask`` is on and its label is not ``ignore_index``; the others are not
+    read, whatever is stored there, and their gradient is exactly 0. With
     :math:`z = \mathrm{softcap}(\mathrm{logits}) / T`,
     :math:`\mathrm{softcap}(x) = c \tanh(x / c)`, per row
 
@@ -53,8 +53,8 @@ def masked_cross_entropy(
         + \lambda\, \mathrm{lse}^2 \Big)
 
     with class weights :math:`w`, token weight :math:`\omega`, :math:`\gamma` = focal_gamma and
-    :math:`\lambda` = z_loss. "mean" is their sum over the number of rows that count (over the sum of
-    their :math:`w_y` with class weights, as in PyTorch), or over ``normalizer``.
+    :math:`\lambda` = z_loss. "mean" is their sum over the number of rows that count (over the sum
+    of their :math:`w_y` with class weights, as in PyTorch), or over ``normalizer``.
 
     >>> torch.testing.assert_close(
     ...     masked_cross_entropy(logits, labels, label_smoothing=0.1),
@@ -78,8 +78,8 @@ def masked_cross_entropy(
         z_loss: weight of lse squared.
         focal_gamma: exponent of 1 - p, at least 0; p is the target's unsmoothed probability.
         shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
-            mask, ignore_index, class and token weight are those of t + k. Results stand at t and are
-            0 in the last k.
+            mask, ignore_index, class and token weight are those of t + k. Results stand at t and
+            are 0 in the last k.
         segment_ids: ``[..., S]`` integers; t counts only if t and t + k have the same (packed
             documents).
         reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count).

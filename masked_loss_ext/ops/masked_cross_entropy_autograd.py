@@ -2,8 +2,9 @@
 """masked_cross_entropy: fake, derivative, and the ways to the native operator.
 
 As in masked_squared_error.py: torch.compile and torch.export see ``torch.ops``; torch.func and
-forward-mode AD take _Differentiable; eager training _Eager; without gradients the operator is called
-directly. ``call`` takes the operator's arguments and returns (loss, lse, entropy, log_prob, hit).
+forward-mode AD take _Differentiable; eager training _Eager; without gradients the operator is
+called directly. ``call`` takes the operator's arguments and returns (loss, lse, entropy, log_prob,
+hit), of which the last four mean nothing without statistics.
 """
 
 import torch
@@ -66,8 +67,8 @@ def _forward_fake(
     rows, nothing = logits.shape[:-1], (0,)
     has_target = target is not None
 
-    def empty(shape, dtype=reference.accumulate_dtype(logits, logits)):
-        return logits.new_empty(shape, dtype=dtype)
+    def empty(shape, dtype=None):
+        return logits.new_empty(shape, dtype=dtype or reference.accumulate_dtype(logits, logits))
 
     return (
         empty(rows if reduction == "none" and has_target else ()),
