@@ -23,7 +23,7 @@ import copy
 import torch
 
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ..reference import mask_labels
+from ..padding import mask_labels
 
 try:
     from ._token_loss import TokenLossCallback
@@ -37,8 +37,6 @@ except ModuleNotFoundError as error:
     ) from None
 
 __all__ = ["MaskLabels", "TokenLossCallback", "causal_lm_loss"]
-
-IGNORED = -100  # fixed: it is what the Trainer counts by
 
 
 def causal_lm_loss(outputs, labels, num_items_in_batch=None, **options):
@@ -54,7 +52,8 @@ def causal_lm_loss(outputs, labels, num_items_in_batch=None, **options):
 
         masked_cross_entropy(logits, labels, shift=1, normalizer=num_items_in_batch)
 
-    Where no label counts the loss is 0 (the models' own: NaN).
+    Where no label counts the loss is 0 (the models' own: NaN). Under ``bf16=True`` accelerate makes
+    a float32 copy of the logits before any loss sees them; a model loaded in bfloat16 has none.
 
     Args:
         outputs: the model's: a mapping with "logits", or a tuple that begins with them;
@@ -135,7 +134,9 @@ class MaskLabels:
             predicted = torch.zeros_like(counts)
             predicted[:, 1:] = counts[:, :-1]
             counts = counts & predicted
-        batch["labels"] = mask_labels(labels, counts)
+        batch["labels"] = mask_labels(
+            labels, counts, ignore_index=-100
+        )  # what the Trainer counts by
         return batch
 
     @staticmethod
