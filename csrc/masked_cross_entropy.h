@@ -132,7 +132,7 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(const RowSums<double>& sums, bool ha
   r.lse = sums.max + log_sum;
   r.entropy = log_sum - sums.distance / sums.sum;
   if (!has_label) return r;
-  r.log_prob = target - r.lse;
+  r.log_prob = (target - sums.max) - log_sum;
   r.smooth_distance = weight_sum * r.lse - sums.weighted;
   r.hit = target == sums.max && sums.before < target;
   return r;

@@ -18,6 +18,7 @@ from .losses.token_mse import (  # noqa: E402
     compute_loss_multi_resolution,
     masked_edit_token_mean_loss,
 )
+from .ops.masked_cross_entropy import masked_cross_entropy, row_statistics  # noqa: E402
 from .padding import (  # noqa: E402
     lengths_to_mask,
     map_mask_to_latent,
@@ -34,10 +35,12 @@ __all__ = [
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",
+    "masked_cross_entropy",
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
     "pad_latents_for_multi_res",
     "reference",
+    "row_statistics",
     "unpad",
 ]

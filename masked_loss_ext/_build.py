@@ -31,9 +31,13 @@ LIBRARY = "_C.abi3.so"
 # Relative to csrc/, which is the include root of all of them.
 CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_squared_error_avx512.cpp",
+    "cpu/masked_cross_entropy_avx512.cpp",
     "cpu/masked_squared_error_avx2.cpp",
+    "cpu/masked_cross_entropy_avx2.cpp",
     "cpu/masked_squared_error_default.cpp",
+    "cpu/masked_cross_entropy_default.cpp",
     "cpu/masked_squared_error.cpp",
+    "cpu/masked_cross_entropy.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]

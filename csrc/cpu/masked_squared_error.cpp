@@ -10,6 +10,7 @@
 #include "cpu/masked_squared_error_cpu.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/scalars.h"
 #include "masked_squared_error_host.h"
 
 namespace masked_loss_ext {
@@ -74,21 +75,6 @@ void set_layout(SquaredErrorProblem& q, const Layout& layout, bool whole_rows) {
               (layout.col_stride[kPrediction] == 1 && layout.col_stride[kTarget] == 1));
 }
 
-template <class F>
-void write_value(Tensor& tensor, F value) {
-  if (tensor.scalar_type() == ScalarType::Double) {
-    *static_cast<double*>(tensor.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(tensor.mutable_data_ptr()) = static_cast<float>(value);
-  }
-}
-
-double read_value(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double
-             ? *static_cast<const double*>(tensor.const_data_ptr())
-             : *static_cast<const float*>(tensor.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
     const Tensor& prediction, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& edit_mask, const std::optional<Tensor>& weighting,
@@ -127,7 +113,7 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
   }
   *static_cast<int64_t*>(count.mutable_data_ptr()) = selected;
   const double divisor = reduction == Reduction::kMean ? double(selected) : denominator;
-  if (is_scalar(reduction)) write_value(loss, selected > 0 ? sum / divisor : 0.0);
+  if (is_scalar(reduction)) write_number(loss, selected > 0 ? sum / divisor : 0.0);
   return {loss, count};
 }
 
@@ -138,7 +124,7 @@ double backward_scale(const Tensor& grad_loss, const Tensor& count, Reduction re
   if (!is_scalar(reduction)) return 1 / denominator;
   const int64_t selected = *count.const_data_ptr<int64_t>();
   if (selected == 0) return 0;
-  return read_value(grad_loss) / (reduction == Reduction::kMean ? double(selected) : denominator);
+  return read_number(grad_loss) / (reduction == Reduction::kMean ? double(selected) : denominator);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(

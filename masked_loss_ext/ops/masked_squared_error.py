@@ -85,13 +85,13 @@ def _loss_shape(prediction, reduction):
     return prediction.shape[:-1] if reduction == "token" else ()
 
 
-def _refuse_two_devices(prediction, *others):
+def refuse_two_devices(function, prediction, *others):
     # One meta tensor among real ones brings the call here, and the result would be real memory that
     # nobody has written.
     for other in others:
         if other is not None and other.device != prediction.device:
             raise ValueError(
-                f"masked_squared_error: all tensors must be on one device, got {prediction.device} "
+                f"{function}: all tensors must be on one device, got {prediction.device} "
                 f"and {other.device}"
             )
 
@@ -107,7 +107,7 @@ def _forward_fake(
     background_weight=1.0,
     reduction="mean",
 ):
-    _refuse_two_devices(prediction, target, mask, edit_mask, weighting)
+    refuse_two_devices("masked_squared_error", prediction, target, mask, edit_mask, weighting)
     dtype = reference.accumulate_dtype(prediction, target)
     loss = prediction.new_empty(_loss_shape(prediction, reduction), dtype=dtype)
     return loss, prediction.new_empty((), dtype=torch.int64)
@@ -129,7 +129,9 @@ def _backward_fake(
     needs_target,
     needs_weighting,
 ):
-    _refuse_two_devices(prediction, target, mask, edit_mask, weighting, grad_loss, count)
+    refuse_two_devices(
+        "masked_squared_error", prediction, target, mask, edit_mask, weighting, grad_loss, count
+    )
     shape, nothing = prediction.shape, (0,)
     weighting_shape = nothing
     if needs_weighting and weighting is not None:
@@ -202,7 +204,7 @@ def _backward_registered(ctx, grad_loss, _grad_count):
 torch.library.register_autograd(
     "masked_loss_ext::masked_squared_error",
     _backward_registered,
-    setup_context=lambda ctx, inputs, output: _setup_forward(ctx, inputs, output),
+    setup_context=_setup_forward,
 )
 
 
@@ -263,7 +265,7 @@ def _second_derivative(ctx, grad_grad_prediction, grad_grad_target, grad_grad_we
 torch.library.register_autograd(
     "masked_loss_ext::_masked_squared_error_backward",
     _second_derivative,
-    setup_context=lambda ctx, inputs, output: _setup_backward(ctx, inputs, output),
+    setup_context=_setup_backward,
 )
 
 

@@ -7,12 +7,14 @@ With z = softcap(logits) / temperature, softcap(x) = c * tanh(x / c), and per ro
 
 the loss of a row that counts is
 
-    token_weight * ( ((1 - eps) * w_y * ce + eps / V * sum_c w_c * (lse - z_c)) * (1 - p)^focal_gamma
-                     + z_loss * lse^2 )
+    token_weight * (
+        ((1 - eps) * w_y * ce + eps / V * sum_c w_c * (lse - z_c)) * (1 - p)^focal_gamma
+        + z_loss * lse^2
+    )
 
 and exactly 0 of one that does not. A row counts where the mask is on and its label is not
-ignore_index; with a shift k both are those of position t + k, which must lie inside the row and, where
-segment_ids are given, in the segment of t.
+ignore_index; with a shift k both are those of position t + k, which must lie inside the row and,
+where segment_ids are given, in the segment of t.
 """
 
 from typing import NamedTuple
@@ -138,8 +140,8 @@ def masked_cross_entropy(
 ):
     """Sum of the row losses over a denominator ("mean"), their sum, or each ("none").
 
-    The denominator is ``normalizer``, else the number of rows that count or, with class weights, the
-    sum of their w_y; where it is 0 so is the loss.
+    The denominator is ``normalizer``, else the number of rows that count or, with class weights,
+    the sum of their w_y; where it is 0 so is the loss.
     """
     labels, on = counted_rows(logits, target, mask, ignore_index, shift, segment_ids)
     z = scaled_logits(logits, on, temperature, softcap)
@@ -189,7 +191,7 @@ def multi_token_prediction_loss(
     renormalize_empty_heads=False,
     normalizer=None,
 ):
-    """Head i predicts the label i + 1 positions on: sum_i weights[i] * mean cross entropy of head i."""
+    """Head i predicts the label i + 1 positions on: sum_i weights[i] * mean cross entropy."""
     losses, counts = [], []
     for i, logits in enumerate(logits_list):
         _, on = counted_rows(logits, labels, attention_mask, ignore_index, i + 1, segment_ids)

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+#include "cpu/masked_cross_entropy_cpu.h"
+#include "layout.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+
+namespace masked_loss_ext {
+namespace {
+#include "cpu/masked_cross_entropy_backward.inc"
+}  // namespace
+extern const CrossEntropyKernels cross_entropy_avx512 = {forward, finish, backward};
+}  // namespace masked_loss_ext
+#endif

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+#include "cpu/masked_cross_entropy_cpu.h"
+#include "layout.h"
+
+namespace masked_loss_ext {
+namespace {
+#include "cpu/masked_cross_entropy_backward.inc"
+}  // namespace
+extern const CrossEntropyKernels cross_entropy_default = {forward, finish, backward};
+}  // namespace masked_loss_ext

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""masked_cross_entropy and row_statistics: the public functions.
+
+The schema is in csrc/schemas.cpp, the formula in csrc/masked_cross_entropy.h, fake and derivative
+in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; here only what
+it cannot see, or what needs no look at a tensor.
+"""
+
+import numbers
+
+import torch
+
+from .._checks import check_not_additive, check_tensor
+from ..reference import RowStatistics
+from .masked_cross_entropy_autograd import call
+from .masked_squared_error import _RARE_DTYPES
+
+
+def masked_cross_entropy(
+    logits,
+    target,
+    mask=None,
+    *,
+    ignore_index=-100,
+    weight=None,
+    token_weight=None,
+    label_smoothing=0.0,
+    temperature=1.0,
+    softcap=None,
+    z_loss=0.0,
+    focal_gamma=0.0,
+    shift=0,
+    segment_ids=None,
+    reduction="mean",
+    normalizer=None,
+    inplace_backward=False,
+    return_stats=False,
+):
+    r"""Cross entropy of the rows that count, from one read of their logits.
+
+    A row counts where ``mask`` is on and its label is not ``ignore_index``; the others are not
+    read, whatever is stored there, and their gradient is exactly 0. With
+    :math:`z = \mathrm{softcap}(\mathrm{logits}) / T`,
+    :math:`\mathrm{softcap}(x) = c \tanh(x / c)`, per row
+
+    .. math::
+        \mathrm{lse} = \ln \sum_c e^{z_c}, \quad \mathrm{ce} = \mathrm{lse} - z_y, \quad
+        p = e^{-\mathrm{ce}}, \quad \varepsilon = \mathrm{label\ smoothing}
+
+    .. math::
+        \ell = \omega \Big( \big( (1 - \varepsilon)\, w_y\, \mathrm{ce}
+        + \tfrac{\varepsilon}{V} \sum_c w_c\, (\mathrm{lse} - z_c) \big) (1 - p)^\gamma
+        + \lambda\, \mathrm{lse}^2 \Big)
+
+    with class weights :math:`w`, token weight :math:`\omega`, :math:`\gamma` = focal_gamma and
+    :math:`\lambda` = z_loss. "mean" is their sum over the number of rows that count (over the sum
+    of their :math:`w_y` with class weights, as in PyTorch), or over ``normalizer``.
+
+    >>> torch.testing.assert_close(
+    ...     masked_cross_entropy(logits, labels, label_smoothing=0.1),
+    ...     F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1))
+
+    With no row left the loss is 0, attached to the graph (PyTorch gives NaN). A logit of -inf (a
+    banned class) has probability and gradient exactly 0.
+
+    Args:
+        logits: ``[..., V]`` float16, bfloat16, float32 or float64; any strides, but where the last
+            dimension is not contiguous they are copied.
+        target: ``[...]`` int64, int32, int16, int8 or uint8.
+        mask: ``[...]`` any dtype, on where not 0. None keeps all.
+        ignore_index: label of rows that do not count.
+        weight: ``[V]`` class weights; get no gradient.
+        token_weight: ``[...]`` floating, may be fractional; no part of the denominator.
+            Differentiable.
+        label_smoothing: in [0, 1].
+        temperature: T > 0, a number or a 0-d tensor (that may change without recompilation).
+        softcap: c > 0; None for none.
+        z_loss: weight of lse squared.
+        focal_gamma: exponent of 1 - p, at least 0; p is the target's unsmoothed probability.
+        shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
+            mask, ignore_index, class and token weight are those of t + k. Results stand at t and
+            are 0 in the last k.
+        segment_ids: ``[..., S]`` integers; t counts only if t and t + k have the same (packed
+            documents).
+        reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count).
+        normalizer: denominator of "mean" (a number or a 0-d tensor: the tokens of the whole
+            accumulation window, over all ranks). Where it is 0 the loss is 0.
+        inplace_backward: write the gradient over the logits. Saves memory of their size; whoever
+            else needs them afterwards gets PyTorch's error about modified variables. Ignored under
+            torch.compile, torch.func and create_graph.
+        return_stats: also return RowStatistics(lse, entropy, log_prob, hit), each ``[...]``,
+            differentiable (but hit), from the same read.
+
+    Returns:
+        the loss, float32 (float64 for float64 logits), or (loss, RowStatistics).
+
+    Raises:
+        IndexError: a label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN).
+        ValueError: a shape, dtype, device or option that does not fit.
+    """
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f"masked_cross_entropy: normalizer must be None for reduction {reduction!r}: only "
+            '"mean" divides'
+        )
+    if target is None:
+        raise TypeError("masked_cross_entropy: target must be a torch.Tensor, got NoneType")
+    args = (
+        ignore_index,
+        label_smoothing,
+        _softcap("masked_cross_entropy", softcap),
+        z_loss,
+        focal_gamma,
+        shift,
+        reduction,
+        return_stats,
+    )
+    tensors = (logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer)
+    results = _call("masked_cross_entropy", tensors, args, inplace_backward)
+    return (results[0], RowStatistics(*results[1:])) if return_stats else results[0]
+
+
+def row_statistics(
+    logits, target=None, mask=None, *, ignore_index=-100, temperature=1.0, softcap=None
+):
+    r"""Statistics of softmax rows from one read of their logits, nothing of their size made.
+
+    Of :math:`z = \mathrm{softcap}(\mathrm{logits}) / T` per row that counts: lse
+    :math:`\ln \sum_c e^{z_c}`, entropy :math:`-\sum_c p_c \ln p_c` in nats, log_prob
+    :math:`\ln p_y` and hit, whether the label is the (first) largest. At other rows 0 and False;
+    without a target log_prob and hit are None. All but hit are differentiable.
+
+    >>> stats = row_statistics(logits, labels)
+    >>> torch.testing.assert_close(stats.lse, torch.logsumexp(logits, -1))
+    >>> log_p = logits.log_softmax(-1)
+    >>> torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(-1))
+    >>> torch.testing.assert_close(
+    ...     stats.log_prob, log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+
+    Arguments are as in ``masked_cross_entropy``.
+
+    Returns:
+        RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool.
+    """
+    name = "row_statistics"
+    args = (ignore_index, 0.0, _softcap(name, softcap), 0.0, 0.0, 0, "sum", True)
+    tensors = (logits, target, mask, None, None, None, temperature, None)
+    _, lse, entropy, log_prob, hit = _call(name, tensors, args, False)
+    if target is None:
+        log_prob = hit = None
+    return RowStatistics(lse, entropy, log_prob, hit)
+
+
+def _call(name, tensors, options, inplace_backward):
+    try:
+        logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        if mask is not None and mask.dtype != torch.bool:
+            check_not_additive(name, "mask", mask)
+            if mask.dtype in _RARE_DTYPES:
+                mask = mask != 0
+        if weight is not None:
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            weight = weight.detach().to(dtype).contiguous()
+        args = (
+            logits,
+            target,
+            mask,
+            weight,
+            token_weight,
+            segment_ids,
+            _temperature(name, temperature, logits),
+            _number(name, "normalizer", normalizer, logits),
+            *options,
+        )
+        if inplace_backward and not torch.compiler.is_compiling():
+            _check_overwritable(name, logits)
+        return call(args, inplace_backward)
+    except Exception as error:  # a list has no .stride(), and what else there is
+        failure = error
+    _check_types(name, *tensors[:6])
+    if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
+        failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
+    raise failure
+
+
+def _check_types(name, *tensors):
+    names = ("logits", "target", "mask", "weight", "token_weight", "segment_ids")
+    for argument, tensor in zip(names, tensors, strict=True):
+        if tensor is not None or argument == "logits":
+            check_tensor(name, argument, tensor)
+
+
+def _softcap(name, softcap):
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
+    return softcap
+
+
+def _temperature(name, temperature, logits):
+    if isinstance(temperature, torch.Tensor):
+        return _number(name, "temperature", temperature, logits)
+    if temperature == 1:
+        return None
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    return _number(name, "temperature", temperature, logits)
+
+
+def _number(name, argument, value, logits):
+    """A number as a 0-d tensor: as a Python number it would be compiled in."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise ValueError(
+                f"{name}: {argument} must not require a gradient: it would get none; detach it"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(
+        value, (numbers.Real, torch.SymInt, torch.SymFloat)
+    ):
+        raise TypeError(
+            f"{name}: {argument} must be a number or a 0-d tensor, got {type(value).__name__}"
+        )
+    return torch.full((), value, dtype=torch.float64, device=logits.device)
+
+
+def _check_overwritable(name, logits):
+    """Two rows that share memory would each overwrite what the other must still read."""
+    if logits.is_contiguous():
+        return
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name}: logits must not be expanded or overlap for inplace_backward, got strides "
+                f"{list(logits.stride())} for {list(logits.shape)}"
+            )
+        extent += stride * (size - 1)
