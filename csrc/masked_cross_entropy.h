@@ -130,7 +130,7 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(const RowSums<double>& sums, bool ha
   RowResult r;
   const double log_sum = ::log(sums.sum);
   r.lse = sums.max + log_sum;
-  r.entropy = log_sum - sums.distance / sums.sum;
+  r.entropy = sums.max == -INFINITY ? NAN : log_sum - sums.distance / sums.sum;  // 0 classes are left
   if (!has_label) return r;
   r.log_prob = (target - sums.max) - log_sum;
   r.smooth_distance = weight_sum * r.lse - sums.weighted;
