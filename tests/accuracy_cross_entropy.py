@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The accuracy rule of accuracy.py for cross entropy, whose terms cancel: p - 1, lse - z_y, entropy.
+"""The accuracy rule of accuracy.py for cross entropy, whose terms cancel (p - 1, lse - z_y).
 
 A result is measured against the numbers that it is made of, without their signs: ``Magnitudes``
-says for each how many times one relative rounding of a term moves it, to first order. With d = m - z
-(m the largest z of a row), a term e^(z - m) moves by d roundings, their sum by the mean of d under
-the softmax and 1 for itself, and the logarithm of the sum by as much. z itself is rounded where
-there is a temperature or a cap. The error of the reference in this dtype, in that measure, is what
-PyTorch can do; allowed is twice that, but no less than 8 roundings of half a unit for a term and
-log2(terms) for a sum. A float16 or bfloat16 gradient is rounded once, at the end.
+says for each how many times one relative rounding of a term moves it, to first order. With
+d = m - z (m the largest z of a row), a term e^(z - m) moves by d roundings, their sum by the mean
+of d under the softmax and 1 for itself, and the logarithm of the sum by as much. z itself is
+rounded where there is a temperature or a cap; in float64, where the reference is its own truth, so
+is lse. The error of the reference in this dtype, in that measure, is what PyTorch can do; allowed
+is twice that, but no less than 8 roundings of half a unit for a term and log2(terms) for a sum. A
+float16 or bfloat16 gradient is rounded once, at the end.
 """
 
 import math
@@ -74,7 +75,7 @@ def upstream_for(inputs, options, statistics=True, seed=5):
 class Magnitudes:
     """By result: the measure of the module's docstring, from float64 inputs."""
 
-    def __init__(self, inputs, upstream, options):
+    def __init__(self, inputs, upstream, options, is_its_own_truth):
         self.o = {"label_smoothing": 0.0, "z_loss": 0.0, "focal_gamma": 0.0, **options}
         self.inputs, self.upstream = inputs, upstream or {}
         shift, T = options.get("shift", 0), options.get("temperature", 1.0)
@@ -100,8 +101,10 @@ class Magnitudes:
         self.log_sum = torch.logsumexp(z - top, -1)
         self.unit = 1 + self.log_sum + (self.p * self.u).sum(-1)
         self.lse = torch.logsumexp(z, -1).abs()
+        if is_its_own_truth:  # and takes lse - z_y, not log_sum + d_y
+            self.unit = self.unit + self.lse
         self.entropy = self.log_sum + (self.p * d).sum(-1)
-        self.entropy_size = 1 + self.entropy + self._mean_of_entropy_terms()
+        self.entropy_size = self.unit + self.entropy + self._mean_of_entropy_terms()
         self.slope_of_z, self.rounded_slope = 1 / T, 0.0
         if softcap is not None:
             self.slope_of_z = (1 - torch.tanh(inputs["logits"] / softcap).square()) / T
@@ -230,7 +233,7 @@ class Expected:
             self.size = {name: value.double() for name, value in self.truth.items()}
             self.relative_error = dict.fromkeys(self.truth, 0.0)
             return
-        magnitudes = Magnitudes(doubled, upstream, options)
+        magnitudes = Magnitudes(doubled, upstream, options, dtype == torch.float64)
         self.size = magnitudes.all()
         eps, tiny = torch.finfo(wide).eps, torch.finfo(wide).tiny
         terms = math.log2(inputs["logits"].numel())
