@@ -19,6 +19,7 @@ NAMES = [
     "MaskedCrossEntropyLoss",
     "MseLoss",
     "MultiTokenPredictionLoss",
+    "check_padding",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",

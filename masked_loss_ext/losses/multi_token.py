@@ -63,7 +63,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         ignore_index: targets with this label do not count.
         mask_sources: let a position predict only where its own mask is on, too. It makes a
             difference where padding comes first: its last position predicts the first token.
-        renormalize_empty_heads: give the weight of heads without a target to the others.
+        renormalize_empty_heads: give the weight of heads without a target to the others. Without
+            one in this call, or in the whole step where ``normalizer`` has one entry per head.
         inplace_backward: write gradients over the logits; each head needs memory of its own.
 
     Raises:
