@@ -53,9 +53,9 @@ def test_statistics_alone(shape, dtype):
         assert_same_bits(ours.detach(), theirs.detach(), name)
         weights = torch.randn(shape[:-1], generator=g).to(wide)
         grads = [torch.autograd.grad(s, logits, weights, retain_graph=True) for s in (ours, theirs)]
-        # With a label that column is computed apart.
-        rtol = torch.finfo(dtype).eps * 8
-        torch.testing.assert_close(*grads, rtol=rtol, atol=rtol * 1e-2)
+        # With a label that column is computed apart; without, lse is rounded.
+        rtol, atol = 8 * torch.finfo(dtype).eps, 32 * torch.finfo(wide).eps
+        torch.testing.assert_close(*grads, rtol=rtol, atol=atol)
 
 
 def pytorch_options(reduction, smoothing, weight, ignore):
