@@ -11,7 +11,9 @@ _library_kind = _library.load()  # the operators must exist before what is built
 
 from . import reference  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
+from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
 from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
+from .losses.multi_token import MultiTokenPredictionLoss  # noqa: E402
 from .losses.token_mse import (  # noqa: E402
     AttentionMaskMseLoss,
     ChannelInvariantTokenLoss,
@@ -22,19 +24,25 @@ from .ops.masked_cross_entropy import masked_cross_entropy, row_statistics  # no
 from .padding import (  # noqa: E402
     lengths_to_mask,
     map_mask_to_latent,
+    mask_labels,
     pad_latents_for_multi_res,
     unpad,
 )
+from .reference import RowStatistics  # noqa: E402
 
 __all__ = [
     "AttentionMaskMseLoss",
     "ChannelInvariantTokenLoss",
     "MaskEditLoss",
+    "MaskedCrossEntropyLoss",
     "MseLoss",
+    "MultiTokenPredictionLoss",
+    "RowStatistics",
     "__version__",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",
+    "mask_labels",
     "masked_cross_entropy",
     "masked_edit_token_mean_loss",
     "masked_mse",

@@ -38,6 +38,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_cross_entropy_default.cpp",
     "cpu/masked_squared_error.cpp",
     "cpu/masked_cross_entropy.cpp",
+    "cpu/masked_cross_entropy_backward.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]

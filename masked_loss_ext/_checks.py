@@ -11,6 +11,10 @@ _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class ArgumentError(ValueError, AssertionError):
+    """For arguments that callers of older code expect to be refused by an assertion."""
+
+
 def shape_text(tensor):
     return sizes_text(tensor.shape)
 
@@ -32,11 +36,23 @@ def check_rank(function, name, tensor, rank, layout):
         )
 
 
-def check_length(function, name, value):
-    if not hasattr(value, "__index__"):
+def check_int(function, name, value):
+    # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+
+
+def check_length(function, name, value):
+    check_int(function, name, value)
     if value < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {value}")
+
+
+def check_integers(function, name, tensor):
+    """A tensor of integers; bool is not one."""
+    check_tensor(function, name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{function}: {name} must be integers, got {tensor.dtype}")
 
 
 def check_choice(function, name, value, choices, label=""):
@@ -95,6 +111,8 @@ def check_not_additive(function, name, mask):
     Looks at data, so only at that of floating masks on the CPU, and not while tracing.
     """
     if mask.dtype not in _FLOATING or mask.device.type != "cpu" or is_traced():
+        return
+    if type(mask) is not torch.Tensor:  # a fake tensor, say, has no data
         return
     if mask.numel() and mask.min() < 0:
         raise ValueError(

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Ragged -> padded + mask, and back; image masks -> token masks."""
+"""Ragged -> padded + mask, and back; masks -> labels; image masks -> token masks."""
 
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_length, check_rank, check_tensor, shape_text
+from ._checks import (
+    check_int,
+    check_integers,
+    check_length,
+    check_mask,
+    check_rank,
+    check_tensor,
+    shape_text,
+)
 
 PATCH = 16  # pixels per latent token and side: 8 by the autoencoder, 2 by packing
 
@@ -32,8 +40,7 @@ def lengths_to_mask(lengths, max_len=None):
         # Its own dtype, so that 1.5 is refused below instead of cut to 1.
         lengths = torch.as_tensor(lengths) if lengths else torch.zeros(0, dtype=torch.int64)
     check_rank(name, "lengths", lengths, 1, "[B]")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
+    check_integers(name, "lengths", lengths)
     if max_len is None:
         max_len = int(lengths.max()) if lengths.numel() else 0
     else:
@@ -110,6 +117,44 @@ def unpad(padded, mask):
         )
     keep = mask != 0
     return list(padded[keep].split(keep.sum(1).tolist()))
+
+
+def mask_labels(labels, mask, *, ignore_index=-100):
+    """Labels for a loss that takes no mask: ``ignore_index`` wherever the mask is off.
+
+    >>> mask_labels(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    tensor([[   5,    6,    7],
+            [   8, -100, -100]])
+
+    The same as ``labels.masked_fill(mask == 0, ignore_index)``:
+
+    >>> expected = labels.masked_fill(attention_mask == 0, -100)
+    >>> assert torch.equal(mask_labels(labels, attention_mask), expected)
+
+    Labels that are ``ignore_index`` already (a prompt, say) stay so. Whoever counts the labels that
+    are not ``ignore_index`` then counts exactly what the loss counts. The functions of this library
+    take the mask itself and need no such labels.
+
+    Args:
+        labels: ``[...]`` integers of any width.
+        mask: ``[...]``, the same shape, any dtype, a label stays where it is not 0.
+        ignore_index: must fit the dtype of labels (-100 does not fit uint8: ValueError).
+
+    Returns:
+        ``[...]`` a new tensor in the dtype of labels.
+    """
+    name = "mask_labels"
+    check_integers(name, "labels", labels)
+    check_tensor(name, "mask", mask)
+    check_mask(name, "mask", mask, "labels", labels, labels.dim())
+    check_int(name, "ignore_index", ignore_index)
+    limits = torch.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(
+            f"{name}: ignore_index must fit the dtype of labels {labels.dtype}, "
+            f"{limits.min} to {limits.max}, got {ignore_index}"
+        )
+    return torch.where(mask != 0, labels, ignore_index)
 
 
 def map_mask_to_latent(image_mask):

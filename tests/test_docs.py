@@ -16,14 +16,19 @@ NAMES = [
     "AttentionMaskMseLoss",
     "ChannelInvariantTokenLoss",
     "MaskEditLoss",
+    "MaskedCrossEntropyLoss",
     "MseLoss",
+    "MultiTokenPredictionLoss",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",
+    "mask_labels",
+    "masked_cross_entropy",
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
     "pad_latents_for_multi_res",
+    "row_statistics",
     "unpad",
 ]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]
@@ -36,6 +41,7 @@ def samples():
     names = {name: getattr(mle, name) for name in mle.__all__}
     return names | {
         "torch": torch,
+        "F": torch.nn.functional,
         "mle": mle,
         "model_pred": torch.randn(2, 5, 4, generator=g),
         "target": torch.randn(2, 5, 4, generator=g),
@@ -44,6 +50,9 @@ def samples():
         "weighting": torch.rand(2, 5, 1, generator=g),
         "x_recon": torch.randn(2, 4, generator=g),
         "x": torch.randn(2, 4, generator=g),
+        "logits": torch.randn(2, 5, 7, generator=g),
+        "logits_list": [torch.randn(2, 5, 7, generator=g) for _ in range(2)],
+        "labels": torch.randint(7, (2, 5), generator=g),
         "visible": torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool),
     }
 
@@ -115,7 +124,8 @@ def test_readme_names_everything_public():
     readme = ROOT / "README.md"
     if not readme.is_file():
         pytest.skip("README.md is not part of this checkout")
-    missing = [name for name in NAMES if name not in readme.read_text()]
+    text = readme.read_text()
+    missing = [name for name in (*NAMES, "RowStatistics") if f"`{name}`" not in text]
     assert not missing
 
 
@@ -178,6 +188,34 @@ def test_usage_of_autoencoder_losses():
     torch.testing.assert_close(mse, expected.mean())
 
 
+def test_usage_of_language_model_losses():
+    s = samples()
+    logits, tokens, mask = s["logits"].requires_grad_(), s["labels"], s["attention_mask"]
+    loss = mle.MaskedCrossEntropyLoss(shift=1)(logits, tokens, mask)
+    masked = mle.mask_labels(tokens, mask)
+    rows, targets = logits[:, :-1].flatten(0, 1), masked[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(rows, targets)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (logits.grad[:, :-1][mask[:, 1:] == 0] == 0).all() and (logits.grad[:, -1] == 0).all()
+    # what code for the list-of-heads loss does: defaults, positions, a dict of printable values
+    total, loss_dict = mle.MultiTokenPredictionLoss(
+        n_pred_tokens=4, aux_loss_weights=(1.0, 0.5, 0.3, 0.2), ignore_index=-100
+    )(s["logits_list"] * 2, tokens, mask)
+    names = [f"loss_t{i}" for i in (1, 2, 3, 4)] + ["total_multitoken_loss"]
+    assert list(loss_dict) == names and f"{loss_dict[names[-1]]:.4f}" == f"{total.item():.4f}"
+
+
+def arguments(name):
+    """What a loss module is called with."""
+    s = samples()
+    if name == "MaskedCrossEntropyLoss":
+        return s["logits"], s["labels"]
+    if name == "MultiTokenPredictionLoss":
+        return s["logits_list"] * 2, s["labels"]
+    return s["model_pred"], s["target"]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_can_be_pickled_and_copied(name, tmp_path):
     import copy
@@ -185,8 +223,7 @@ def test_modules_can_be_pickled_and_copied(name, tmp_path):
     module = getattr(mle, name)()
     torch.save(module, tmp_path / "loss.pt")
     loaded = torch.load(tmp_path / "loss.pt", weights_only=False)
-    s = samples()
-    pair = s["model_pred"], s["target"]
+    expected = module(*arguments(name))
     for other in (loaded, copy.deepcopy(module)):
         assert repr(other) == repr(module)
-        assert torch.equal(other(*pair), module(*pair))
+        torch.testing.assert_close(other(*arguments(name)), expected, rtol=0, atol=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Ragged -> padded + mask, and back; image masks -> token masks."""
+"""Ragged -> padded + mask, and back; masks -> labels; image masks -> token masks."""
 
 import pytest
 import torch
@@ -145,6 +145,97 @@ def test_bad_unpad():
         with pytest.raises(kind) as caught:
             mle.unpad(*arguments)
         assert str(caught.value).startswith("unpad: ") and text in str(caught.value)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
+MASKS = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("mask_dtype", MASKS)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_mask_labels(dtype, mask_dtype):
+    labels = torch.tensor([[5, 6, 99], [8, 9, 1]]).to(dtype)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).to(mask_dtype)
+    masked = mle.mask_labels(labels, mask, ignore_index=99)
+    assert masked.dtype == dtype and masked.tolist() == [[5, 6, 99], [8, 99, 99]]
+    assert labels.tolist() == [[5, 6, 99], [8, 9, 1]], "the caller's labels are not touched"
+
+
+def test_mask_labels_of_any_rank_and_strides():
+    labels = torch.arange(24).reshape(2, 3, 4).transpose(0, 2)
+    mask = torch.arange(24).reshape(4, 3, 2) % 3
+    expected = torch.where(mask != 0, labels, -100)
+    assert torch.equal(mle.mask_labels(labels, mask), expected)
+    assert torch.equal(reference.mask_labels(labels, mask), expected)
+    assert mle.mask_labels(torch.tensor(3), torch.tensor(0.0)).item() == -100
+    assert mle.mask_labels(torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 4)).shape == (0, 4)
+    # weights are not masks: 0.5 is on, and so is NaN
+    halves = torch.tensor([0.5, 0.0, float("nan")])
+    assert mle.mask_labels(torch.tensor([1, 2, 3]), halves).tolist() == [1, -100, 3]
+
+
+def test_labels_that_are_not_masked_do_not_alias():
+    labels = torch.tensor([1, 2])
+    mle.mask_labels(labels, torch.ones(2)).zero_()
+    assert labels.tolist() == [1, 2]
+
+
+def test_masked_labels_count_what_the_loss_counts():
+    labels, mask = torch.tensor([[1, -100, 0, 2], [3, 4, 0, 0]]), mle.lengths_to_mask([3, 2], 4)
+    logits, masked = torch.randn(2, 4, 5), mle.mask_labels(labels, mask)
+    assert (masked != -100).sum() == 4
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), masked.flatten())
+    torch.testing.assert_close(mle.masked_cross_entropy(logits, labels, mask), expected)
+    torch.testing.assert_close(mle.masked_cross_entropy(logits, masked), expected)
+
+
+def test_mask_labels_compiled():
+    compiled = torch.compile(mle.mask_labels, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 5):
+        labels, mask = torch.arange(size), torch.arange(size) % 2
+        assert torch.equal(compiled(labels, mask), mle.mask_labels(labels, mask))
+
+
+Y = torch.zeros(2, 3, dtype=torch.int64)
+BAD_LABELS = [
+    (([[1]], Y), TypeError, "labels must be a torch.Tensor, got list"),
+    ((Y, [[1]]), TypeError, "mask must be a torch.Tensor, got list"),
+    ((Y, None), TypeError, "mask must be a torch.Tensor, got NoneType"),
+    ((Y.float(), Y), ValueError, "labels must be integers, got torch.float32"),
+    ((Y.bool(), Y), ValueError, "labels must be integers, got torch.bool"),
+    ((Y, Y[0]), ValueError, "mask shape must be [2, 3], the first 2 dimensions of labels, got [3]"),
+    ((Y, torch.zeros(2, 1, 3, 3)), ValueError, "mask shape must be [2, 3]"),
+    ((Y, Y.to("meta")), ValueError, "mask must be on the device of labels (cpu), got meta"),
+    ((Y, torch.tensor([[0.0, 0, -1e9]] * 2)), ValueError, "an additive mask?"),
+    ((Y, Y.to(torch.complex64)), ValueError, "mask must be bool, integer or floating"),
+]
+BAD_IGNORE_INDEX = [
+    (
+        torch.uint8,
+        -100,
+        ValueError,
+        "ignore_index must fit the dtype of labels torch.uint8, 0 to 2",
+    ),
+    (torch.uint8, 256, ValueError, "0 to 255, got 256"),
+    (torch.int8, -129, ValueError, "-128 to 127, got -129"),
+    (torch.int64, 2**63, ValueError, "got 9223372036854775808"),
+    (torch.int64, -100.0, TypeError, "ignore_index must be an int, got float"),
+    (torch.int64, None, TypeError, "ignore_index must be an int, got NoneType"),
+]
+
+
+@pytest.mark.parametrize("arguments,kind,text", BAD_LABELS)
+def test_bad_labels(arguments, kind, text):
+    with pytest.raises(kind) as caught:
+        mle.mask_labels(*arguments)
+    assert str(caught.value).startswith("mask_labels: ") and text in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype,value,kind,text", BAD_IGNORE_INDEX)
+def test_bad_ignore_index(dtype, value, kind, text):
+    with pytest.raises(kind) as caught:
+        mle.mask_labels(Y.to(dtype), Y, ignore_index=value)
+    assert "mask_labels: ignore_index must " in str(caught.value) and text in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 48), (1, 16, 16), (3, 70, 37), (0, 32, 32), (2, 7, 32)])

@@ -3,6 +3,10 @@
 #include "cpu/masked_cross_entropy_cpu.h"
 #include "layout.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,bmi2")
 

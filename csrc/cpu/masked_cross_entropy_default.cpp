@@ -3,6 +3,10 @@
 #include "cpu/masked_cross_entropy_cpu.h"
 #include "layout.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace masked_loss_ext {
 namespace {
 #include "cpu/masked_cross_entropy_backward.inc"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy in plain PyTorch: vmap, tangents, the second derivative.
 
-They are derivatives of reference.py, need memory of the logits' size, and are used where training
+They are derivatives of reference/, need memory of the logits' size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
 """
 

@@ -253,7 +253,7 @@ def _setup_backward(ctx, inputs, output):
 
 
 def _second_derivative(ctx, grad_grad_prediction, grad_grad_target, grad_grad_weighting):
-    """Derivative of the backward operator, through the written-out gradients of reference.py."""
+    """Derivative of the backward operator, through the written-out gradients of reference/."""
     saved = ctx.saved_tensors
     upstream = (grad_grad_prediction, grad_grad_target, grad_grad_weighting)
     upstream = [u if need else None for u, need in zip(upstream, ctx.needs, strict=True)]

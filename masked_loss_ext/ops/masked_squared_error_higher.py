@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Plain-PyTorch pieces of masked_squared_error's derivative: vmap, tangents, the second derivative.
 
-They are built from reference.py, need memory of prediction's size, and are used where training
+They are built from reference/, need memory of prediction's size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
 """
 

@@ -52,7 +52,7 @@ def counted_rows(logits, target, mask, ignore_index, shift=0, segment_ids=None):
     """The label of each row, 0 where it does not count, and which rows count."""
     on = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if target is not None:
-        on = target != ignore_index
+        on = target.long() != ignore_index  # in uint8, 156 would be -100
     if mask is not None:
         on = on & (mask != 0)
     on = shifted(on, shift, False)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Several heads that predict the next tokens: one logits tensor per distance."""
+
+import math
+
+import torch
+
+from .._checks import (
+    ArgumentError,
+    check_device,
+    check_int,
+    check_integers,
+    check_length,
+    check_mask,
+    check_rank,
+    check_tensor,
+    shape_text,
+)
+from ..ops.masked_cross_entropy import masked_cross_entropy
+
+_NAME = "MultiTokenPredictionLoss"
+
+
+class MultiTokenPredictionLoss(torch.nn.Module):
+    r"""Cross entropy of n heads, of which head i predicts the token i + 1 positions on.
+
+    .. math::
+        L_i = \frac{1}{|V_i|} \sum_{(b, t) \in V_i}
+        -\log \mathrm{softmax}(x^i_{bt})_{y_{b,t+i+1}}, \qquad
+        V_i = \{(b, t) : a_{b,t+i+1} \text{ on},\ y_{b,t+i+1} \ne \text{ignore\_index}\}, \qquad
+        L = \sum_{i=0}^{n-1} \hat w_i L_i,\quad \hat w_i = w_i / \sum_j w_j
+
+    labels are not shifted: they are the input's own tokens. The mask is the target's.
+
+    >>> loss_fn = MultiTokenPredictionLoss(2, (3.0, 1.0))
+    >>> total, loss_dict = loss_fn(logits_list, labels, attention_mask)
+    >>> y = labels.masked_fill(attention_mask == 0, -100)
+    >>> one = F.cross_entropy(logits_list[0][:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    >>> two = F.cross_entropy(logits_list[1][:, :-2].flatten(0, 1), y[:, 2:].flatten())
+    >>> torch.testing.assert_close(total, 0.75 * one + 0.25 * two)
+    >>> torch.testing.assert_close(loss_dict["loss_t2"], two)
+    >>> list(loss_dict)
+    ['loss_t1', 'loss_t2', 'total_multitoken_loss']
+
+    No head's logits are copied, and nothing waits for a GPU. A head without a target (every row is
+    shorter than its distance, or masked) has loss 0, attached to the graph, with gradient 0, where
+    the lines above give NaN; its weight stays.
+
+    An untrained model over V tokens is near :math:`\ln V`: 10.825 for 50257. The mean of the token
+    means of micro-batches is not the token mean of all their tokens, unless each has as many;
+    with ``normalizer`` it is:
+
+    >>> counts = sum(loss_fn.count_targets(y, a) for y, a in zip(labels[:, None],
+    ...                                                          attention_mask[:, None]))
+    >>> parts = [loss_fn([x[b : b + 1] for x in logits_list], labels[b : b + 1],
+    ...                  attention_mask[b : b + 1], normalizer=counts)[0] for b in range(2)]
+    >>> torch.testing.assert_close(sum(parts), total)
+
+    Args:
+        n_pred_tokens: n, the number of heads.
+        aux_loss_weights: n numbers with a positive sum. The attribute of this name holds them
+            divided by it.
+        ignore_index: targets with this label do not count.
+        mask_sources: let a position predict only where its own mask is on, too. It makes a
+            difference where padding comes first: its last position predicts the first token.
+        renormalize_empty_heads: give the weight of heads without a target to the others. Without
+            one in this call, or in the whole step where ``normalizer`` has one entry per head.
+        inplace_backward: write gradients over the logits; each head needs memory of its own.
+
+    Raises:
+        ValueError: shapes, dtypes or weights that do not fit. For a number of weights or heads
+            other than n the error is an AssertionError as well.
+    """
+
+    def __init__(
+        self,
+        n_pred_tokens=4,
+        aux_loss_weights=(1.0, 0.5, 0.3, 0.2),
+        ignore_index=-100,
+        *,
+        mask_sources=False,
+        renormalize_empty_heads=False,
+        inplace_backward=False,
+    ):
+        super().__init__()
+        check_length(_NAME, "n_pred_tokens", n_pred_tokens)
+        check_int(_NAME, "ignore_index", ignore_index)
+        weights = [float(weight) for weight in aux_loss_weights]
+        if len(weights) != n_pred_tokens:
+            raise ArgumentError(
+                f"{_NAME}: aux_loss_weights must have one entry per head, n_pred_tokens "
+                f"{n_pred_tokens}, got {len(weights)}"
+            )
+        total = sum(weights)
+        if not (total > 0 and math.isfinite(total)):
+            raise ValueError(
+                f"{_NAME}: aux_loss_weights must have a positive, finite sum, got {weights}"
+            )
+        self.n_pred_tokens = n_pred_tokens
+        self.aux_loss_weights = tuple(weight / total for weight in weights)
+        self.ignore_index = ignore_index
+        self.mask_sources = mask_sources
+        self.renormalize_empty_heads = renormalize_empty_heads
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self, logits_list, labels, attention_mask=None, *, segment_ids=None, normalizer=None
+    ):
+        """The weighted sum and a dict of its parts.
+
+        Args:
+            logits_list: n tensors ``[B, S, V]`` floating, the head of the next token first.
+            labels: ``[B, S]`` integers, not shifted.
+            attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
+            segment_ids: ``[B, S]`` integers, for packed documents: no head predicts a token of
+                another segment.
+            normalizer: what is divided by instead of each head's own count: a number or 0-d tensor
+                for all heads, or one entry per head ``[n]`` (see ``count_targets``).
+
+        Returns:
+            total ``[]``, float32 (float64 for float64 logits), and a dict of n + 1 detached 0-d
+            tensors: ``loss_t1`` ... ``loss_tn`` (without weights) and ``total_multitoken_loss``.
+            They become numbers where they are printed (``f"{value:.3f}"``), and only then wait for
+            the device.
+        """
+        self._check(logits_list, labels, attention_mask, segment_ids)
+        segments = self._segments(attention_mask, segment_ids)
+        losses = [
+            masked_cross_entropy(
+                logits,
+                labels,
+                attention_mask,
+                ignore_index=self.ignore_index,
+                shift=i + 1,
+                segment_ids=segments,
+                normalizer=divisor,
+                inplace_backward=self.inplace_backward,
+            )
+            for i, (logits, divisor) in enumerate(
+                zip(logits_list, self._divisors(normalizer), strict=True)
+            )
+        ]
+        total = losses[0] * self.aux_loss_weights[0]
+        for w, loss in zip(self.aux_loss_weights[1:], losses[1:], strict=True):
+            total = torch.add(total, loss, alpha=w)
+        if self.renormalize_empty_heads:
+            counts = normalizer
+            if not _is_per_head(normalizer):
+                counts = self._count(labels, attention_mask, segments)
+            total = total * self._renormalization(counts).to(total.dtype)
+        loss_dict = {f"loss_t{i + 1}": loss.detach() for i, loss in enumerate(losses)}
+        # Its own memory: a caller may scale the total in place.
+        loss_dict["total_multitoken_loss"] = total.detach().clone()
+        return total, loss_dict
+
+    def count_targets(self, labels, attention_mask=None, *, segment_ids=None):
+        """How many targets each head has, ``[n]`` int64: add them up over the micro-batches of a
+        step and give the sum as ``normalizer``. Arguments as in ``forward``."""
+        _check_rows(labels, attention_mask, segment_ids)
+        return self._count(labels, attention_mask, self._segments(attention_mask, segment_ids))
+
+    def _count(self, labels, attention_mask, segments):
+        on = labels.long() != self.ignore_index  # -100 and uint8 156 would be equal
+        if attention_mask is not None:
+            on = on & (attention_mask != 0)
+        counts = []
+        for k in range(1, self.n_pred_tokens + 1):
+            targets = on[:, k:]
+            if segments is not None:
+                targets = targets & (segments[:, k:] == segments[:, :-k])
+            counts.append(targets.sum())
+        return torch.stack(counts)
+
+    def _segments(self, attention_mask, segment_ids):
+        """Segments such that a position that may not predict shares none with any target."""
+        if not self.mask_sources or attention_mask is None:
+            return segment_ids
+        off = (attention_mask == 0).long()
+        return off if segment_ids is None else 2 * segment_ids.long() + off
+
+    def _divisors(self, normalizer):
+        if not _is_per_head(normalizer):
+            return [normalizer] * self.n_pred_tokens
+        if normalizer.shape != (self.n_pred_tokens,):
+            raise ArgumentError(
+                f"{_NAME}: normalizer must be a number or have one entry per head "
+                f"[{self.n_pred_tokens}], got {shape_text(normalizer)}"
+            )
+        return normalizer.unbind()
+
+    def _renormalization(self, counts):
+        """1 / the share of the weights that heads with targets have; on the device."""
+        kept = sum(
+            (count != 0).double() * w
+            for w, count in zip(self.aux_loss_weights, counts.unbind(), strict=True)
+        )
+        return 1 / torch.where(kept > 0, kept, 1.0)
+
+    def _check(self, logits_list, labels, attention_mask, segment_ids):
+        if not isinstance(logits_list, (list, tuple)):
+            raise TypeError(
+                f"{_NAME}: logits_list must be a list of tensors, got {type(logits_list).__name__}"
+            )
+        if len(logits_list) != self.n_pred_tokens:
+            raise ArgumentError(
+                f"{_NAME}: logits_list must have one tensor per head, n_pred_tokens "
+                f"{self.n_pred_tokens}, got {len(logits_list)}"
+            )
+        _check_rows(labels, attention_mask, segment_ids)
+        for i, logits in enumerate(logits_list):
+            name = f"logits_list[{i}]"
+            check_tensor(_NAME, name, logits)
+            check_rank(_NAME, name, logits, 3, "[B, S, V]")
+            if not logits.is_floating_point():
+                raise ValueError(f"{_NAME}: {name} must be a floating tensor, got {logits.dtype}")
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(
+                    f"{_NAME}: {name} must have the B and S of labels {shape_text(labels)}, "
+                    f"got {shape_text(logits)}"
+                )
+            check_device(_NAME, name, logits, "labels", labels)
+
+    def extra_repr(self):
+        weights = ", ".join([f"{weight:.4g}" for weight in self.aux_loss_weights])
+        text = f"n_pred_tokens={self.n_pred_tokens}, aux_loss_weights=({weights})"
+        if self.ignore_index != -100:
+            text += f", ignore_index={self.ignore_index}"
+        for name in ("mask_sources", "renormalize_empty_heads", "inplace_backward"):
+            text += f", {name}=True" if getattr(self, name) else ""
+        return text
+
+
+def _is_per_head(normalizer):
+    return isinstance(normalizer, torch.Tensor) and normalizer.dim() > 0
+
+
+def _check_rows(labels, attention_mask, segment_ids):
+    check_integers(_NAME, "labels", labels)
+    check_rank(_NAME, "labels", labels, 2, "[B, S]")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            f"{_NAME}: attention_mask must have 2 dimensions [B, S], the tokenizer's, got "
+            f"{shape_text(attention_mask)} (a 4-D mask [B, 1, S, S] that attention adds to its "
+            "scores says nothing about targets)"
+        )
+    check_mask(_NAME, "attention_mask", attention_mask, "labels", labels, 2)
+    if segment_ids is not None:
+        check_integers(_NAME, "segment_ids", segment_ids)
+        if segment_ids.shape != labels.shape:
+            raise ValueError(
+                f"{_NAME}: segment_ids must have the shape of labels {shape_text(labels)}, "
+                f"got {shape_text(segment_ids)}"
+            )
+        check_device(_NAME, "segment_ids", segment_ids, "labels", labels)
