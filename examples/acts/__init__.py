@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The acts of the demo: each trains something small on real data with the losses of the package.
 
-An act is a package with ``run(options)``; it prints what it measured and writes its pictures.
+An act is a package whose module ``act`` has ``run(options)``; it prints what it measured and writes its pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options:
 
 def run_act(name: str, options: Options) -> None:
     try:
-        act = importlib.import_module(f"{__name__}.{name}")
+        act = importlib.import_module(f"{__name__}.{name}.act")
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
             raise SystemExit(

@@ -16,7 +16,7 @@ from ..common.plots import GREY, HELD_OUT, INK, draw_training_loss, save, tidy
 from .quality import Reconstruction
 
 if TYPE_CHECKING:
-    from . import History
+    from .act import History
 
 SHOWN = 4  # crops in the picture of reconstructions
 

@@ -10,7 +10,7 @@ from ..common.tables import print_table
 from .measure import FormOnBatch
 
 if TYPE_CHECKING:
-    from . import History
+    from .act import History
     from .data import Batch
     from .quality import Quality
 

@@ -18,7 +18,6 @@ from benchmarks.harness import Contender, clock_for
 
 from ..common.cost import OURS
 from .data import Batch
-from .loss import MultiTokenPredictionLoss
 from .training import AHEAD, WEIGHTS
 
 IN_PLACE = f"{OURS}, in place"
@@ -53,7 +52,7 @@ def shifted(logits_list: Sequence[Tensor], labels: Tensor, mask: Tensor) -> Tens
 
 
 def ours(*, in_place: bool = False) -> Callable[..., Tensor]:
-    criterion = MultiTokenPredictionLoss(AHEAD, WEIGHTS, inplace_backward=in_place)
+    criterion = mle.MultiTokenPredictionLoss(AHEAD, WEIGHTS, inplace_backward=in_place)
     return lambda logits_list, labels, mask: criterion(logits_list, labels, mask)[0]
 
 

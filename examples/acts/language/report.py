@@ -25,7 +25,7 @@ def print_data(train: Sequence[bytes], held_out: Sequence[bytes], files: tuple[i
 
 
 def print_training(
-    masked: History, counted: History, pairs: Sequence[float], held_out: Sequence[Batch]
+    masked: History, counted: History, start: Sequence[float], held_out: Sequence[Batch]
 ) -> None:
     real = sum(batch.real_bytes() for batch in held_out)
     print(
@@ -33,23 +33,25 @@ def print_training(
         f"{masked.padding:.0%} of them padding: {masked.seconds:.1f} s\nand "
         f'{counted.seconds:.1f} s. Held-out bits per byte. "says": the next byte\'s loss as the '
         f"run itself measures it;\nt+1 ... t+{AHEAD}: the true ones of each head, on the {real} "
-        "real bytes alone. The byte pairs\nare the table that both start from\n"
+        "real bytes alone. Both start from\ncounts of what follows each pair of bytes\n"
     )
     runs = {"padding masked": masked, "padding counted": counted}
-    rows = [("byte pairs", "", *(f"{bits:.3f}" for bits in pairs))]
+    rows = [("counts alone", "", *(f"{bits:.3f}" for bits in start))]
     for name, run in runs.items():
         rows.append((name, f"{run.reported:.3f}", *(f"{bits:.3f}" for bits in run.heads)))
     print_table(("trained with", "says", *HEADS), rows)
+    says, truth = counted.reported, counted.heads[0]
     print(
-        f"\nThe run that counts padding says {counted.reported:.2f} bits where the truth is "
-        f"{counted.heads[0]:.2f}: {1 - counted.reported / counted.heads[0]:.0%} too little.\n"
-        f"Its model is {describe(counted.heads[0] / masked.heads[0] - 1)} than the other one."
+        f"\nThe run that counts padding says {says:.2f} bits where the truth is {truth:.2f}: "
+        f"{abs(1 - says / truth):.0%} too {'little' if says < truth else 'much'}.\n"
+        f"Its model is {describe(truth / masked.heads[0] - 1)} than the one trained with the mask."
     )
 
 
 def describe(change: float) -> str:
+    """A relative change of a loss, in words."""
     if abs(change) < 5e-4:
-        return "neither better nor worse"
+        return "no better and no worse"
     return f"{abs(change):.1%} {'worse' if change > 0 else 'better'}"
 
 
@@ -83,15 +85,14 @@ def print_step_costs(
 
 
 def honest_words(steps: dict[str, StepCost]) -> str:
-    ours = steps[OURS]
     best = min((SLICED, SHIFTED), key=lambda name: steps[name].step_us)
-    gain = steps[best].step_us / ours.step_us - 1
+    gain = steps[best].step_us / steps[OURS].step_us - 1
     faster = f"{abs(gain):.1%} {'faster' if gain > 0 else 'slower'}"
+    share, other = (steps[name].loss_us / steps[name].step_us for name in (OURS, best))
     return (
-        f"\nWith 256 classes the loss is a small part of the step ({ours.loss_us / ours.step_us:.1%} "
-        f"with {OURS},\n{steps[best].loss_us / steps[best].step_us:.1%} with the better of the "
-        f"others), so the whole step is {faster}: what the\nmask buys here is the right number. "
-        "Speed and memory matter where the vocabulary is large:"
+        f"\nWith 256 classes the loss is a small part of the step, {share:.1%} with {OURS} and "
+        f"{other:.1%}\nwith the better of the others, and the whole step is {faster}: what the "
+        "mask buys here\nis the right number. Speed and memory matter where there are many classes:"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The same model trained twice, from the same start on the same batches: padding masked, counted."""
+"""The same model trained twice on the same batches: with the padding masked, and counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tqdm import tqdm
 import masked_loss_ext as mle
 
 from .data import Batch, BatchSampler
-from .loss import MultiTokenPredictionLoss
 
 WEIGHTS = (1.0, 0.5, 0.3, 0.2)  # of the heads for t+1 .. t+4; the loss divides them by their sum
 AHEAD = len(WEIGHTS)
@@ -44,7 +43,7 @@ def fit(
     masked: bool,
 ) -> History:
     """``held_out[0]`` is watched while training, all of it is measured at the end."""
-    criterion = MultiTokenPredictionLoss(AHEAD, WEIGHTS)
+    criterion = mle.MultiTokenPredictionLoss(AHEAD, WEIGHTS)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.5, 10 / steps)
