@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The acts of the demo: each trains something small on real data with the losses of the package.
 
-An act is a package whose module ``act`` has ``run(options)``; it prints what it measured and writes its pictures.
+An act is a package whose module ``act`` has ``run(options)``, which prints what it measured and
+writes its pictures.
 """
 
 from __future__ import annotations
