@@ -21,7 +21,7 @@ from .plots import plot_bits, plot_costs, plot_losses
 from .training import AHEAD, bits_per_byte, fit
 
 FULL = {
-    "steps": 200,
+    "steps": 280,
     "texts": 4,  # in a batch
     "longest": 640,  # bytes; what is longer is cut off
     "dim": 128,
