@@ -10,6 +10,7 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
 from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "MultiTokenPredictionLoss",
     "RowStatistics",
     "__version__",
+    "check_padding",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
     "map_mask_to_latent",
