@@ -29,9 +29,9 @@ FULL = {
     "held_out": (3, 24),  # batches, texts in each
     "files": None,  # of the standard library: all
     "written": 240,  # bytes of a sample
-    "step_rounds": 7,
-    "cost_rounds": 9,
-    "large": (4, 96, 32_000),  # texts, tokens, classes
+    "step_rounds": 5,
+    "cost_rounds": 5,
+    "large": (4, 64, 32_000),  # texts, tokens, classes
 }
 QUICK = {
     "steps": 6,
