@@ -12,8 +12,9 @@
 namespace masked_loss_ext {
 namespace {
 
-// Rows, or pairs of blocks, per chunk: some 30 us. Less is not worth waking a thread for.
-constexpr int64_t kChunkWork = 32768;
+// Rows, or pairs of blocks, per chunk: a millisecond or two. Less is not worth a second thread, which on a
+// busy machine comes a whole time slice later.
+constexpr int64_t kChunkWork = 1 << 19;
 constexpr int64_t kTileColumns = 16;  // of class bytes: a cache line serves four tiles, buffers stay small
 
 bool same_row(const IntervalRows& in, const int32_t* lo, const int32_t* hi, int64_t q, int64_t other) {

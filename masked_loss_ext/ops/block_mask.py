@@ -39,7 +39,7 @@ def packed_rows(
     sinks=0,
     dropped="none",
 ):
-    """Row intervals (lo, hi), ``[R, rows]`` int32, of packed samples; arguments as in the schema."""
+    """(lo, hi), ``[R, rows]`` int32: row intervals of packed samples; arguments as in the schema."""
     return _rows_op(
         segment_offsets, kept, rows, mode, window_left, window_right, prefix, sinks, dropped
     )
