@@ -50,7 +50,8 @@ def test_one_graph_over_sizes(backend):
         more = layer.interval_block_lists(lo[None], hi[None], rows, 64, 32)
         return lo, hi, *lists, *more, *layer.packed_rows(offsets, kept, rows)
 
-    for samples, registers, rows in ((2, 40, 210), (3, 7, 300), (5, 100, 1001)):
+    # never 2 samples: equal to the number of segments, which PyTorch would take for a rule
+    for samples, registers, rows in ((4, 40, 410), (3, 7, 300), (5, 100, 1001)):
         offsets, kept = example(samples, registers)
         lo, hi, *lists = layer.nested_dropout_plan(offsets, kept, rows, "causal_last")
         more = layer.interval_block_lists(lo[None], hi[None], rows, 64, 32)
