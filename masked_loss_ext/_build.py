@@ -39,6 +39,9 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_squared_error.cpp",
     "cpu/masked_cross_entropy.cpp",
     "cpu/masked_cross_entropy_backward.cpp",
+    "cpu/block_mask.cpp",
+    "cpu/block_mask_lists.cpp",
+    "cpu/block_mask_rows.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]
@@ -46,6 +49,7 @@ CUDA_SOURCES = [
     "cuda/masked_squared_error.cu",
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
+    "cuda/block_mask.cu",
 ]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it
