@@ -50,7 +50,7 @@ def union(a, b):
 
 
 def merge(lo, hi, slots):
-    """Maximal intervals, ascending, then (0, 0), in ``slots`` (None: as many as before, 0: needed)."""
+    """Maximal intervals, ascending, then (0, 0); ``slots`` per row (None: as before, 0: needed)."""
     empty = hi <= lo
     lo, order = lo.masked_fill(empty, NOWHERE).sort(dim=-2)
     hi = hi.masked_fill(empty, 0).gather(-2, order)

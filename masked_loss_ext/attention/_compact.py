@@ -32,8 +32,8 @@ class CompactPlan:
 
     Attributes: ``layout``, a PackedLayout of the kept tokens, with the segments of the old one;
     ``index`` ``[S']`` int64, which token stands here (-1: padding); ``cu_seqlens`` ``[N + 1]``
-    int32 and ``max_seqlen``, for variable-length attention. Positions as embeddings want them, in the
-    old sample, are ``plan.gather(layout.positions, dim=0)``; windows count kept tokens only.
+    int32 and ``max_seqlen``, for variable-length attention. Embeddings want positions in the old
+    sample: ``plan.gather(layout.positions, dim=0)``. Windows count kept tokens only.
     """
 
     def __init__(self, layout, align=None, bucket=None):

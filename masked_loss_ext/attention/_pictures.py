@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .._checks import check_int
-from ._ops import interval_block_lists
+from ..ops.block_mask import interval_block_lists
 
 COLOURS = ((255, 255, 255), (164, 196, 232), (38, 84, 148))  # no, some, all pairs allowed
 LINE = (222, 222, 222)
@@ -102,7 +102,7 @@ def _write(pixels, path):
             from matplotlib.image import imsave
         except ImportError:
             raise ImportError(
-                "RowIntervals.png: Pillow or matplotlib is needed to write a picture; get one with: "
+                "RowIntervals.png: Pillow or matplotlib is needed to write a picture: "
                 "pip install pillow"
             ) from None
         imsave(path, pixels.numpy())

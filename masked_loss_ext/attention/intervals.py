@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .._checks import check_int, check_length, check_tensor, shape_text
-from . import _algebra, _pictures, _sources
-from ._ops import interval_block_lists
+from ..ops.block_mask import interval_block_lists
+from . import _algebra, _documents, _pictures, _sources
 
 
 class RowIntervals:
@@ -178,18 +178,18 @@ class RowIntervals:
     sliding_window = staticmethod(_sources.sliding_window)
     prefix_lm = staticmethod(_sources.prefix_lm)
     sinks = staticmethod(_sources.sinks)
-    from_document_ids = staticmethod(_sources.from_document_ids)
-    from_position_ids = staticmethod(_sources.from_position_ids)
-    from_cu_seqlens = staticmethod(_sources.from_cu_seqlens)
-    from_padding = staticmethod(_sources.from_padding)
+    from_document_ids = staticmethod(_documents.from_document_ids)
+    from_position_ids = staticmethod(_documents.from_position_ids)
+    from_cu_seqlens = staticmethod(_documents.from_cu_seqlens)
+    from_padding = staticmethod(_documents.from_padding)
     cross = staticmethod(_sources.cross)
     shared_prefix = staticmethod(_sources.shared_prefix)
     block_diffusion = staticmethod(_sources.block_diffusion)
 
 
 def interval_mask_mod(lo, hi):
-    # Separate 1-D tensors, not one stacked: kernels that turn a mask_mod into intervals of their own
-    # understand only these, and 2-D indexing is slow in others.
+    # Separate 1-D tensors, not one stacked: kernels that turn a mask_mod into intervals of their
+    # own understand only these, and 2-D indexing is slow in others.
     if lo.dim() == 3:
         return _batched(list(lo.unbind(1)), list(hi.unbind(1)))
     if lo.shape[0] == 1:

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .._checks import check_choice, check_int, check_length
+from ..ops.block_mask import nested_dropout_plan, packed_rows
 from . import _host, _tokens
 from ._compact import CompactPlan
 from ._cut import Cut
-from ._ops import nested_dropout_plan, packed_rows
 from .intervals import RowIntervals, block_pair, interval_mask_mod, window_pair
 
 MODES = ("full", "causal", "causal_last", "prefix")
@@ -189,8 +189,8 @@ class PackedLayout:
             samples: per sample a list of G tensors ``[..., n, D]`` (or one tensor, for G = 1) whose
                 lengths along ``dim`` are ``segment_lengths``.
             dim: that of the tokens.
-            fill: number to put where tokens are dropped; None leaves them. A NaN that is stored in a
-                dropped key reaches every query (0 * NaN), so 0 is safe where NaN may be.
+            fill: number to put where tokens are dropped; None leaves them. NaN that is stored in a
+                dropped key reaches every query (0 * NaN), so take 0 where NaN may be.
 
         Returns:
             ``[..., S, D]``, dtype and device of the first.

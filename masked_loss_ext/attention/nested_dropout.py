@@ -54,8 +54,8 @@ def nested_dropout_block_mask(
             segment; None nothing. Larger than the segment keeps all of it.
         mask_mode: "full", "causal", "causal_last" (the last segment causal, the others a
             bidirectional prefix that does not see it) or "prefix".
-        pad_to_multiple, max_seq_len, droppable, align_samples, device: as ``PackedLayout`` has them;
-            S is a multiple of 128, unless told.
+        pad_to_multiple, max_seq_len, droppable, align_samples, device: as ``PackedLayout``
+            has them; S is a multiple of 128, unless told.
         window, prefix, sinks, dropped: as ``PackedLayout.intervals`` has them.
         block_size: int, or (query block, key block).
 
