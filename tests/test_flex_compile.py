@@ -15,7 +15,7 @@ import masked_loss_ext as mle
 LENGTHS = [[100, 60], [70, 60], [0, 60]]  # S = 350, in a padded 384
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fresh_dynamo():
     torch._dynamo.reset()
     yield
@@ -24,8 +24,10 @@ def fresh_dynamo():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """One compiled flex_attention for the file: its first call takes seconds."""
-    return torch.compile(flex_attention)
+    """One compiled flex_attention for the file; each new shape or number of intervals costs seconds
+    of C++ compiler, so the cases share them."""
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def qkv(length, dtype=torch.float32, batch=1, kv_len=None):
@@ -58,24 +60,20 @@ def test_outputs_are_those_of_dense_attention(compiled):
             for block_mask in (intervals.block_mask(), layout.block_mask(mode, **options)):
                 agrees(compiled(*inputs, block_mask=block_mask), expected, dense)
     assert compiled(*inputs, block_mask=layout.block_mask())[:, :, ~layout.visible].abs().max() == 0
+    shared = mle.RowIntervals.shared_prefix(90, [150, 61], seq_len=384)
+    expected = truth(*inputs, shared.dense())
+    agrees(compiled(*inputs, block_mask=shared.block_mask()), expected, shared.dense())
 
 
-def test_two_intervals_ragged_lengths_and_slices(compiled):
-    mask = mle.RowIntervals.shared_prefix(90, [50, 61])
-    inputs = qkv(201)
+def test_batches_ragged_lengths_and_slices(compiled):
+    """Three rows of a batch, the last 71 queries of 201, two intervals each."""
+    inputs = qkv(201, batch=3)
+    valid = mle.RowIntervals.from_padding([201, 20, 150], 201, side="left")
+    mask = mle.RowIntervals.shared_prefix(90, [50, 61]) & valid
     expected = truth(*inputs, mask.dense())
-    agrees(compiled(*inputs, block_mask=mask.block_mask()), expected, mask.dense())
     part = mask.rows(130, 201)
-    query = inputs[0][:, :, 130:]
-    out = compiled(query, *inputs[1:], block_mask=part.block_mask(64))
+    out = compiled(inputs[0][:, :, 130:], *inputs[1:], block_mask=part.block_mask(64))
     agrees(out, expected[:, :, 130:], part.dense())
-
-
-def test_batches(compiled):
-    inputs = qkv(150, batch=3)
-    mask = mle.RowIntervals.from_padding([150, 20, 77], 150, side="left")
-    dense = mask.dense()
-    agrees(compiled(*inputs, block_mask=mask.block_mask()), truth(*inputs, dense), dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -91,7 +89,7 @@ def test_eager_flex_attention_and_the_dense_mask(dtype):
         assert (out[:, :, ~layout.visible] == 0).all()
 
 
-def test_one_compilation_for_all_keep_k_and_modes():
+def test_one_compilation_for_all_keep_k_and_modes(fresh_dynamo):
     """12 random keep_k, all modes, closures made anew each time."""
     counter = CompileCounterWithBackend("eager")
     attend = torch.compile(flex_attention, backend=counter, dynamic=False)
@@ -110,7 +108,7 @@ def test_one_compilation_for_all_keep_k_and_modes():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_mask_built_inside_a_compiled_function(backend):
+def test_mask_built_inside_a_compiled_function(backend, fresh_dynamo):
     def step(query, key, value, keep_k):
         block_mask = mle.nested_dropout_block_mask(LENGTHS, keep_k, "causal_last")
         return flex_attention(query * 1.0, key, value, block_mask=block_mask)
@@ -126,7 +124,7 @@ def test_mask_built_inside_a_compiled_function(backend):
     assert counter.frame_count == 1
 
 
-def test_a_mask_of_other_sources_inside_a_compiled_function():
+def test_a_mask_of_other_sources_inside_a_compiled_function(fresh_dynamo):
     def step(query, key, value, ids):
         mask = mle.RowIntervals.from_document_ids(ids) & mle.RowIntervals.causal(ids.shape[-1])
         return flex_attention(query, key, value, block_mask=mask.block_mask())

@@ -79,7 +79,7 @@ def test_block_mask_without_the_lists_of_backward():
     short, whole = mask.block_mask(with_q=False), mask.block_mask()
     assert short.q_num_blocks is None and short.full_q_indices is None
     assert torch.equal(short.kv_indices, whole.kv_indices)
-    assert whole.q_num_blocks.tolist() == [[[2, 1, 1]]]  # block 0 and the ragged one are partial
+    assert whole.q_num_blocks.tolist() == [[[2, 2, 1]]]  # the diagonal, and the ragged block
     assert torch.equal(short.full_kv_indices, whole.full_kv_indices)
 
 
