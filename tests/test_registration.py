@@ -14,6 +14,8 @@ TESTS = Path(__file__).resolve().parent
 SOURCES = _build.csrc_dir()
 NAMESPACE = "masked_loss_ext"
 WITHOUT_TENSORS = {"_version", "cpu_capability"}
+# Three operators of one family, all integer: nothing to differentiate, no .inc per instruction set.
+BLOCK_MASK = {"interval_block_lists", "nested_dropout_plan", "packed_rows"}
 
 
 def operators():
@@ -33,15 +35,21 @@ def source_text(pattern):
 
 
 def base_name(name):
-    return name.removeprefix("_").removesuffix("_backward")
+    return name.removeprefix("_").removesuffix("_").removesuffix("_backward")
 
 
 def test_the_operators_are_these():
     assert operators() == [
+        "_masked_cross_entropy_backward",
+        "_masked_cross_entropy_backward_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
+        "interval_block_lists",
+        "masked_cross_entropy",
         "masked_squared_error",
+        "nested_dropout_plan",
+        "packed_rows",
     ]
 
 
@@ -50,7 +58,11 @@ def test_cpu_kernel_fake_and_derivative(name):
     assert has_kernel(name, "CPU")
     assert has_kernel(name, "Meta"), "no fake"
     # A derivative, or one that refuses: without it a gradient would be lost in silence.
-    assert has_kernel(name, "Autograd"), "no derivative"
+    if name in BLOCK_MASK:
+        arguments = getattr(torch.ops.masked_loss_ext, name).default._schema.arguments
+        assert not any("float" in str(a.type) for a in arguments)
+    else:
+        assert has_kernel(name, "Autograd"), "no derivative"
 
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
@@ -67,21 +79,25 @@ def test_cuda_kernel(name):
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_one_name_in_every_layer(name):
     base = base_name(name)
-    layers = [f"{base}.h", f"cpu/{base}.cpp", f"cpu/{base}.inc", f"cuda/{base}.cu"]
+    if name in BLOCK_MASK:
+        base = "block_mask"
+    layers = [f"{base}.h", f"cpu/{base}.cpp", f"cuda/{base}.cu"]
+    if name not in BLOCK_MASK:
+        layers.append(f"cpu/{base}.inc")
     missing = [layer for layer in layers if not (SOURCES / layer).is_file()]
     assert not missing
     assert (_build.PACKAGE / "ops" / f"{base}.py").is_file()
-    assert hasattr(masked_loss_ext.reference, base)
+    assert name in BLOCK_MASK or hasattr(masked_loss_ext.reference, base)
 
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_every_operator_has_its_tests(name):
-    base = base_name(name)
+    base = "block_mask_ops" if name in BLOCK_MASK else base_name(name)
     assert (TESTS / f"test_{base}.py").is_file()
-    compiled = (TESTS / "test_compile.py").read_text()
-    assert f"torch.ops.{NAMESPACE}.{name}.default" in compiled, "no opcheck"
-    registered = (TESTS / "test_errors.py").read_text()
-    assert f"torch.ops.{NAMESPACE}.{name}" in registered, "no test of its errors"
+    called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
+    for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
+        texts = [path.read_text() for path in TESTS.glob(f"test_*{kind}.py")]
+        assert any(called.search(text) for text in texts), f"no {what}"
 
 
 def test_each_schema_is_written_once():
@@ -96,11 +112,13 @@ def test_each_schema_is_written_once():
 
 
 def test_inputs_are_declared_read_only():
+    """But for the logits of an operator that says by its name that it overwrites them."""
     for name in TENSOR_OPERATORS:
         schema = getattr(torch.ops.masked_loss_ext, name).default._schema
-        assert not schema.is_mutable
-        aliases = [a.alias_info for a in (*schema.arguments, *schema.returns)]
-        assert aliases == [None] * len(aliases)
+        assert schema.is_mutable == name.endswith("_")
+        arguments = (*schema.arguments, *schema.returns)
+        aliased = [a.name for a in arguments if a.alias_info is not None]
+        assert aliased == (["logits"] if name.endswith("_") else [])
 
 
 def test_version():
