@@ -10,6 +10,12 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from .attention import (  # noqa: E402
+    PackedLayout,
+    RowIntervals,
+    nested_dropout_block_mask,
+    sample_keep_k,
+)
 from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
@@ -38,6 +44,8 @@ __all__ = [
     "MaskedCrossEntropyLoss",
     "MseLoss",
     "MultiTokenPredictionLoss",
+    "PackedLayout",
+    "RowIntervals",
     "RowStatistics",
     "__version__",
     "check_padding",
@@ -49,8 +57,10 @@ __all__ = [
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
+    "nested_dropout_block_mask",
     "pad_latents_for_multi_res",
     "reference",
     "row_statistics",
+    "sample_keep_k",
     "unpad",
 ]
