@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""packed_attention: one call, the same numbers from FlexAttention, SDPA and variable-length kernels.
+"""packed_attention: one call, the same numbers from FlexAttention, SDPA and varlen kernels.
 
 What no row attends to, and rows that attend to nothing, are selected away before and after the
 kernel: inside one, a weight of 0 times a stored NaN would be NaN.
