@@ -10,6 +10,15 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from .attention.attend import packed_attention  # noqa: E402
+from .attention.pipeline import (  # noqa: E402
+    AttentionMaskedNestedDropout,
+    MaskedNestedDropout,
+    NestedDropoutSequencePacker,
+    SequenceUnpacker,
+    generate_nested_dropout_attention_mask,
+    generate_nested_dropout_mask_ids,
+)
 from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
@@ -33,15 +42,21 @@ from .reference import RowStatistics  # noqa: E402
 
 __all__ = [
     "AttentionMaskMseLoss",
+    "AttentionMaskedNestedDropout",
     "ChannelInvariantTokenLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
+    "MaskedNestedDropout",
     "MseLoss",
     "MultiTokenPredictionLoss",
+    "NestedDropoutSequencePacker",
     "RowStatistics",
+    "SequenceUnpacker",
     "__version__",
     "check_padding",
     "compute_loss_multi_resolution",
+    "generate_nested_dropout_attention_mask",
+    "generate_nested_dropout_mask_ids",
     "lengths_to_mask",
     "map_mask_to_latent",
     "mask_labels",
@@ -49,6 +64,7 @@ __all__ = [
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
+    "packed_attention",
     "pad_latents_for_multi_res",
     "reference",
     "row_statistics",

@@ -114,7 +114,7 @@ def packed_attention(
         block_mask = source.block_mask(**options) if is_layout else source.block_mask()
         out = _flex(q, k, v, block_mask, scale)
     else:
-        out = sdpa(q, k, v, _dense(intervals), scale)
+        out = sdpa(q, k, v, intervals.dense(), scale)
     return torch.where(rows, out, 0)
 
 
@@ -128,13 +128,6 @@ def _choose(q, v, is_layout):
 def _broadcast(live):
     """``[S]`` or ``[B, S]`` -> against ``[B, H, S, D]``."""
     return (live.unsqueeze(1) if live.dim() == 2 else live).unsqueeze(-1)
-
-
-def _dense(intervals):
-    dense = intervals.dense()
-    while dense.dim() > 3 and dense.shape[1] == 1:
-        dense = dense.squeeze(1)
-    return dense.unsqueeze(-3)
 
 
 def _flex(q, k, v, block_mask, scale):
