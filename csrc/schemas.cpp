@@ -42,6 +42,23 @@
 // `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
 // one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
 // at rows that do not count; and the denominator [] (float64).
+
+// Row intervals of packed samples, and the block lists of a FlexAttention BlockMask (block_mask.h).
+//   lo, hi           [B, R, Sq]   int32, R <= 8: row q attends to kv in [lo, hi) for any r; in any order,
+//                                 overlapping or not; empty where hi <= lo
+//   segment_offsets  [N * G + 1]  int64, where each segment of each sample begins; rows beyond the last
+//                                 are padding
+//   kept             [N, G]       int64, tokens of a segment that are visible (clamped to 0..its length)
+//   prefix           [N]          int64, for mode prefix alone
+//   mode             full | causal | causal_last (all but the last segment is a prefix) | prefix
+//   window_left, window_right     None: unbounded
+//   sinks                         first tokens of each sample that the window does not hide
+//   dropped          none | self | attend: what queries do that are not visible themselves
+// interval_block_lists returns, int32, kv_num_blocks [B, 1, nq], kv_indices [B, 1, nq, nk], the same two
+// of full blocks, and the transposes of the four ([0] without `transposes`), as create_block_mask does,
+// the entries beyond the counts included. packed_rows returns lo and hi [R, rows], maximal intervals in
+// ascending order, then empty ones (0, 0); R is G, or 2 G where a window stands beside a prefix or sinks.
+// nested_dropout_plan returns both, from one call: CPU inductor takes them from nothing less opaque.
 STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "masked_squared_error(Tensor prediction, Tensor target, Tensor? mask=None, "
@@ -81,6 +98,21 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
+  m.def(
+      "interval_block_lists(Tensor lo, Tensor hi, SymInt kv_len, SymInt q_block=128, "
+      "SymInt kv_block=128, bool transposes=True) -> (Tensor kv_num_blocks, Tensor kv_indices, "
+      "Tensor full_kv_num_blocks, Tensor full_kv_indices, Tensor q_num_blocks, Tensor q_indices, "
+      "Tensor full_q_num_blocks, Tensor full_q_indices)");
+  m.def(
+      "packed_rows(Tensor segment_offsets, Tensor kept, SymInt rows, str mode=\"full\", "
+      "int? window_left=None, int? window_right=None, Tensor? prefix=None, int sinks=0, "
+      "str dropped=\"none\") -> (Tensor lo, Tensor hi)");
+  m.def(
+      "nested_dropout_plan(Tensor segment_offsets, Tensor kept, SymInt rows, str mode=\"full\", "
+      "int? window_left=None, int? window_right=None, Tensor? prefix=None, int sinks=0, "
+      "str dropped=\"none\", SymInt q_block=128, SymInt kv_block=128) -> (Tensor lo, Tensor hi, "
+      "Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
+      "Tensor q_num_blocks, Tensor q_indices, Tensor full_q_num_blocks, Tensor full_q_indices)");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
 }

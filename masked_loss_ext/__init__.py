@@ -10,6 +10,12 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from .attention import (  # noqa: E402
+    PackedLayout,
+    RowIntervals,
+    nested_dropout_block_mask,
+    sample_keep_k,
+)
 from .attention.attend import packed_attention  # noqa: E402
 from .attention.pipeline import (  # noqa: E402
     AttentionMaskedNestedDropout,
@@ -50,6 +56,8 @@ __all__ = [
     "MseLoss",
     "MultiTokenPredictionLoss",
     "NestedDropoutSequencePacker",
+    "PackedLayout",
+    "RowIntervals",
     "RowStatistics",
     "SequenceUnpacker",
     "__version__",
@@ -64,9 +72,11 @@ __all__ = [
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
+    "nested_dropout_block_mask",
     "packed_attention",
     "pad_latents_for_multi_res",
     "reference",
     "row_statistics",
+    "sample_keep_k",
     "unpad",
 ]

@@ -142,9 +142,7 @@ def interval_rows(intervals):
 
 def interval_columns(intervals):
     """``[..., kv_len]`` True where some row attends to it: a difference array over the columns."""
-    lo, hi = (
-        x.long().clamp(0, intervals.kv_len).flatten(-2) for x in (intervals.lo, intervals.hi)
-    )
+    lo, hi = (x.long().clamp(0, intervals.kv_len).flatten(-2) for x in (intervals.lo, intervals.hi))
     count = (hi > lo).to(torch.int32)
     change = count.new_zeros(*lo.shape[:-1], intervals.kv_len + 1)
     change = change.scatter_add(-1, lo * count, count).scatter_add(-1, hi * count, -count)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a mask looks like: block statistics, characters, a picture file."""
+
+from typing import NamedTuple
+
+import torch
+
+from .._checks import check_int
+from ..ops.block_mask import interval_block_lists
+
+COLOURS = ((255, 255, 255), (164, 196, 232), (38, 84, 148))  # no, some, all pairs allowed
+LINE = (222, 222, 222)
+
+
+class MaskStats(NamedTuple):
+    """Pairs and blocks of a mask, over the whole batch."""
+
+    pairs: int  # allowed
+    density: float  # of all pairs
+    blocks: int
+    full_blocks: int
+    partial_blocks: int
+    empty_blocks: int
+    empty_rows: int  # queries that attend to nothing
+
+
+def stats(intervals, block):
+    merged = intervals.merged()
+    lo, hi = merged.lo.clamp_min(0).long(), merged.hi.clamp_max(intervals.kv_len).long()
+    per_row = (hi - lo).clamp_min(0).sum(-2)
+    pairs, all_pairs = int(per_row.sum()), per_row.numel() * intervals.kv_len
+    partial, full = _counts(intervals, block)
+    q_blocks, kv_blocks = -(-intervals.q_len // block[0]), -(-intervals.kv_len // block[1])
+    blocks = per_row.numel() // max(intervals.q_len, 1) * q_blocks * kv_blocks
+    return MaskStats(
+        pairs=pairs,
+        density=pairs / all_pairs if all_pairs else 0.0,
+        blocks=blocks,
+        full_blocks=full,
+        partial_blocks=partial,
+        empty_blocks=blocks - full - partial,
+        empty_rows=int((per_row == 0).sum()),
+    )
+
+
+def _counts(intervals, block):
+    lists = _lists(intervals.lo, intervals.hi, intervals.kv_len, block)
+    return int(lists[0].sum()), int(lists[2].sum())
+
+
+def _lists(lo, hi, kv_len, block):
+    if lo.dim() == 2:
+        lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
+    return interval_block_lists(lo, hi, kv_len, *block, False)
+
+
+def _cells(intervals, cell, batch):
+    """``[rows, columns]`` uint8 on the host: 0 no pair of the cell is allowed, 1 some, 2 all."""
+    lo, hi = intervals.lo, intervals.hi
+    if lo.dim() == 3:
+        lo, hi = lo[batch], hi[batch]
+    some, some_at, full, full_at = (
+        x[0, 0].cpu() for x in _lists(lo, hi, intervals.kv_len, (cell, cell))[:4]
+    )
+    cells = torch.zeros(some_at.shape, dtype=torch.uint8)
+    order = torch.arange(some_at.shape[1])
+    for value, count, at in ((1, some, some_at), (2, full, full_at)):
+        row, slot = (order < count.unsqueeze(1)).nonzero(as_tuple=True)
+        cells[row, at[row, slot].long()] = value
+    return cells
+
+
+def ascii(intervals, width, batch):
+    check_int("RowIntervals.ascii", "width", width)
+    longer = max(intervals.q_len, intervals.kv_len, 1)
+    cells = _cells(intervals, -(-longer // max(1, width)), batch)
+    return "\n".join(["".join([".+#"[value] for value in row]) for row in cells.tolist()])
+
+
+def png(intervals, path, size, block_size, batch):
+    longer = max(intervals.q_len, intervals.kv_len, 1)
+    cell = max(1, -(-longer // size))
+    cells = _cells(intervals, cell, batch)
+    scale = max(1, size // max(cells.shape))
+    pixels = torch.tensor(COLOURS, dtype=torch.uint8)[cells.long()]
+    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    if block_size is not None and block_size * scale >= 8 * cell:  # else lines alone would be seen
+        for dim in (0, 1):
+            lines = torch.arange(block_size, cells.shape[dim] * cell, block_size) * scale // cell
+            line = torch.tensor(LINE, dtype=torch.uint8)
+            view = pixels.transpose(0, dim)
+            view[lines] = torch.minimum(view[lines], line)
+    _write(pixels, path)
+
+
+def _write(pixels, path):
+    height, width, _ = pixels.shape
+    try:
+        from PIL import Image
+    except ImportError:
+        try:
+            from matplotlib.image import imsave
+        except ImportError:
+            raise ImportError(
+                "RowIntervals.png: Pillow or matplotlib is needed to write a picture: "
+                "pip install pillow"
+            ) from None
+        imsave(path, pixels.numpy())
+        return
+    Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist())).save(path)

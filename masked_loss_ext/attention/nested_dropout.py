@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Nested dropout: a block mask in one call, and random keep_k."""
+
+import torch
+
+from .._checks import check_choice, check_integers, check_length
+from . import _host
+from .layout import PackedLayout
+
+SAMPLING = ("uniform", "pow2", "uniform_pow2")
+
+
+def nested_dropout_block_mask(
+    segment_lengths,
+    keep_k,
+    mask_mode="full",
+    pad_to_multiple=None,
+    device=None,
+    *,
+    droppable=-1,
+    max_seq_len=None,
+    align_samples=None,
+    window=None,
+    prefix=None,
+    sinks=0,
+    dropped="none",
+    block_size=128,
+):
+    """BlockMask of packed samples whose last segment is cut to its first ``keep_k`` tokens.
+
+    >>> lengths = [[1024, 256], [1024, 256]]  # image patches, registers
+    >>> block_mask = nested_dropout_block_mask(lengths, [64, 200])
+    >>> block_mask.shape
+    (1, 1, 2560, 2560)
+
+    The same as ``PackedLayout(segment_lengths, keep_k).block_mask(mask_mode)``, and in every index
+    as ``create_block_mask`` over the dense mask, which is S x S:
+
+    >>> from torch.nn.attention.flex_attention import create_block_mask
+    >>> tokens = PackedLayout(lengths, [64, 200])
+    >>> ids, visible = tokens.sample_ids, tokens.visible
+    >>> def mask_mod(b, h, q, kv):
+    ...     return (ids[q] == ids[kv]) & visible[q] & visible[kv]
+    >>> dense = create_block_mask(mask_mod, None, None, 2560, 2560, device="cpu")
+    >>> torch.equal(block_mask.kv_indices, dense.kv_indices)
+    True
+
+    Patches see patches and kept registers, kept registers the same; dropped registers and padding
+    have no row and no column: ``flex_attention`` gives exactly 0 there.
+
+    Args:
+        segment_lengths: ``[N, G]`` ints on the host.
+        keep_k: ``[N]`` list or integer tensor; on a GPU it is never read. ``[N, G]`` cuts each
+            segment; None nothing. Larger than the segment keeps all of it.
+        mask_mode: "full", "causal", "causal_last" (the last segment causal, the others a
+            bidirectional prefix that does not see it) or "prefix".
+        pad_to_multiple, max_seq_len, droppable, align_samples, device: as ``PackedLayout``
+            has them; S is a multiple of 128, unless told.
+        window, prefix, sinks, dropped: as ``PackedLayout.intervals`` has them.
+        block_size: int, or (query block, key block).
+
+    Returns:
+        BlockMask of shape ``[1, 1, S, S]``.
+    """
+    layout = PackedLayout(
+        segment_lengths,
+        keep_k,
+        droppable=droppable,
+        pad_to_multiple=pad_to_multiple,
+        max_seq_len=max_seq_len,
+        align_samples=align_samples,
+        device=device,
+    )
+    return layout.block_mask(mask_mode, window, prefix, sinks, dropped, block_size=block_size)
+
+
+def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
+    """Random keep_k of nested dropout: how many of n tokens stay, for each sample.
+
+    >>> keep_k = sample_keep_k(256, 4, generator=torch.Generator().manual_seed(0))
+    >>> keep_k.shape, bool((keep_k >= 1).all()), bool((keep_k <= 256).all())
+    (torch.Size([4]), True, True)
+
+    - "uniform": 1 to n, each as likely: token j stays with probability ``(n - j) / n``;
+    - "pow2": 1, 2, 4, ..., n, each as likely; n must be a power of two;
+    - "uniform_pow2": uniform, rounded up to a power of two, at most n.
+
+    Nothing waits for the device.
+
+    Args:
+        n: int, or ``[batch]`` of each sample (list, or integer tensor, not read on a device).
+        batch: number of samples.
+        mode: as above.
+        generator: ``torch.Generator`` of the device.
+        device: of the result. None: that of n, else the CPU.
+
+    Returns:
+        ``[batch]`` int64.
+    """
+    name = "sample_keep_k"
+    check_choice(name, "mode", mode, SAMPLING)
+    check_length(name, "batch", batch)
+    if device is None:
+        device = n.device if isinstance(n, torch.Tensor) else "cpu"
+    device = torch.device(device)
+    sizes = _sizes(name, n, batch, mode, device)
+    uniform = torch.rand(batch, dtype=torch.float64, generator=generator, device=device)
+    if mode == "pow2":
+        exponents = _log2_ceil(sizes) + 1
+        return 1 << _below(uniform, exponents)
+    keep_k = _below(uniform, sizes) + 1
+    if mode == "uniform_pow2":
+        keep_k = torch.minimum(1 << _log2_ceil(keep_k), sizes)
+    return torch.minimum(keep_k, sizes)
+
+
+def _sizes(name, n, batch, mode, device):
+    if isinstance(n, torch.Tensor):
+        check_integers(name, "n", n)
+        if tuple(n.shape) not in ((), (batch,)):
+            raise ValueError(f"{name}: n must be an int or [{batch}], got {list(n.shape)}")
+        values = n.reshape(-1).tolist() if _host.is_readable(n) else []
+        sizes = n.to(device, torch.int64, non_blocking=True).expand(batch)
+    else:
+        values = list(n) if isinstance(n, (list, tuple)) else [n]
+        for value in values:
+            check_length(name, "n", value)
+        sizes = _host.per_sample(name, "n", n, batch, device)
+    for value in values:
+        if value < 1:
+            raise ValueError(f"{name}: n must be at least 1, got {value}")
+        if mode == "pow2" and value & (value - 1):
+            raise ValueError(f"{name}: n must be a power of two for mode 'pow2', got {value}")
+    return sizes
+
+
+def _below(uniform, limits):
+    """Integers in [0, limits); a product that rounds up to its limit is the last one."""
+    return torch.minimum((uniform * limits).to(torch.int64), limits - 1)
+
+
+def _log2_ceil(x):
+    """The least e with ``2 ** e >= x``, exact: a float logarithm is not, near powers of two."""
+    powers = 1 << torch.arange(62, device=x.device)
+    return (powers < x.unsqueeze(-1)).sum(-1)
