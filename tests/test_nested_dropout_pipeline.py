@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import masked_loss_ext as mle
 from masked_loss_ext.attention import pipeline
@@ -213,7 +214,8 @@ def test_masked_nested_dropout_trains_and_evaluates():
 @pytest.mark.parametrize("name", [*pipeline.__all__, "packed_attention"])
 def test_docstring_examples(name):
     globs = {n: getattr(mle, n) for n in mle.__all__}
-    globs |= {"torch": torch, "F": torch.nn.functional}
+    globs |= {"torch": torch, "F": torch.nn.functional, "flex_attention": flex_attention}
+    globs |= dict.fromkeys("qkv", torch.randn(1, 2, 256, 16))
     tests = doctest.DocTestFinder(recurse=False).find(getattr(mle, name), name, globs=globs)
     assert sum(len(test.examples) for test in tests)
     report = []

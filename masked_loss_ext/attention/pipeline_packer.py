@@ -25,8 +25,7 @@ class NestedDropoutSequencePacker(torch.nn.Module):
     ... })
     >>> data_dict["packed"].shape, data_dict["outer"]  # 64 + 32, 24 + 32, padded to 256
     (torch.Size([1, 256, 16]), [torch.Size([96]), torch.Size([56])])
-    >>> data_dict["mask"].to_dense().sum().item()  # whole blocks
-    3
+    >>> out = flex_attention(q, k, v, block_mask=data_dict["mask"])  # q, k, v [1, H, 256, D]
 
     A sample sees itself alone. Its last sub-sequence (the registers) is visible up to keep_k; what
     is not visible, padding included, has no row and no column in the mask, and is 0 in the packed
