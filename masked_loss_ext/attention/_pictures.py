@@ -86,7 +86,8 @@ def png(intervals, path, size, block_size, batch):
     pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     if block_size is not None and block_size * scale >= 8 * cell:  # else lines alone would be seen
         for dim in (0, 1):
-            lines = torch.arange(block_size, cells.shape[dim] * cell, block_size) * scale // cell
+            ends = range(block_size, cells.shape[dim] * cell, block_size)
+            lines = torch.tensor([end * scale // cell for end in ends], dtype=torch.int64)
             line = torch.tensor(LINE, dtype=torch.uint8)
             view = pixels.transpose(0, dim)
             view[lines] = torch.minimum(view[lines], line)

@@ -5,6 +5,7 @@ import torch
 
 from .._checks import check_tensor, shape_text
 from . import _host
+from ._cut import before_last
 
 
 def kept_lengths(rows, keep, droppable):
@@ -25,6 +26,8 @@ def attributes(layout, name):
     device = layout.device
     if name == "cu_seqlens":
         return {name: _host.to_device(list(layout.sample_starts), device, torch.int32)}
+    if name == "_before_last":
+        return {name: before_last(layout.segment_lengths, device)}
     if name == "kept":
         return {name: _kept(layout)}
     samples, groups = layout.num_samples, layout.num_segments

@@ -193,7 +193,7 @@ def interval_mask_mod(lo, hi):
     if lo.dim() == 3:
         return _batched(list(lo.unbind(1)), list(hi.unbind(1)))
     if lo.shape[0] == 1:
-        return _one(lo[0], hi[0])
+        return _one(lo.squeeze(0), hi.squeeze(0))
     if lo.shape[0] == 2:
         return _two(*lo.unbind(0), *hi.unbind(0))
     return _several(list(lo.unbind(0)), list(hi.unbind(0)))

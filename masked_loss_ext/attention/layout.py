@@ -161,7 +161,7 @@ class PackedLayout:
         if mode == "prefix":
             prefix = _host.per_sample(name, "prefix", prefix, self.num_samples, self.device)
         elif mode == "causal_last":  # the operator sees joined segments
-            mode, prefix = "prefix", self._cut.before_last
+            mode, prefix = "prefix", self._cached("_before_last")
         cut = self._cut
         return cut.offsets, cut.kept, self.padded_len, mode, left, right, prefix, sinks, dropped
 
