@@ -4,16 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from . import BENCHMARKS, harness, machine, memory, readme, report
+from . import BENCHMARKS, agreement, harness, machine, memory, readme, report
 
 ROUNDS, QUICK_ROUNDS = 40, 3
+LEVELS = ("avx512", "avx2", "default")
+
+
+def add_switches(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--quick", action="store_true", help="small shapes, few rounds, no memory")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    one.add_argument("--level", choices=LEVELS, help="instruction-set level of ours (the best)")
+    one.add_argument("--rounds", type=int, help=f"{ROUNDS} at most, with --quick {QUICK_ROUNDS}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,12 +35,10 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=f"time {name} beside PyTorch: a table and a CSV")
         where = f"default: benchmarks/results/{name}_DEVICE.csv, and that only for a full run"
         one.add_argument("--csv", type=Path, help=where)
-        one.add_argument("--quick", action="store_true", help="small shapes, few rounds, no memory")
         one.add_argument("--cases", nargs="+", metavar="NAME", help="only these")
         one.add_argument("--contenders", nargs="+", metavar="NAME", help="ours and these")
-        one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        one.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-        one.add_argument("--rounds", type=int, help=f"default {ROUNDS}, quick {QUICK_ROUNDS}")
+        add_switches(one)
+    add_switches(commands.add_parser("all", help="every benchmark in turn, with these switches"))
     tables = commands.add_parser("readme", help="make README.md's tables anew from the CSV files")
     tables.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
     return top
@@ -43,47 +53,71 @@ def chosen_cases(module: ModuleType, wanted: argparse.Namespace) -> list[harness
     return [case for case in every if not wanted.cases or case.name in wanted.cases]
 
 
-def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[dict]:
-    """Check, time, then weigh one case."""
-    problem = case.make()
-    entrants = [
+def entrants_of(problem: harness.Problem, names: list[str] | None) -> list[harness.Contender]:
+    """Ours, plain and with options, and the chosen of the others."""
+    return [
         one
         for one in problem.contenders
-        if not wanted.contenders or one.name == "ours" or one.name in wanted.contenders
+        if not names or one.name.startswith("ours") or one.name in names
     ]
-    truth = harness.truth_of(problem)
-    agreements = {one.name: harness.check(one, truth) for one in entrants}
+
+
+def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[dict]]:
+    """Check, time, then weigh one case: its rows, table by table."""
+    problem = case.make()
+    entrants = entrants_of(problem, wanted.contenders)
+    truth = agreement.truth_of(problem)
+    agreements = {one.name: agreement.check(one, truth, problem) for one in entrants}
     del truth  # as large as the data, and no contender needs it
     timed = [one for one in entrants if not agreements[one.name].refusal]
-    timed.append(harness.plain_copy(problem.bytes_moved, wanted.device))
-    timed.append(harness.fresh_fill(problem.gradient_bytes, wanted.device))
-    rounds = wanted.rounds or (QUICK_ROUNDS if wanted.quick else ROUNDS)
+    rounds = wanted.rounds or (QUICK_ROUNDS if wanted.quick else case.rounds or ROUNDS)
     with machine.NeighbourMeter() as neighbours:
-        samples = harness.interleave(timed, wanted.device, rounds)
+        samples = harness.interleave([*timed, *problem.beside], wanted.device, rounds)
     if neighbours.crowded(wanted.threads):
         others = f"{neighbours.other_cores:.2f} cores busy with other programs"
         print(f"! {others} while {case.name} was timed: the figures are not sound", file=sys.stderr)
-    rows = report.case_rows(wanted.command, case, problem, agreements, samples)
-    rows = [row for row in rows if row["contender"] in agreements or row["contender"] in samples]
-    for row in rows:
-        row["other_cores"] = neighbours.other_cores
-    if not wanted.quick and problem.gradient_bytes >= memory.SMALLEST_GRADIENT:
-        add_peaks(rows, {one.name for one in timed if one.weigh}, wanted)
-    return rows
+    weighed = [one.name for one in timed if one.weigh]
+    peaks = {} if wanted.quick else peaks_of(case, problem, weighed, wanted)
+    setting = {"other_cores": neighbours.other_cores}
+    setting |= machine.environment(wanted.device, wanted.threads)
+    tables = []
+    for view in case.tables():
+        rows = report.case_rows(wanted.command, case, view, problem, agreements, samples, peaks)
+        tables.append([{**row, **setting} for row in rows])
+    return tables
 
 
-def add_peaks(rows: list[dict], weighed: set[str], wanted: argparse.Namespace) -> None:
-    for row in rows:
-        if row["contender"] not in weighed:
-            continue
+def peaks_of(
+    case: harness.Case, problem: harness.Problem, names: list[str], wanted: argparse.Namespace
+) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if not case.weigh or problem.gradient_bytes < memory.SMALLEST_GRADIENT:
+        return found
+    for name in names:
         peak, trouble = memory.measure_apart(
-            row["benchmark"], row["case"], row["contender"], wanted.device, wanted.threads
+            wanted.command, case.name, name, wanted.device, wanted.threads
         )
         if peak is None:
-            print(f"peak memory of {row['contender']} not measured: {trouble}", file=sys.stderr)
-            continue
-        row["peak_extra_bytes"] = peak
-        row["peak_over_gradient"] = peak / row["gradient_bytes"]
+            print(f"peak memory of {name} not measured: {trouble}", file=sys.stderr)
+        else:
+            found[name] = peak
+    return found
+
+
+def measure_at_level(case: harness.Case, wanted: argparse.Namespace) -> list[list[dict]]:
+    """The same in a process of its own: the library takes its level once, when it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        line = [sys.executable, "-m", "benchmarks", wanted.command, "--level", case.level]
+        line += ["--cases", case.name, "--csv", str(path), "--threads", str(wanted.threads)]
+        line += ["--quick"] * wanted.quick
+        line += ["--rounds", str(wanted.rounds)] if wanted.rounds else []
+        line += ["--contenders", *wanted.contenders] if wanted.contenders else []
+        done = subprocess.run(line, cwd=readme.ROOT, stdout=subprocess.DEVNULL)
+        if not path.exists():
+            sys.exit(f"{case.name} could not be measured (exit status {done.returncode})")
+        rows = report.read_csv(path)
+    return list(readme.by_case(rows).values())
 
 
 def is_refused(row: dict) -> bool:
@@ -94,22 +128,34 @@ def csv_path(wanted: argparse.Namespace) -> Path | None:
     """Only a full run may replace the committed figures without being told so."""
     if wanted.csv or wanted.quick or wanted.cases or wanted.contenders or wanted.rounds:
         return wanted.csv
-    return readme.RESULTS / f"{wanted.command}_{wanted.device}.csv"
+    level = f"_{wanted.level}" if wanted.level else ""
+    return readme.RESULTS / f"{wanted.command}_{wanted.device}{level}.csv"
 
 
-def run_benchmark(wanted: argparse.Namespace) -> None:
+def prepare(wanted: argparse.Namespace) -> None:
     if wanted.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch finds no CUDA device here")
     # Before anything is compiled: the compiler writes the number of threads into its code.
     torch.set_num_threads(wanted.threads)
+    if wanted.level:
+        try:
+            machine.take_level(wanted.level)
+        except ValueError as error:
+            sys.exit(f"--level: {error}")
+
+
+def run_benchmark(wanted: argparse.Namespace) -> None:
+    prepare(wanted)
     module = importlib.import_module(f"benchmarks.{wanted.command}")
     setting = machine.environment(wanted.device, wanted.threads)
     print(", ".join(f"{key} {value}" for key, value in setting.items()), end="\n\n")
     rows = []
     for case in chosen_cases(module, wanted):
-        measured = measure_case(case, wanted)
-        rows += [{**row, **setting} for row in measured]
-        print(report.case_table(measured), end="\n\n", flush=True)
+        elsewhere = case.level not in ("", setting["capability"])
+        for table in (measure_at_level if elsewhere else measure_case)(case, wanted):
+            rows += table
+            print(report.case_table(table), end="\n\n", flush=True)
+        gc.collect()  # the data of a case may be in a cycle with what was compiled for it
     if (path := csv_path(wanted)) is not None:
         report.write_csv(path, rows)
         print(f"written: {path}")
@@ -117,11 +163,24 @@ def run_benchmark(wanted: argparse.Namespace) -> None:
         sys.exit(f"refused, so not timed: {', '.join(refused)}")
 
 
+def run_all(arguments: list[str]) -> None:
+    """Each in a process of its own, so that none inherits another's memory or compiled code."""
+    failed = []
+    for name in BENCHMARKS:
+        line = [sys.executable, "-m", "benchmarks", name, *arguments]
+        if subprocess.run(line, cwd=readme.ROOT).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     wanted = parser().parse_args(arguments)
+    if wanted.command == "all":
+        return run_all(arguments[1:])
     if wanted.command != "readme":
-        run_benchmark(wanted)
-        return
+        return run_benchmark(wanted)
     try:
         trouble = readme.update(check=wanted.check)
     except (OSError, ValueError) as error:

@@ -12,6 +12,17 @@ from pathlib import Path
 
 import torch
 
+LEVEL = "MASKED_LOSS_EXT_CPU_CAPABILITY"  # read by the library when it is first asked
+
+
+def take_level(level: str) -> None:
+    """Run at this instruction-set level; an error where it cannot be had in this process."""
+    os.environ[LEVEL] = level
+    import masked_loss_ext  # noqa: F401  its operators
+
+    if (got := torch.ops.masked_loss_ext.cpu_capability()) != level:
+        raise ValueError(f"level {level} cannot be had, only {got}: this processor has no more")
+
 
 def processor_name() -> str:
     info = Path("/proc/cpuinfo")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from .harness import run_once
+from .agreement import run_once
 
 SMALLEST_GRADIENT = 1 << 20  # below this the pages that any call touches are most of the peak
 TIMEOUT_S = 600

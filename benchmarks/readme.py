@@ -2,15 +2,15 @@
 """The measured tables of README.md, made from the CSV files in benchmarks/results.
 
 A table stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME.csv its source.
+Where that file is not there the README says so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .harness import COPY, FILL
 from .report import number_text, read_csv, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SPAN = re.compile(
     r"(?P<open><!-- benchmark (?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /benchmark -->)", re.S
 )
+NO_FIGURES = "No figures yet.\n"
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -36,34 +37,58 @@ def against_text(row: Mapping[str, str]) -> str:
     return f"{row['contender']} {ratio}{wanted}"
 
 
-def case_line(rows: Rows) -> str:
-    ours = next(row for row in rows if row["contender"] == "ours")
+def floor_text(row: Mapping[str, str]) -> str:
+    """How many times longer ours takes than this floor."""
+    wanted = number_text(row["target"], " (aim at most {:g}x)")
+    return number_text(row["distance"], "{:.1f}x ") + row["contender"] + wanted
+
+
+def listed(rows: Rows, role: str, text: Callable[[Mapping[str, str]], str]) -> str:
+    return ", ".join(text(row) for row in rows if row["role"] == role)
+
+
+def peak_text(row: Mapping[str, str]) -> str:
+    # Where next to nothing is used two decimals would hide how little.
+    form = "{:.3f}" if float(row["peak_over_gradient"] or 1) < 0.1 else "{:.2f}"
+    wanted = number_text(row["peak_limit"], " (aim at most {:g})")
+    return number_text(row["peak_over_gradient"], form) + wanted
+
+
+def case_cells(rows: Rows) -> dict[str, str]:
+    """Heading and text of each cell of a case's line."""
+    ours = next(row for row in rows if row["role"] == "ours")
     shape = ours["shape"].replace("x", ", ")
-    rivals = [row for row in rows if row["contender"] not in ("ours", COPY, FILL)]
-    cells = [
-        f"`{ours['case']}`",
-        f"[{shape}] {ours['dtype']}, {ours['summary']}",
-        time_text(ours["median_us"]),
-        ", ".join(map(against_text, rivals)),
-        number_text(ours["gb_per_s"], "{:.1f}")
-        + number_text(ours["of_copy"], " ({:.0%} of a copy)"),
-        number_text(ours["peak_over_gradient"], "{:.2f}"),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    copy = number_text(ours["of_copy"], " ({:.0%} of a copy)")
+    return {
+        "case": f"`{ours['case']}`",
+        "shape": f"[{shape}] {ours['dtype']}, {ours['summary']}",
+        "time": time_text(ours["median_us"]),
+        "times faster than": listed(rows, "rival", against_text),
+        "times as long as": listed(rows, "floor", floor_text),
+        "GB/s": number_text(ours["gb_per_s"], "{:.1f}") + copy,
+        "peak memory / gradient": peak_text(ours),
+    }
+
+
+def rounds_text(rows: Rows) -> str:
+    rounds = sorted({int(row["rounds"]) for row in rows if row["rounds"]})
+    return " to ".join(str(one) for one in dict.fromkeys((rounds[0], rounds[-1])))
 
 
 def markdown_table(rows: Rows) -> str:
     first = rows[0]
-    lines = [
-        "| case | shape | forward + backward | times faster than | GB/s | peak memory / gradient |",
-        "|---|---|---|---|---|---|",
-        *(case_line(group) for group in by_case(rows).values()),
+    lines = [case_cells(group) for group in by_case(rows).values()]
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
+    table = [heads, ["---"] * len(heads), *([line[head] for head in heads] for line in lines)]
+    text = ["| " + " | ".join(cells) + " |" for cells in table]
+    text[1] = text[1].replace(" ", "")
+    text += [
         "",
-        f"Median of {first['rounds']} rounds on {first['processor']} ({first['capability']}), "
+        f"Median of {rounds_text(rows)} rounds on {first['processor']} ({first['capability']}), "
         f"{first['threads']} threads, PyTorch {first['torch']}, {first['date']}. "
         f"Reprint with `python -m benchmarks {first['benchmark']}`.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(text) + "\n"
 
 
 def regenerate(text: str, results: Path = RESULTS) -> str:
@@ -72,8 +97,9 @@ def regenerate(text: str, results: Path = RESULTS) -> str:
         raise ValueError("no '<!-- benchmark NAME -->' ... '<!-- /benchmark -->' found")
 
     def fresh(span: re.Match) -> str:
-        rows = read_csv(results / f"{span['name']}.csv")
-        return span["open"] + markdown_table(rows) + span["close"]
+        source = results / f"{span['name']}.csv"
+        table = markdown_table(read_csv(source)) if source.exists() else NO_FIGURES
+        return span["open"] + table + span["close"]
 
     return SPAN.sub(fresh, text)
 

@@ -4,27 +4,42 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .harness import COPY, FILL, Agreement, Case, Problem, Samples, summarize
+from .agreement import Agreement
+from .contenders import COPY, FILL
+from .harness import Case, Contender, Problem, Samples, View, summarize
 
 COLUMNS = (
-    "benchmark", "case", "summary", "shape", "dtype", "contender", "status",
+    "benchmark", "case", "summary", "shape", "dtype", "contender", "role", "status",
     "median_us", "min_us", "iqr_us", "forward_median_us", "rounds", "calls_per_sample",
-    "ratio_of_medians", "ratio_of_minima", "target", "met",
+    "ratio_of_medians", "ratio_of_minima", "distance", "target", "met",
     "bytes_moved", "gb_per_s", "of_copy",
     "loss_error", "gradient_error",
-    "gradient_bytes", "peak_extra_bytes", "peak_over_gradient",
+    "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_met",
     "other_cores", "device", "processor", "capability", "threads",
     "torch", "masked_loss_ext", "date",
 )  # fmt: skip
 
 
+def verdict(met: bool) -> str:
+    return "yes" if met else "no"
+
+
 def contender_row(
-    name: str, samples: Samples | None, ours: Samples | None, target: float | None
+    name: str,
+    samples: Samples | None,
+    base: Samples | None,
+    target: float | None = None,
+    floor: bool = False,
 ) -> dict[str, object]:
-    """Times of a contender and how many times faster ours is; no figures if it was not timed."""
+    """Times of a contender and how many times faster the base is; no figures if it was not timed.
+
+    To a floor the base is asked to stay near: ``distance`` is how many times slower it is, and
+    ``target`` the most that this may be. For the others it is the least that the ratio may be.
+    """
     row: dict[str, object] = {"contender": name, "status": "timed", "target": target}
     if samples is None:
         return row
@@ -37,41 +52,88 @@ def contender_row(
         "rounds": len(samples.total_us),
         "calls_per_sample": samples.calls_per_sample,
     }
-    if ours is not None and samples is not ours:
-        base = summarize(ours.total_us)
-        row["ratio_of_medians"] = total.median / base.median
-        row["ratio_of_minima"] = total.minimum / base.minimum
-        if target is not None:
-            row["met"] = "yes" if row["ratio_of_medians"] >= target else "no"
+    if base is None or samples is base:
+        return row
+    ours = summarize(base.total_us)
+    row["ratio_of_medians"] = ratio = total.median / ours.median
+    row["ratio_of_minima"] = total.minimum / ours.minimum
+    if floor:
+        row["distance"] = 1 / ratio
+    if target is not None:
+        row["met"] = verdict(1 / ratio <= target if floor else ratio >= target)
     return row
+
+
+def shown(problem: Problem, view: View) -> list[Contender]:
+    """The base of the view, then those it is set beside."""
+    every = [*problem.contenders, *problem.beside]
+    wanted = [one.name for one in every] if view.beside is None else view.beside
+    base = [one for one in every if one.name == view.base]
+    return base + [one for one in every if one.name in wanted and one.name != view.base]
+
+
+def role_of(contender: Contender, view: View) -> str:
+    if contender.name == view.base:
+        return "ours"
+    return "floor" if contender.name in view.limits else contender.role
+
+
+def rate_of(one: Contender, view: View, problem: Problem, timed: Mapping[str, Samples]) -> dict:
+    """GB/s of ours, of the copy and of the fill; of ours also what share that is of the copy's."""
+    if one.name not in timed or one.name not in (view.base, COPY, FILL):
+        return {}
+    median = summarize(timed[one.name].total_us).median
+    moved = problem.gradient_bytes if one.name == FILL else problem.bytes_moved
+    rate = {"bytes_moved": moved, "gb_per_s": moved / median / 1e3}
+    if one.name == view.base and COPY in timed:
+        rate["of_copy"] = summarize(timed[COPY].total_us).median / median
+    return rate
+
+
+def peak_of(one: Contender, view: View, problem: Problem, peaks: Mapping[str, int]) -> dict:
+    if (peak := peaks.get(one.name)) is None:
+        return {}
+    over = peak / problem.gradient_bytes
+    found = {"peak_extra_bytes": peak, "peak_over_gradient": over}
+    if one.name == view.base and view.peak_limit is not None:
+        found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
+    return found
 
 
 def case_rows(
     benchmark: str,
     case: Case,
+    view: View,
     problem: Problem,
     agreements: Mapping[str, Agreement],
     timed: Mapping[str, Samples],
+    peaks: Mapping[str, int],
 ) -> list[dict[str, object]]:
-    """A row for each contender, the refused ones too, then the copy and the fill."""
-    ours, copy = timed.get("ours"), timed.get(COPY)
+    """A row for each contender of the view that was checked or timed, refused ones too."""
     rows = []
-    for name in [one.name for one in problem.contenders] + [COPY, FILL]:
-        row = contender_row(name, timed.get(name), ours, case.targets.get(name))
-        if (agreement := agreements.get(name)) is not None:
+    for one in shown(problem, view):
+        if one.name not in agreements and one.name not in timed:
+            continue
+        role, samples = role_of(one, view), timed.get(one.name)
+        target = (view.limits if role == "floor" else view.targets).get(one.name)
+        row = contender_row(
+            view.names.get(one.name, one.name),
+            samples,
+            timed.get(view.base),
+            target,
+            role == "floor",
+        )
+        if (agreement := agreements.get(one.name)) is not None:
             row |= {"loss_error": agreement.loss_error, "gradient_error": agreement.gradient_error}
             row["status"] = f"refused: {agreement.refusal}" if agreement.refusal else "timed"
-        if name in timed and name in ("ours", COPY, FILL):
-            moved = problem.gradient_bytes if name == FILL else problem.bytes_moved
-            row |= {"bytes_moved": moved, "gb_per_s": moved / row["median_us"] / 1e3}
-        if name == "ours" and copy and ours:
-            row["of_copy"] = summarize(copy.total_us).median / row["median_us"]
+        row |= rate_of(one, view, problem, timed) | peak_of(one, view, problem, peaks)
         row |= {
             "benchmark": benchmark,
-            "case": case.name,
-            "summary": case.summary,
+            "case": view.name,
+            "summary": view.summary,
             "shape": "x".join(map(str, case.shape)),
             "dtype": str(case.dtype).removeprefix("torch."),
+            "role": role,
             "gradient_bytes": problem.gradient_bytes,
         }
         rows.append(row)
@@ -106,11 +168,13 @@ def time_text(time_us: object) -> str:
 
 
 def number_text(value: object, form: str) -> str:
-    return "" if value in (None, "") else form.format(float(value))
+    if value in (None, "") or math.isnan(float(value)):
+        return ""
+    return form.format(float(value))
 
 
-HEAD = ("contender", "median", "min", "iqr", "forward", "x ours", "(minima)", "target", "met",
-        "GB/s", "of copy", "peak/grad", "grad error")  # fmt: skip
+HEAD = ("contender", "median", "min", "iqr", "forward", "x ours", "(minima)", "ours x it",
+        "target", "met", "GB/s", "of copy", "peak/grad", "(limit)", "grad error")  # fmt: skip
 
 
 def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -122,11 +186,13 @@ def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
         time_text(row.get("forward_median_us")),
         number_text(row.get("ratio_of_medians"), "{:.2f}"),
         number_text(row.get("ratio_of_minima"), "{:.2f}"),
-        number_text(row.get("target"), ">= {:g}"),
+        number_text(row.get("distance"), "{:.2f}"),
+        number_text(row.get("target"), "<= {:g}" if row["role"] == "floor" else ">= {:g}"),
         str(row.get("met") or ""),
         number_text(row.get("gb_per_s"), "{:.1f}"),
         number_text(row.get("of_copy"), "{:.0%}"),
-        number_text(row.get("peak_over_gradient"), "{:.2f}"),
+        number_text(row.get("peak_over_gradient"), "{:.3f}"),
+        number_text(row.get("peak_limit"), "<= {:g} ") + str(row.get("peak_met") or ""),
         number_text(row.get("gradient_error"), "{:.1e}"),
     )
 
@@ -142,10 +208,17 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def without_empty_columns(lines: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """``lines`` without the columns that hold nothing but their head."""
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
+
+
 def case_table(rows: Sequence[Mapping[str, object]]) -> str:
     """One case: a title, a line a contender, and a sentence for each that was not timed."""
     first = rows[0]
     title = f"{first['case']}  [{first['shape']}] {first['dtype']}, {first['summary']}"
-    lines = aligned([HEAD, *(table_line(row) for row in rows)])
+    title += number_text(first.get("rounds"), ", {:.0f} rounds")
+    lines = aligned(without_empty_columns([HEAD, *(table_line(row) for row in rows)]))
     notes = [f"{row['contender']} {row['status']}" for row in rows if row["status"] != "timed"]
     return "\n".join([title, *("  " + line for line in lines), *("  ! " + note for note in notes)])

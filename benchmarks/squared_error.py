@@ -11,14 +11,12 @@ widened first, because the contract is fp32 arithmetic and an fp32 result.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 import masked_loss_ext as mle
 
+from .contenders import compiled, fresh_fill, placed, plain_copy
 from .harness import Case, Contender, Problem
 
 FOREGROUND, BACKGROUND = 2.0, 1.0
@@ -40,12 +38,6 @@ def boolean_indexing(prediction, target, mask):
 def where_form(prediction, target, mask):
     error = (prediction.float() - target.float()) ** 2
     return torch.where(mask, error, 0).sum() / mask.sum()
-
-
-def compiled(formula: Callable) -> Callable:
-    """torch.compile at its best: one graph for exactly these shapes and no other kept."""
-    torch._dynamo.reset()
-    return torch.compile(formula, fullgraph=True, dynamic=False)
 
 
 def unequal_lengths(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -74,19 +66,6 @@ def half_selected_data(shape, dtype) -> tuple:
     return prediction, target, torch.rand(shape, generator=generator) < 0.5
 
 
-def placed(data: tuple, device: str) -> list[tuple]:
-    """On CUDA enough copies that together they are four times the L2 cache (at most 8)."""
-    copies = 1
-    if torch.device(device).type == "cuda":
-        size = sum(tensor.nbytes for tensor in data)
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = min(8, max(1, math.ceil(4 * cache / size)))
-    sets = [tuple(tensor.to(device, copy=True) for tensor in data) for _ in range(copies)]
-    for prediction, *_ in sets:
-        prediction.requires_grad_(True)
-    return sets
-
-
 def token_bytes(prediction, target, mask, edit_mask, weighting) -> int:
     """Forward and backward each read the mask and, of valid tokens, both rows and both weights; the
     backward writes the whole gradient."""
@@ -111,7 +90,9 @@ def problem_of(data, device, ours, reference, rivals, bytes_moved) -> Problem:
         # Equal values in fp32, in the same rounds: the narrow dtype must not be the slower one.
         wide = tuple(x.float() if x.dtype == prediction.dtype else x for x in data)
         contenders.append(Contender("ours in fp32", ours, placed(wide, device), weigh=False))
-    return Problem(contenders, reference, bytes_moved(*data), prediction.nbytes)
+    moved = bytes_moved(*data)
+    beside = [plain_copy(moved, device), fresh_fill(prediction.nbytes, device)]
+    return Problem(contenders, reference, moved, prediction.nbytes, beside)
 
 
 def token_problem(shape, padding: str, dtype, device: str) -> Problem:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Train something real with masked_loss_ext and measure what its losses change.
 
-python examples/demo.py                 all acts, about a minute on two cores
-python examples/demo.py --quick         seconds: does everything run?
-python examples/demo.py --acts denoise  one act
+python examples/demo.py                  all acts: denoise about 1 minute on two cores, language 2
+python examples/demo.py --quick          seconds: does everything run?
+python examples/demo.py --acts language  one act
 """
 
 from __future__ import annotations

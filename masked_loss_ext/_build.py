@@ -45,7 +45,11 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/capability.cpp",
     "schemas.cpp",
 ]
-CUDA_SOURCES = ["cuda/masked_squared_error.cu"]
+CUDA_SOURCES = [
+    "cuda/masked_squared_error.cu",
+    "cuda/masked_cross_entropy.cu",
+    "cuda/masked_cross_entropy_backward.cu",
+]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it
 # and in every later one, whichever torch it was compiled with.

@@ -2,10 +2,11 @@
 """The one accuracy rule of the suite.
 
 truth    the reference on float64 copies of the inputs
-allowed  2 * (largest relative error of the reference in this dtype + one rounding of the output)
+allowed  2 * (largest relative error of the reference in this dtype * size + one rounding of truth)
 
-in relation to the truth, element by element, and never less than the smallest number of the output
-dtype. The terms of a squared error do not cancel, so relative errors are the right measure of them.
+element by element, and never less than the smallest number of the output dtype. size is what is
+summed, without its signs: where terms do not cancel it is the truth, as in a squared error; where
+they do, as in p - 1, accuracy_cross_entropy.py says what it is.
 Places of exact zeros, NaN and inf are compared apart and must agree.
 """
 
@@ -50,6 +51,7 @@ class Expected:
     def __init__(self, inputs, grad_loss=None, **options):
         function = reference.masked_squared_error
         wide = widened(inputs)
+        self.floor, self.sums = {}, ()
         self.in_dtype = evaluate(function, inputs, grad_loss, **options)
         self.truth = evaluate(function, wide, grad_loss, **options)
         self.size = self.truth
@@ -87,11 +89,15 @@ def assert_accurate(actual, expected, name, what=""):
     assert_same_places(actual.isnan(), truth.isnan(), f"{what}: NaN")
     assert_same_places(actual.isinf(), rounded.isinf(), f"{what}: inf")
     zeros = truth == 0
+    if name in expected.sums:
+        zeros &= expected.size[name] == 0
     assert_same_places(zeros & (actual == 0), zeros, f"{what}: exact zero")
-    finite = rounded.isfinite() & same_dtype.isfinite()
     info = torch.finfo(actual.dtype)
-    allowed = 2 * (expected.relative_error[name] + info.eps) * expected.size[name].abs()
-    allowed = allowed.clamp(min=info.smallest_normal * info.eps)
+    allowed = 2 * (
+        expected.relative_error[name] * expected.size[name].abs() + info.eps * truth.abs()
+    )
+    allowed = allowed.clamp(min=max(info.smallest_normal * info.eps, expected.floor.get(name, 0.0)))
+    finite = rounded.isfinite() & same_dtype.isfinite() & allowed.isfinite()
     error = (actual.double() - truth).abs()
     excess = torch.where(finite, error - allowed, error.new_full((), -1.0))
     if excess.numel() and excess.max() > 0:

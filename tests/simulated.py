@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operator as its CUDA source computes it, run by the simulator of cuda_sim."""
+"""The operators as their CUDA sources compute them, run by the simulator of cuda_sim."""
 
 import functools
 import re
@@ -9,29 +9,44 @@ from cuda_sim import ORDERS, Simulator, build, mirror_schemas
 from cuda_sim.build import ROOT
 
 import masked_loss_ext  # noqa: F401  its schemas are mirrored
+from masked_loss_ext._build import CUDA_SOURCES
 
 ARGUMENTS = ("prediction", "target", "mask", "edit_mask", "weighting")
 READER = re.compile(r"(Direct|Any)Reader<(?:c10::)?([\w, ]+)>")
 
 
-class SimulatedOperator:
-    """masked_squared_error and its backward on tensors that are uploaded and downloaded again.
+@functools.cache
+def simulator():
+    """All .cu files in one library, and the schemas its operators are registered for."""
+    schemas = mirror_schemas()
+    sim = Simulator(build("product", [ROOT / "csrc" / name for name in CUDA_SOURCES]))
+    sim.schemas = schemas  # must live as long
+    return sim
 
-    Inputs are read-only there, and a write to them ends the process. Outputs start as NaN or -1.
-    """
+
+class Uploader:
+    """Tensors for the simulated device."""
 
     def __init__(self):
-        self._schemas = mirror_schemas()
-        sources = [ROOT / "csrc" / "cuda" / "masked_squared_error.cu"]
-        self.sim = Simulator(build("product", sources))
-        ops = torch.ops.masked_loss_ext_sim
-        self.forward, self.backward = ops.masked_squared_error, ops._masked_squared_error_backward
+        self.sim = simulator()
 
     def upload(self, tensor):
         """Tensors that lie on the device already stay as they are."""
         if tensor is None or (tensor.numel() > 0 and self.sim.holds(tensor)):
             return tensor
         return self.sim.upload(tensor)
+
+
+class SimulatedOperator(Uploader):
+    """masked_squared_error and its backward on tensors that are uploaded and downloaded again.
+
+    Inputs are read-only there, and a write to them ends the process. Outputs start as NaN or -1.
+    """
+
+    def __init__(self):
+        super().__init__()
+        ops = torch.ops.masked_loss_ext_sim
+        self.forward, self.backward = ops.masked_squared_error, ops._masked_squared_error_backward
 
     def __call__(
         self,

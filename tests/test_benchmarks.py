@@ -18,7 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import harness, machine, memory, readme, report, squared_error  # noqa: E402
+from benchmarks import (  # noqa: E402
+    agreement,
+    contenders,
+    harness,
+    machine,
+    memory,
+    report,
+    squared_error,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +68,9 @@ def test_ratios_are_taken_against_ours(target, met):
 
 def test_relative_error_asks_for_an_exact_zero_where_the_truth_is_zero():
     truth = torch.tensor([2.0, 0.0, -4.0], dtype=torch.float64)
-    assert harness.relative_error(torch.tensor([2.0, 0.0, -5.0]), truth) == 0.25
-    assert harness.relative_error(torch.tensor([2.0, 1e-20, -4.0]), truth) > 1e6
-    assert math.isnan(harness.relative_error(torch.tensor([2.0, 0.0, math.nan]), truth))
+    assert agreement.relative_error(torch.tensor([2.0, 0.0, -5.0]), truth) == 0.25
+    assert agreement.relative_error(torch.tensor([2.0, 1e-20, -4.0]), truth) > 1e6
+    assert math.isnan(agreement.relative_error(torch.tensor([2.0, 0.0, math.nan]), truth))
 
 
 # --- what is timed, and in which order ---------------------------------------------------------
@@ -93,7 +101,8 @@ def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
     rival, reason = WRONG[wrong]
     case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
     wanted = command.parser().parse_args(["squared_error", "--quick"])
-    rows = {row["contender"]: row for row in command.measure_case(case, wanted)}
+    (table,) = command.measure_case(case, wanted)
+    rows = {row["contender"]: row for row in table}
     assert rows["rival"]["status"].startswith(f"refused: {reason}")
     assert "median_us" not in rows["rival"]
     assert rows["ours"]["median_us"] > 0
@@ -140,7 +149,7 @@ def test_rounds_are_interleaved_in_changing_order_and_gradients_never_accumulate
 
 
 def test_the_copy_moves_as_many_bytes_as_the_formula_says():
-    copy = harness.plain_copy(1000, "cpu")
+    copy = contenders.plain_copy(1000, "cpu")
     source, target = copy.inputs[0]
     target.zero_()
     copy.call(source, target)
@@ -253,50 +262,3 @@ def test_ours_needs_the_gradient_and_nothing_else_of_its_size():
         assert trouble == ""
     assert 0.9 < peaks["ours"] / gradient < 1.3
     assert peaks["where"] / gradient > 2
-
-
-# --- README ------------------------------------------------------------------------------------
-
-
-def toy_row(contender: str, **values: object) -> dict:
-    row = {"benchmark": "toy", "case": "one", "summary": "all", "shape": "2x3", "dtype": "float32"}
-    setting = {"rounds": 3, "processor": "abacus", "capability": "beads", "threads": 2}
-    return {**row, **setting, "torch": "2.x", "date": "today", "contender": contender, **values}
-
-
-@pytest.fixture
-def toy_results(tmp_path):
-    ours = toy_row("ours", median_us=1500.0, gb_per_s=4.0, of_copy=0.5, peak_over_gradient=1.02)
-    slow = toy_row("slow", median_us=4500.0, ratio_of_medians=3.0, target=2.0)
-    wrong = toy_row("wrong", status="refused: loss is off")
-    report.write_csv(tmp_path / "toy_cpu.csv", [ours, slow, wrong])
-    return tmp_path
-
-
-def test_the_readme_table_is_made_from_the_csv(toy_results):
-    text = "before\n<!-- benchmark toy_cpu -->\nold\n<!-- /benchmark -->\nafter\n"
-    made = readme.regenerate(text, toy_results)
-    assert made.startswith("before\n<!-- benchmark toy_cpu -->\n| case |")
-    assert made.endswith("<!-- /benchmark -->\nafter\n") and "old" not in made
-    cells = ("1.50 ms", "slow 3.0x (aim 2x), wrong not timed", "4.0 (50% of a copy)", "1.02")
-    assert "| `one` | [2, 3] float32, all | " + " | ".join(cells) + " |" in made
-    assert readme.regenerate(made, toy_results) == made
-
-
-def test_check_finds_a_table_that_differs_and_changes_nothing(toy_results):
-    path = toy_results / "README.md"
-    stale = "<!-- benchmark toy_cpu -->\n9.9x\n<!-- /benchmark -->\n"
-    path.write_text(stale)
-    assert "differs from the CSV" in readme.update(path, toy_results, check=True)
-    assert path.read_text() == stale
-    assert readme.update(path, toy_results) == ""
-    assert readme.update(path, toy_results, check=True) == ""
-
-
-def test_a_readme_without_a_place_for_the_table_is_an_error(toy_results):
-    with pytest.raises(ValueError, match="no '<!-- benchmark NAME -->'"):
-        readme.regenerate("no table here", toy_results)
-
-
-def test_the_tables_of_this_readme_are_those_of_the_committed_figures():
-    command.main(["readme", "--check"])  # exits with a sentence where they differ

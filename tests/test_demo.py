@@ -29,8 +29,9 @@ def quick(tmp_path_factory):
     return done, output
 
 
-def row(text, name):
-    """The cells of the table row that starts with ``name``."""
+def row(text, name, table=""):
+    """The cells of the first row that starts with ``name``, of the tables after ``table``."""
+    text = text[text.index(table) :]
     found = re.search(rf"^{re.escape(name)}  +(.*)$", text, re.MULTILINE)
     assert found, f"no row {name!r} in:\n{text}"
     return re.split(r"  +", found.group(1).strip())
@@ -89,7 +90,66 @@ def test_unknown_memory_is_explained(quick):
     assert ("?" in row(text, "masked_loss_ext")) == ("peak memory is not known: " in text)
 
 
-@pytest.mark.parametrize("name", ["denoise_losses.png", "denoise_reconstructions.png"])
+RUNS = ["padding masked", "padding counted"]
+
+
+@pytest.mark.parametrize("name", ["counts alone", *RUNS])
+def test_bits_per_byte_are_plausible(quick, name):
+    heads = [number(cell) for cell in row(quick[0].stdout, name)[-4:]]
+    assert all(1 < bits < 8 for bits in heads)
+    assert heads == sorted(heads)  # the farther ahead, the less is known
+
+
+def test_only_the_run_with_the_mask_reports_its_true_loss(quick):
+    masked, counted = (row(quick[0].stdout, name) for name in RUNS)
+    assert masked[0] == masked[1]
+    assert counted[0] != counted[1]
+
+
+FOUR_TOKEN_FORMS = {
+    # name: what becomes of loss and gradient with NaN logits and absurd labels in the padding
+    "masked_loss_ext": ["same bits", "same bits"],
+    "masked_loss_ext, in place": ["same bits", "same bits"],
+    "F.cross_entropy, logits sliced": ["same bits", "NaN"],
+    "F.cross_entropy, labels shifted": ["same bits", "NaN"],
+}
+
+
+@pytest.mark.parametrize("name", FOUR_TOKEN_FORMS)
+def test_four_token_loss_in_the_training_step(quick, name):
+    cells = row(quick[0].stdout, name, table="A training step of ")
+    off_by, *figures, memory, loss, gradient = cells
+    assert off_by == "+0.00%"
+    bytes_per_second, step, in_loss, share = map(number, figures)
+    assert bytes_per_second > 0 and 0 < in_loss < step and 0 < share < 100
+    assert memory == "?" or number(memory) >= 0
+    assert [loss, gradient] == FOUR_TOKEN_FORMS[name]
+
+
+@pytest.mark.parametrize("name", FOUR_TOKEN_FORMS)
+def test_four_token_loss_with_many_classes(quick, name):
+    text = quick[0].stdout
+    alone = "The loss alone, not this model's: random logits of "
+    assert re.search(alone + r"\d+ x \d+ tokens and \d+ classes for 4 heads", text)
+    time, ratio, memory = row(text, name, table=alone)
+    assert number(time) > 0 and number(ratio) > 0
+    assert memory == "?" or number(memory) >= 0
+
+
+def test_writes_a_sample(quick):
+    sample = quick[0].stdout.split("the mask writes")[1]
+    assert "    def read(self" in sample and "    def _parse" in sample
+
+
+PICTURES = {
+    "denoise": ["losses", "reconstructions"],
+    "language": ["bits", "costs", "losses"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [f"{act}_{x}.png" for act, names in PICTURES.items() for x in names]
+)
 def test_pictures_show_something(quick, name):
     with Image.open(quick[1] / name) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=float)
@@ -98,12 +158,38 @@ def test_pictures_show_something(quick, name):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_same_figures_again_from_another_folder(quick, tmp_path):
-    again = demo("--quick", "--device", "cpu", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "act, names",
+    [("denoise", ["noisy", "before training", "after training"]), ("language", RUNS)],
+)
+def test_same_figures_again_from_another_folder(quick, act, names, tmp_path):
+    again = demo("--quick", "--acts", act, "--device", "cpu", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "demo_output" / "denoise_losses.png").is_file()
-    for name in ("noisy", "before training", "after training"):
+    made = {path.name for path in (tmp_path / "demo_output").iterdir()}
+    assert made == {f"{act}_{name}.png" for name in PICTURES[act]}  # this act alone
+    for name in names:
         assert row(again.stdout, name) == row(quick[0].stdout, name)
+
+
+def test_texts_are_whole_functions_padded_on_the_right(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from acts.language import data
+
+    file = tmp_path / "module.py"
+    file.write_text(
+        "class A:\n    @property\n    def b(self):\n        def inner(): pass\n        return 1\n"
+        "\nasync def c():\n    pass\n"
+    )
+    method = b"@property\ndef b(self):\n    def inner(): pass\n    return 1"
+    assert sorted(data.functions_of(file)) == sorted([method, b"async def c():\n    pass"])
+
+    batch = data.collate([b"abc", b"abcdefgh"], longest=6)
+    assert batch.tokens.tolist() == [[97, 98, 99, data.END, 0, 0], [97, 98, 99, 100, 101, 102]]
+    assert batch.attention_mask.sum(1).tolist() == [4, 6]  # the first with its end mark
+    assert batch.padding() == pytest.approx(2 / 12)
+
+    train, held_out = data.split_files(data.source_files())
+    assert len(held_out) >= 2 and not set(train) & set(held_out)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_padded_labels_that_count():
     step(batch | {"logits": logits}).backward()
     inside = change(report, "batch", "as given").padding[0]
     assert inside.absolute == pytest.approx(logits.grad[RIGHT == 0].abs().max().item())
-    assert "labels holds 0 in the padding and nowhere else" in str(report)
+    assert "ignore_index" not in str(report)  # how to silence it is not what to say here
 
 
 @pytest.mark.parametrize("where_first", [False, True], ids=["multiplied", "selected"])
@@ -76,6 +76,7 @@ def test_multiplication_by_zero():
     everywhere = ("pred", "target", "all at once")
     assert leaking(report) == {(e, k) for e in everywhere for k in ("NaN", "inf")}
     assert change(report, "pred", "NaN").loss.nonfinite == 1
+    assert "1 NaN/inf" in str(report)
     assert "nonfinite=False" in str(report)
     assert check_padding(step, pair_batch(), RIGHT, nonfinite=False)
 
@@ -231,8 +232,9 @@ def test_padding_that_the_step_finds_by_value(padding_id, label):
         return F.cross_entropy(table[batch["ids"]].mT, batch["labels"], ignore_index=label)
 
     batch = {"ids": ids, "labels": labels, "mask": RIGHT}
-    if label > V:  # not every class occurs: another value in the padding may be out of range
-        assert change(check_padding(step, batch, RIGHT), "labels", "other values").verdict == "LEAK"
+    report = check_padding(step, batch, RIGHT)
+    assert change(report, "labels", "other values").verdict == "LEAK"
+    assert f"if the step itself leaves out what holds {label}" in str(report)
     report = check_padding(step, batch, RIGHT, ignore_index=label)
     assert report and change(report, "labels", "labels for ignored").verdict == "by label"
 

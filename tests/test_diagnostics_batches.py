@@ -111,6 +111,58 @@ def test_integers_stay_among_the_values_seen(dtype):
     assert (other != ids)[RIGHT == 0].all() and torch.isin(other.long(), seen).all()
 
 
+def recorded(batch, name, **options):
+    """What each run of check_padding puts into an entry, without repetitions."""
+    got = []
+
+    def step(batch):
+        got.append(batch[name].detach().clone())
+        return batch["one"].sum()
+
+    check_padding(step, batch | {"one": torch.ones(1, requires_grad=True)}, RIGHT, **options)
+    return [x for i, x in enumerate(got) if not any(torch.equal(x, y) for y in got[:i])]
+
+
+def test_ignored_labels_and_real_ones_are_changed_apart():
+    labels = torch.arange(B * T).reshape(B, T) % 5
+    ignored = torch.zeros(B, T, dtype=torch.bool)
+    ignored[2] = RIGHT[2] == 0
+    drop, labels = RIGHT == 0, labels.masked_fill(ignored, -100)
+    _, other, replaced = recorded({"labels": labels}, "labels", trim=False)
+    assert torch.equal(other != labels, drop & ~ignored) and (other[~ignored] >= 0).all()
+    assert torch.equal(replaced != labels, ignored) and replaced.min() >= 0
+    assert other.max() <= 4 and replaced.max() <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 200.0])
+def test_random_values_are_large_beside_those_of_the_entry(dtype, size):
+    x = (torch.rand(B, T, D) * size).to(dtype)
+    _, random, nan, inf = recorded({"x": x}, "x", trim=False)
+    drop = RIGHT == 0
+    for changed in (random, nan, inf):
+        assert torch.equal(changed[~drop], x[~drop]) and changed.dtype == dtype
+    largest = random[drop].abs().max()
+    assert largest > 10 * (size or 1.0) or dtype == torch.float16 and largest > 256
+    assert random.isfinite().all() and (random.float() ** 2).max() < 1e9
+    assert nan[drop].isnan().all() and inf[drop].isinf().all() and (inf[drop] < 0).any()
+
+
+def test_nan_that_was_there_before_is_no_leak():
+    """The gradient of a norm at 0 is NaN in each run."""
+    batch = {"x": torch.zeros(B, T, 1), "mask": RIGHT}
+    report = check_padding(lambda b: b["x"][b["mask"] != 0].square().sqrt().sum(), batch, RIGHT)
+    assert report and all(not change.gradients for change in report.changes)
+
+
+def test_tensors_that_cannot_be_filled():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    sparse = torch.eye(T)[:B].to_sparse()
+    batch = pair_batch() | {"nested": nested, "sparse": sparse}
+    report = check_padding(lambda b: mle.masked_mse(b["pred"], b["target"], RIGHT), batch, RIGHT)
+    assert report and "nested nested, sparse [3, 6]" in str(report)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
 def test_dtypes(dtype):
     batch = {"x": torch.randn(B, T, D).to(dtype), "mask": RIGHT}
@@ -196,6 +248,7 @@ def test_a_detached_loss_is_compared_alone():
     step = lambda b: mle.masked_mse(b["pred"], b["target"], b["mask"]).detach()  # noqa: E731
     report = check_padding(step, pair_batch(), RIGHT)
     assert report and "no gradient was compared: the step returned a loss" in str(report)
+    assert all(c.gradients is None and c.cells()[3:5] == ["-", "-"] for c in report.changes)
 
 
 def test_a_step_that_cannot_be_differentiated_by_everything():

@@ -132,6 +132,16 @@ def test_verdicts(size, rtol, atol, noise, verdict):
         assert shift.relative == pytest.approx(size, rel=1e-6)
 
 
+def test_gradients_that_are_zero_but_for_rounding():
+    judge = Tolerance(None, 0.0)
+    tiny = torch.tensor([1e-12])
+    assert distance("key bias", tiny, -tiny, judge).verdict == "LEAK"
+    judge.set_gradients([torch.tensor([3.0]), tiny, None])
+    assert distance("key bias", tiny, -tiny, judge).verdict == "rounding"
+    assert distance("key bias", tiny, tiny + 1e-6, judge).verdict == "LEAK"
+    assert distance("loss", tiny, -tiny, judge).verdict == "LEAK"
+
+
 def test_half_precision_is_judged_by_its_own_rounding():
     one = torch.ones(1, dtype=torch.bfloat16)
     judge = Tolerance(None, 0.0)

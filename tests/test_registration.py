@@ -33,14 +33,17 @@ def source_text(pattern):
 
 
 def base_name(name):
-    return name.removeprefix("_").removesuffix("_backward")
+    return name.removeprefix("_").removesuffix("_").removesuffix("_backward")
 
 
 def test_the_operators_are_these():
     assert operators() == [
+        "_masked_cross_entropy_backward",
+        "_masked_cross_entropy_backward_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
+        "masked_cross_entropy",
         "masked_squared_error",
     ]
 
@@ -78,10 +81,10 @@ def test_one_name_in_every_layer(name):
 def test_every_operator_has_its_tests(name):
     base = base_name(name)
     assert (TESTS / f"test_{base}.py").is_file()
-    compiled = (TESTS / "test_compile.py").read_text()
-    assert f"torch.ops.{NAMESPACE}.{name}.default" in compiled, "no opcheck"
-    registered = (TESTS / "test_errors.py").read_text()
-    assert f"torch.ops.{NAMESPACE}.{name}" in registered, "no test of its errors"
+    called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
+    for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
+        texts = [path.read_text() for path in TESTS.glob(f"test_*{kind}.py")]
+        assert any(called.search(text) for text in texts), f"no {what}"
 
 
 def test_each_schema_is_written_once():
@@ -96,11 +99,13 @@ def test_each_schema_is_written_once():
 
 
 def test_inputs_are_declared_read_only():
+    """But for the logits of an operator that says by its name that it overwrites them."""
     for name in TENSOR_OPERATORS:
         schema = getattr(torch.ops.masked_loss_ext, name).default._schema
-        assert not schema.is_mutable
-        aliases = [a.alias_info for a in (*schema.arguments, *schema.returns)]
-        assert aliases == [None] * len(aliases)
+        assert schema.is_mutable == name.endswith("_")
+        arguments = (*schema.arguments, *schema.returns)
+        aliased = [a.name for a in arguments if a.alias_info is not None]
+        assert aliased == (["logits"] if name.endswith("_") else [])
 
 
 def test_version():

@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_cross_
   double denominator = reduction == RowReduction::kMean ? totals.denominator : 1;
   if (normalizer && reduction == RowReduction::kMean) denominator = read_number(*normalizer);
   write_number(out.denominator, denominator);
-  if (q.loss.data == nullptr) {
+  if (out.loss.numel() > 0 && q.loss.data == nullptr) {
     write_number(out.loss, denominator != 0 ? totals.loss / denominator : 0.0);
   }
   return {out.loss, out.lse, out.entropy, out.log_prob, out.hit, out.smooth_distance,

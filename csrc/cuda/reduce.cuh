@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Sums over lanes and blocks in a fixed order: the same bits in every run.
+// Sums and maxima over lanes and blocks in a fixed order: the same bits in every run.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,15 @@ template <class T>
 __device__ __forceinline__ T group_sum(T value, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, offset);
+  }
+  return value;
+}
+
+// Largest value of the group, a NaN passed over; every lane gets it. All 32 lanes must call it.
+template <class T>
+__device__ __forceinline__ T group_max(T value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
   return value;
 }

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The acts of the demo: each trains something small on real data with the losses of the package.
 
-An act is a module with ``run(options)``; it prints what it measured and writes its pictures.
+An act is a package whose module ``act`` has ``run(options)``, which prints what it measured and
+writes its pictures.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-# Name on the command line -> what it does. The module of an act is imported only when it runs.
+# Name on the command line -> what it does. An act is imported only when it runs.
 ACTS = {
     "denoise": "a transformer learns to denoise crops of photographs, of unequal size",
+    "language": "a byte-level language model learns Python, from functions of unequal length",
 }
 
 
@@ -32,7 +34,7 @@ class Options:
 
 def run_act(name: str, options: Options) -> None:
     try:
-        act = importlib.import_module(f"{__name__}.{name}")
+        act = importlib.import_module(f"{__name__}.{name}.act")
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
             raise SystemExit(

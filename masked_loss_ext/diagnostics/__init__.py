@@ -50,6 +50,9 @@ def check_padding(
     - the step raised an error for what stands in the padding;
     - one row of the batch has another loss when its padding is cut off (a mean over ``B * T``).
 
+    So is what a shifted loss does with padding on the left, whose last position predicts the first
+    token that counts.
+
     What is changed: entries whose first dimensions are the mask's. Floating ones get random
     numbers ten times as large as theirs, NaN, and infinities; integers (ids, labels) other values
     that occur in the entry, so that they stay valid indices; bool is flipped. Left alone are the
@@ -72,12 +75,13 @@ def check_padding(
             is not modified: the step gets copies, floating ones as leaves that require grad.
         mask: ``[B, T]`` or any other shape and dtype; 0 = excluded.
         parameters: module, tensors, or (name, tensor) pairs whose gradients are compared too.
-        rtol, atol: what moved by at most ``atol + rtol * largest entry before`` is listed as
-            "rounding" and passes. Shapes do not change, so most steps agree in every bit and
-            ``rtol=0`` asks for that; but the order of some sums depends on content, such as the
-            gradient of an embedding on a GPU or tokens grouped by expert. None: 1e-6, or the
-            dtype's machine epsilon if that is larger. Cutting padding off does change shapes;
-            there a loss that differs by up to 1 % (less where little is cut) is "close".
+        rtol, atol: what moved by at most ``atol + rtol * largest entry before`` (of a gradient: or
+            a thousandth of the largest of all) is listed as "rounding" and passes. Shapes do not
+            change, so most steps agree in every bit and ``rtol=0`` asks for that; but the order of
+            some sums depends on content, such as the gradient of an embedding on a GPU or tokens
+            grouped by expert. None: 1e-6, or the dtype's machine epsilon if that is larger.
+            Cutting padding off does change shapes; there a loss that differs by up to 1 % (less
+            where little is cut) is "close".
         nonfinite: False leaves NaN and infinities out. A multiplication by 0 does not stop them,
             and PyTorch has many: a weight's gradient is a product with its input, attention
             multiplies what it masks, and ``F.cross_entropy`` gives ignored logits the gradient NaN

@@ -8,6 +8,7 @@ from ._batch import INF, NAN, OTHER, RANDOM, UNIGNORED, changed, is_floating, ki
 from ._report import (
     CLOSE,
     LEAK,
+    LOSS,
     ROUNDING,
     SAME,
     Change,
@@ -44,11 +45,12 @@ class Check:
     def run_unchanged(self):
         """The run that the others are compared with, twice."""
         self.before = self._run_with_leaves()
+        self.tolerance.set_gradients(self.before.gradients.values())
         if not self.before.differentiated:
             self.notes.append(_notes.loss_only(self.runner))
         for _ in range(REPETITIONS):
             again = self.runner({})
-            shifts = [self._loss_shift(again), *self._gradient_shifts(again)]
+            shifts = [self._loss_shift(again), *(self._gradient_shifts(again) or ())]
             for shift in shifts:
                 self.tolerance.add_noise(shift)
             if all(shift.verdict == SAME for shift in shifts):
@@ -142,7 +144,7 @@ class Check:
         # Other shapes, other kernels: no bits are expected, but a factor of 1 - share would show.
         judge = Tolerance(min(0.01, cut.share / 4), self.tolerance.atol)
         judge.noise = self.tolerance.noise
-        shift = distance("loss", padded.loss, alone.loss, judge)
+        shift = distance(LOSS, padded.loss, alone.loss, judge)
         if shift.verdict == ROUNDING:
             shift = shift._replace(verdict=CLOSE)
         self.changes.append(Change(cut.row, f"none: cut to {cut.length}", shift))
@@ -150,10 +152,12 @@ class Check:
     # --- comparisons -----------------------------------------------------------------------------
 
     def _loss_shift(self, after):
-        return distance("loss", self.before.loss, after.loss, self.tolerance)
+        return distance(LOSS, self.before.loss, after.loss, self.tolerance)
 
     def _gradient_shifts(self, after):
         """Of each gradient, at kept positions."""
+        if not self.before.differentiated:
+            return None
         shifts = []
         for name, gradient in self.before.gradients.items():
             pair = [
@@ -165,6 +169,8 @@ class Check:
 
     def _padding_shifts(self, after):
         """Of each gradient in the padding, from 0."""
+        if not self.runner.leaves.intersection(self.entries.checked, self.before.gradients):
+            return None
         shifts = []
         for name in self.entries.checked:
             inside = self._inside(name, after.gradients.get(name), self.drop)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What moved, by how much, and whether that is a leak; the report as a table."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from ._batch import UNIGNORED
 
 SAME, ROUNDING, NOISE, LEAK = "same", "rounding", "noise", "LEAK"
+LOSS = "loss"  # the name of its Shift; those of gradients are names of entries and parameters
 CLOSE = "close"  # as near as results of other shapes need be
 BY_LABEL = "by label"  # the labels say what does not count: no leak
 NOISE_FACTOR = 3  # a difference between two runs may well be thrice that between two others
@@ -40,15 +41,18 @@ class Change:
     entry: str
     kind: str
     loss: Shift | None = None
-    gradients: list = field(default_factory=list)  # Shift of each that is not the same
-    padding: list = field(default_factory=list)  # Shift from 0 of each gradient inside the padding
+    gradients: list | None = None  # Shift of each that is not the same; None: not compared
+    padding: list | None = None  # Shift from 0 of each gradient in the padding; None: there is none
     error: str = ""
+
+    def shifts(self):
+        return [*filter(None, [self.loss]), *(self.gradients or ()), *(self.padding or ())]
 
     @property
     def verdict(self):
         if self.error:
             return BY_LABEL if self.kind == UNIGNORED else LEAK
-        found = {s.verdict for s in [self.loss, *self.gradients, *self.padding] if s}
+        found = {s.verdict for s in self.shifts()}
         return next((v for v in (LEAK, BY_LABEL, NOISE, CLOSE, ROUNDING) if v in found), SAME)
 
     def by_label(self):
@@ -58,8 +62,8 @@ class Change:
             return shift._replace(verdict=BY_LABEL) if shift.verdict == LEAK else shift
 
         self.loss = weaken(self.loss)
-        self.gradients = [weaken(s) for s in self.gradients]
-        self.padding = [weaken(s) for s in self.padding]
+        self.gradients = self.gradients and [weaken(s) for s in self.gradients]
+        self.padding = self.padding and [weaken(s) for s in self.padding]
 
     def cells(self):
         if self.error:
@@ -70,9 +74,11 @@ class Change:
 
 
 def _worst(shifts, nothing):
+    if shifts is None:
+        return "-"
     if not shifts:
         return nothing
-    worst = max(shifts, key=lambda s: (s.verdict == LEAK, s.nonfinite > 0, s.relative))
+    worst = max(shifts, key=lambda s: (s.verdict == LEAK, s.nonfinite, s.absolute))
     more = f", {len(shifts) - 1} more" if len(shifts) > 1 else ""
     return f"{worst.name}: {worst}{more}"
 
@@ -109,6 +115,13 @@ class Tolerance:
     def __init__(self, rtol, atol):
         self.rtol, self.atol = rtol, atol
         self.noise = {}  # name -> largest difference between runs of the unchanged batch
+        self.smallest_scale = 0.0
+
+    def set_gradients(self, gradients):
+        """Some gradients are 0 but for rounding (that of attention's key bias), so one is judged
+        beside its largest entry or a thousandth of the largest of all."""
+        sizes = [_largest(g[g.isfinite()].abs()) for g in gradients if g is not None]
+        self.smallest_scale = 1e-3 * max(sizes, default=0.0)
 
     def add_noise(self, shift):
         size = float("inf") if shift.nonfinite else shift.absolute
@@ -125,6 +138,8 @@ class Tolerance:
             return NOISE if noise == float("inf") else LEAK
         if absolute == 0:
             return SAME
+        if name != LOSS:
+            scale = max(scale, self.smallest_scale)
         if absolute <= self.atol + self.relative(dtype) * scale:
             return ROUNDING
         return NOISE if absolute <= NOISE_FACTOR * noise else LEAK

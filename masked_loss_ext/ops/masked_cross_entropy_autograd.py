@@ -20,7 +20,7 @@ _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.defa
 
 # Positions among the operator's arguments.
 TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer
-TOKEN_WEIGHT, NORMALIZER, STATISTICS = 4, 7, 15
+TOKEN_WEIGHT, NORMALIZER = 4, 7
 ARGUMENTS = 16
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
 
@@ -36,7 +36,8 @@ def call(args, inplace_backward):
     if torch.is_grad_enabled() and (
         args[0].requires_grad or (token_weight is not None and token_weight.requires_grad)
     ):
-        return _Eager.apply(inplace_backward, *args)
+        # The options in one piece: autograd looks at every argument.
+        return _Eager.apply((inplace_backward, args[TENSORS:]), *args[:TENSORS])
     with _below_autograd():
         return _forward_op(*args)[:SHOWN]
 
@@ -100,6 +101,20 @@ def _overwriting_fake(*args):
     return _backward_fake(*args[:23], False, args[23])[1]
 
 
+@torch.library.impl("masked_loss_ext::_masked_cross_entropy_backward_", "Autograd")
+def _refuse_derivative(*args):
+    """What is overwritten has no derivative; without this one would be lost in silence."""
+    if torch.is_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+    ):
+        raise RuntimeError(
+            "_masked_cross_entropy_backward_ overwrites the logits and has no derivative; call "
+            "masked_cross_entropy(inplace_backward=True), or this under torch.no_grad()"
+        )
+    with _below_autograd():
+        return _overwriting_op(*args)
+
+
 def _backward_arguments(grads, saved, options):
     """saved: the operator's seven tensors but the normalizer, then lse, entropy, log_prob,
     smooth_distance, denominator; options: what follows the tensors."""
@@ -129,17 +144,16 @@ def _needs(ctx, first=0):
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inplace_backward, *args):
+    def forward(ctx, how, *tensors):
+        ctx.inplace_backward, ctx.options = how
         with _below_autograd():
-            results = _forward_op(*args)
+            results = _forward_op(*tensors, *ctx.options)
         loss, lse, entropy, log_prob, hit, smooth_distance, denominator = results
         ctx.save_for_backward(
-            *args[:NORMALIZER], lse, entropy, log_prob, smooth_distance, denominator
+            *tensors[:NORMALIZER], lse, entropy, log_prob, smooth_distance, denominator
         )
-        ctx.options = args[TENSORS:]
-        ctx.inplace_backward = inplace_backward
         ctx.set_materialize_grads(False)
-        if not args[STATISTICS]:
+        if not ctx.options[-1]:  # statistics
             return (loss,)
         ctx.mark_non_differentiable(hit)
         return loss, lse, entropy, log_prob, hit
@@ -158,7 +172,7 @@ class _Eager(torch.autograd.Function):
         else:
             with _below_autograd():
                 results = _backward_op(*args, *needs)
-        return None, *_input_gradients(*results, saved[TOKEN_WEIGHT], needs)
+        return None, *_input_gradients(*results, saved[TOKEN_WEIGHT], needs)[:TENSORS]
 
 
 def _overwrite(logits, args, needs_token_weight):

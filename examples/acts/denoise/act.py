@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import masked_loss_ext as mle
 
-from . import Options
+from .. import Options
 from .data import Batch, CropSampler, load_photos, spectrum, split_photos
 from .measure import loss_forms_on, time_and_memory
 from .model import Denoiser

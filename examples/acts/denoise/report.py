@@ -3,26 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .measure import OURS, Cost, FormOnBatch
+from ..common.cost import Cost, print_doubts
+from ..common.tables import print_table
+from .measure import FormOnBatch
 
 if TYPE_CHECKING:
+    from .act import History
     from .data import Batch
-    from .denoise import History
     from .quality import Quality
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for number, row in enumerate([header, *rows]):
-        cells = [f"{row[0]:<{widths[0]}}"]
-        cells += [f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells))
-        if number == 0:
-            print("  ".join("-" * w for w in widths))
 
 
 def print_quality(batch: Batch, history: History, found: dict[str, Quality]) -> None:
@@ -57,22 +47,17 @@ def print_comparison(on_batch: dict[str, FormOnBatch], cost: Cost) -> None:
         "grad",
     )
     print_table(header, [comparison_row(name, f, cost) for name, f in on_batch.items()])
-    if cost.peak_bytes is None:
-        print(f"peak memory is not known: {cost.why_no_peak}")
-    if cost.crowded_cores is not None:
-        print(f"other programs kept {cost.crowded_cores:.1f} cores busy: step times are disturbed")
+    print_doubts(cost)
 
 
 def comparison_row(name: str, form: FormOnBatch, cost: Cost) -> tuple[str, ...]:
-    step_us = cost.step_us[name]
-    peak = "?" if cost.peak_bytes is None else f"{cost.peak_bytes[name] / 2**20:.1f} MiB"
     return (
         name,
         f"{form.value:.4f}",
         f"{round(form.off_by, 4) + 0.0:+.1%}",  # + 0.0: no "-0.0%"
-        f"{step_us / 1000:.2f} ms",
-        f"{step_us / cost.step_us[OURS]:.1f}",
-        peak,
+        cost.milliseconds(name),
+        cost.times_ours(name),
+        cost.peak(name),
         "finite" if form.nan_loss_finite else "NaN",
         "finite" if form.nan_gradient_finite else "NaN",
     )

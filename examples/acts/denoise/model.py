@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.transformer import Block
 from .data import Batch
 
 # log(v / s) spans many units; without a scale the weights would take hundreds of steps to get there
@@ -21,28 +21,6 @@ def position_embedding(positions: Tensor, dim: int) -> Tensor:
     step = torch.arange(dim // 4, device=positions.device) / (dim // 4)
     angles = positions[..., None] * 100.0**-step  # [B, T, 2, dim / 4]
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-class Block(nn.Module):
-    """Attention and an MLP, each added to what it reads."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
-        """x [B, T, dim]; key_mask [B, 1, 1, T] bool, True = may be attended to."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
-        return x + self.mlp(self.norm_mlp(x))
 
 
 class Denoiser(nn.Module):

@@ -8,22 +8,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+from torch import Tensor
 
-matplotlib.use("Agg")  # no display is needed, nor looked for
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from .quality import Reconstruction  # noqa: E402
+from ..common.plots import GREY, HELD_OUT, INK, draw_training_loss, save, tidy
+from .quality import Reconstruction
 
 if TYPE_CHECKING:
-    from .denoise import History
+    from .act import History
 
-DPI = 130
-TRAIN, HELD_OUT, INK = "#5b8db8", "#c8553d", "#333333"
 SHOWN = 4  # crops in the picture of reconstructions
 
 
@@ -31,12 +25,12 @@ def plot_training(history: History, noisy_psnr: float, path: Path) -> None:
     """Left: loss of training and of held-out crops. Right: PSNR of held-out crops."""
     figure, (losses, quality) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
     at, held_out, psnr = zip(*history.held_out, strict=True)
-    draw_training_loss(losses, np.asarray(history.train))
+    draw_training_loss(losses, history.train)
     losses.plot(at, held_out, "o-", color=HELD_OUT, linewidth=2, markersize=4, label="held out")
     losses.set(xlabel="step", ylabel="AttentionMaskMseLoss", title="Loss", ylim=(0, None))
     losses.legend(frameon=False)
     quality.plot(at, psnr, "o-", color=HELD_OUT, linewidth=2, markersize=4, label="denoised")
-    for value, name, colour in ((psnr[0], "Wiener filter", "#888888"), (noisy_psnr, "noisy", INK)):
+    for value, name, colour in ((psnr[0], "Wiener filter", GREY), (noisy_psnr, "noisy", INK)):
         quality.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=name)
     for value in (psnr[-1], psnr[0], noisy_psnr):
         put = {"xy": (at[-1], value), "xytext": (0, 5), "textcoords": "offset points"}
@@ -44,21 +38,8 @@ def plot_training(history: History, noisy_psnr: float, path: Path) -> None:
     quality.set(xlabel="step", ylabel="PSNR in dB", title="Held-out crops")
     quality.margins(y=0.12)
     quality.legend(frameon=False, loc="center right")
-    for axes in (losses, quality):
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-
-
-def draw_training_loss(axes: plt.Axes, train: np.ndarray) -> None:
-    """Thin: each step, whose crops differ; thick: a running mean."""
-    steps = np.arange(1, len(train) + 1)
-    axes.plot(steps, train, color=TRAIN, alpha=0.3, linewidth=0.8)
-    window = max(1, len(train) // 10)
-    smooth = np.convolve(train, np.ones(window) / window, mode="valid")
-    label = f"training, mean of {window} steps" if window > 1 else "training"
-    axes.plot(steps[window - 1 :], smooth, color=TRAIN, linewidth=2, label=label)
+    tidy(losses, quality)
+    save(figure, path)
 
 
 def choose(rows: Sequence[Reconstruction]) -> list[Reconstruction]:
@@ -93,8 +74,7 @@ def plot_reconstructions(rows: Sequence[Reconstruction], path: Path) -> None:
             Rectangle((left - 0.5, top - 0.5), box_width, box_height, fill=False, color="white")
         )
     figure.suptitle("Regions never trained on; in the white frame the noise is stronger")
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
+    save(figure, path)
 
 
 def size_text(image: Tensor) -> str:

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The accuracy rule of accuracy.py for cross entropy, whose terms cancel (p - 1, lse - z_y).
+
+A result is measured against the numbers that it is made of, without their signs: ``Magnitudes``
+says for each how many times one relative rounding of a term moves it, to first order. With
+d = m - z (m the largest z of a row), a term e^(z - m) moves by d roundings, their sum by the mean
+of d under the softmax and 1 for itself, and the logarithm of the sum by as much. z itself is
+rounded where there is a temperature or a cap; in float64, where the reference is its own truth, so
+is lse. The error of the reference in this dtype, in that measure, is what PyTorch can do; allowed
+is twice that, but no less than 8 roundings of half a unit for a term and log2(terms) for a sum. A
+float16 or bfloat16 gradient is rounded once, at the end.
+"""
+
+import math
+
+import torch
+from accuracy import assert_accurate, assert_same_places
+
+from masked_loss_ext import reference
+from masked_loss_ext.reference.cross_entropy import counted_rows, scaled_logits, shifted
+
+FLOATING_INPUTS = ("logits", "weight", "token_weight")
+STATISTICS = ("lse", "entropy", "log_prob")
+ROUNDINGS_OF_A_TERM = 8
+
+
+def converted(inputs, dtype):
+    return {
+        name: value.to(dtype) if name in FLOATING_INPUTS else value
+        for name, value in inputs.items()
+    }
+
+
+def evaluate(function, inputs, upstream=None, stats=True, **options):
+    """{"loss", "lse", ..., "hit", "grad logits", ...} of function(**inputs, **options).
+
+    upstream: gradients of loss, lse, entropy and log_prob by name; those missing are 1 and nothing.
+    """
+    leaves = {
+        n: inputs[n].detach().requires_grad_() for n in ("logits", "token_weight") if n in inputs
+    }
+    given = {**inputs, **leaves}
+    results = {}
+    if stats:
+        results["loss"], statistics = function(**given, **options, return_stats=True)
+        results.update(statistics._asdict())
+    else:
+        results["loss"] = function(**given, **options)
+    upstream = {"loss": torch.ones_like(results["loss"]), **(upstream or {})}
+    names = [n for n in upstream if n in results]
+    outputs = [results[n] for n in names]
+    grad_outputs = [upstream[n].to(results[n].dtype) for n in names]
+    empty = 0 in inputs["logits"].shape  # the reference then leaves token_weight out of the graph
+    grads = torch.autograd.grad(
+        outputs, list(leaves.values()), grad_outputs, materialize_grads=empty
+    )
+    for name, grad in zip(leaves, grads, strict=True):
+        results[f"grad {name}"] = grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def upstream_for(inputs, options, statistics=True, seed=5):
+    """Of both signs, not contiguous, different for each row."""
+    g = torch.Generator().manual_seed(seed)
+    rows = inputs["logits"].shape[:-1]
+
+    def values(shape):
+        v = torch.randn((*shape, 2), generator=g)
+        return v.add(v.sign())[..., 1]
+
+    loss = values(rows if options.get("reduction") == "none" else ())
+    return {"loss": loss, **({n: values(rows) for n in STATISTICS} if statistics else {})}
+
+
+class Magnitudes:
+    """By result: the measure of the module's docstring, from float64 inputs."""
+
+    def __init__(self, inputs, upstream, options, is_its_own_truth):
+        self.o = {"label_smoothing": 0.0, "z_loss": 0.0, "focal_gamma": 0.0, **options}
+        self.inputs, self.upstream = inputs, upstream or {}
+        shift, T = options.get("shift", 0), options.get("temperature", 1.0)
+        labels, self.on = counted_rows(
+            inputs["logits"],
+            inputs["target"],
+            inputs.get("mask"),
+            options.get("ignore_index", -100),
+            shift,
+            inputs.get("segment_ids"),
+        )
+        softcap = options.get("softcap")
+        z = scaled_logits(inputs["logits"], self.on, T, softcap)
+        self.is_label = torch.nn.functional.one_hot(labels, z.shape[-1]).bool()
+        banned = z == -torch.inf
+        self.z = z.masked_fill(banned, 0)
+        self.log_p = torch.log_softmax(z, -1)
+        self.p, self.log_p = self.log_p.exp(), self.log_p.masked_fill(banned, 0)
+        top = z.amax(-1, keepdim=True)
+        d = (top - z).masked_fill(banned, 0)
+        exact = T == 1.0 and softcap is None
+        self.u = d if exact else d + self.z.abs()
+        self.log_sum = torch.logsumexp(z - top, -1)
+        self.unit = 1 + self.log_sum + (self.p * self.u).sum(-1)
+        self.lse = torch.logsumexp(z, -1).abs()
+        if is_its_own_truth:  # and takes lse - z_y, not log_sum + d_y
+            self.unit = self.unit + self.lse
+        self.entropy = self.log_sum + (self.p * d).sum(-1)
+        self.entropy_size = self.unit + self.entropy + self._mean_of_entropy_terms()
+        self.slope_of_z, self.rounded_slope = 1 / T, 0.0
+        if softcap is not None:
+            self.slope_of_z = (1 - torch.tanh(inputs["logits"] / softcap).square()) / T
+            self.slope_of_z = torch.where(self.on.unsqueeze(-1), self.slope_of_z, 0)
+            self.rounded_slope = 1 / T  # 1 - tanh^2 cancels
+        self._weights(labels, shift)
+        self._focal()
+        self._losses()
+
+    def _mean_of_entropy_terms(self):
+        h = -(self.p * self.log_p).sum(-1, keepdim=True)
+        self.entropy_term = (self.log_p + h).abs()
+        return (self.p * self.entropy_term * self.u).sum(-1)
+
+    def _label(self, values):
+        return (values * self.is_label).sum(-1)
+
+    def _weights(self, labels, shift):
+        w = self.inputs.get("weight")
+        self.w = self.z.new_ones(self.z.shape[-1]) if w is None else w
+        self.w_y = self.w[labels]
+        self.t = self.inputs.get("token_weight")
+        self.t = 1.0 if self.t is None else shifted(self.t, shift, 0).abs()
+        denominator = 1.0
+        if self.o.get("reduction", "mean") == "mean":
+            denominator = self.o.get("normalizer")
+            if denominator is None:
+                denominator = (self.on * (1 if w is None else self.w_y)).sum().item()
+            denominator = denominator or torch.inf  # 0 gives 0
+        self.denominator = denominator
+
+    def _focal(self):
+        ce, gamma = -self._label(self.log_p), self.o["focal_gamma"]
+        self.F, self.F1, self.F2 = torch.ones_like(ce), torch.zeros_like(ce), torch.zeros_like(ce)
+        if gamma > 0:
+            rest, p = (-torch.expm1(-ce)).clamp(min=1e-300), torch.exp(-ce)
+            self.F = rest**gamma
+            self.F1 = gamma * self.F / rest * p
+            self.F2 = self.F1 * (abs(gamma - 1) / rest * p + 1)
+
+    def _losses(self):
+        eps, V = self.o["label_smoothing"], self.z.shape[-1]
+        self.log_prob = self.unit + self._label(self.u)
+        ce = self._label(self.log_p).abs()
+        distance = (self.w * self.log_p.abs()).sum(-1)
+        self.core = (1 - eps) * self.w_y * ce + eps / V * distance
+        moved = (self.w * (self.unit.unsqueeze(-1) + self.u)).sum(-1)
+        self.core_size = self.core + (1 - eps) * self.w_y * self.log_prob + eps / V * moved
+        self.lse_size = self.unit + self.lse
+        z_loss = abs(self.o["z_loss"]) * (2 * self.lse * self.lse_size + self.lse.square())
+        self.row = self.core_size * self.F + self.core * self.F1 * self.log_prob + z_loss
+
+    def loss(self):
+        row = torch.where(self.on, self.t * self.row, 0)
+        if self.o.get("reduction") == "none":
+            return row
+        return (row.sum() / self.denominator).abs()
+
+    def row_gradient(self):
+        g = self.upstream.get("loss", torch.ones(())).double().abs() / abs(self.denominator)
+        return torch.where(self.on, g, 0)
+
+    def statistics(self):
+        sizes = {"lse": self.lse_size, "entropy": self.entropy_size}
+        sizes["log_prob"] = self.log_prob + self._label(self.log_p).abs()
+        return {name: torch.where(self.on, size, 0) for name, size in sizes.items()}
+
+    def grad_logits(self):
+        g = self.row_gradient() * self.t
+        up = {
+            n: torch.where(self.on, self.upstream[n].double().abs(), 0)
+            if n in self.upstream
+            else torch.zeros_like(self.unit)
+            for n in STATISTICS
+        }
+        eps, V, W = self.o["label_smoothing"], self.z.shape[-1], self.w.sum()
+        direct = (1 - eps) * self.w_y
+        Y = (
+            g
+            * (
+                direct * (self.F + self.F1 * self.log_prob)
+                + self.core_size * self.F1
+                + self.core * self.F2 * self.log_prob
+            )
+            + up["log_prob"]
+        )
+        M = g * (self.F + self.F1 * self.log_prob) * eps / V
+        X = M * W + 2 * g * abs(self.o["z_loss"]) * self.lse_size + up["lse"]
+        relative = 1 + self.unit.unsqueeze(-1) + self.u
+        column = lambda v: v.unsqueeze(-1)  # noqa: E731
+        entropy = (
+            column(up["entropy"])
+            * self.p
+            * (self.entropy_term * relative + self.u + column(self.entropy_size))
+        )
+        each = column(Y + X) * self.p * relative + entropy
+        each = each + self.is_label * column(Y) + column(M) * self.w
+        self.largest = max(1.0, (Y + X + up["entropy"]).max().item())
+        return each * (self.slope_of_z + self.rounded_slope)
+
+    def all(self):
+        sizes = {"loss": self.loss(), **self.statistics(), "grad logits": self.grad_logits()}
+        if "token_weight" in self.inputs:
+            full = self.row_gradient() * self.row
+            shift = self.o.get("shift", 0)
+            moved = torch.zeros_like(full)
+            moved[..., shift:] = full[..., : max(full.shape[-1] - shift, 0)] if shift else full
+            sizes["grad token_weight"] = moved
+        return sizes
+
+
+class Expected:
+    """What the reference says in float64, in this dtype, and how far they are apart."""
+
+    def __init__(self, inputs, upstream=None, **options):
+        f = reference.masked_cross_entropy
+        dtype = inputs["logits"].dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.in_dtype = evaluate(f, inputs, upstream, **options)
+        unrounded = evaluate(f, converted(inputs, wide), upstream, **options)
+        doubled = converted(inputs, torch.float64)
+        self.truth = evaluate(f, doubled, upstream, **options)
+        self.logits = doubled["logits"]
+        self.floor = {}
+        self.sums = ("loss", "lse", "entropy", "log_prob")  # 0 by cancelling: to rounding
+        if min(inputs["logits"].shape) == 0:
+            self.size = {name: value.double() for name, value in self.truth.items()}
+            self.relative_error = dict.fromkeys(self.truth, 0.0)
+            return
+        magnitudes = Magnitudes(doubled, upstream, options, dtype == torch.float64)
+        self.size = magnitudes.all()
+        eps, tiny = torch.finfo(wide).eps, torch.finfo(wide).tiny
+        terms = math.log2(inputs["logits"].numel())
+        self.relative_error = {}
+        for name, size in self.size.items():
+            error = ((unrounded[name].double() - self.truth[name]).abs() / size)[size > 0]
+            error = error[error.isfinite()]
+            largest = error.max().item() if error.numel() else 0.0
+            self.relative_error[name] = max(largest, (terms + ROUNDINGS_OF_A_TERM) * eps / 2)
+            # An exponential below the smallest normal number may be 0.
+            self.floor[name] = tiny * (magnitudes.largest if name == "grad logits" else 1.0)
+
+
+def assert_all_accurate(actual, expected, what=""):
+    """``actual``: what ``evaluate`` returned, with or without statistics."""
+    for name in actual:
+        if name == "hit":
+            _assert_hits(actual[name], expected, what)
+        else:
+            assert_accurate(actual[name], expected, name, what)
+
+
+def _assert_hits(actual, expected, what):
+    assert actual.dtype == torch.bool
+    wrong = actual != expected.truth["hit"]
+    # A temperature or a cap may make two different logits equal by rounding.
+    top = expected.logits.topk(min(2, expected.logits.shape[-1]), -1).values
+    close = (top[..., 0] - top[..., -1]) < 1e-5 * top[..., 0].abs()
+    close &= top[..., 0] != top[..., -1]
+    assert_same_places(wrong & ~close, torch.zeros_like(wrong), f"{what}: hit")

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Bad input of the cross entropy: the text names function, argument, rule and what was got."""
+
+import pytest
+import torch
+from test_errors import check
+
+import masked_loss_ext as mle
+
+X = torch.zeros(2, 3, 5)
+Y = torch.zeros(2, 3, dtype=torch.long)
+M = torch.ones(2, 3)
+W, T = torch.ones(5), torch.ones(2, 3)
+META = torch.zeros(2, 3, device="meta")
+f = mle.masked_cross_entropy
+op = torch.ops.masked_loss_ext.masked_cross_entropy
+backward = torch.ops.masked_loss_ext._masked_cross_entropy_backward
+backward_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_backward_
+
+# keywords that replace good ones, the error, the argument, what the text must hold besides
+TENSORS = [
+    ({"logits": [[1.0]]}, TypeError, "logits", "torch.Tensor", "got list"),
+    ({"logits": None}, TypeError, "logits", "torch.Tensor", "got NoneType"),
+    ({"target": [0]}, TypeError, "target", "torch.Tensor", "got list"),
+    ({"target": 3}, TypeError, "target", "torch.Tensor", "got int"),
+    ({"mask": [True]}, TypeError, "mask", "torch.Tensor", "got list"),
+    ({"mask": M.numpy()}, TypeError, "mask", "torch.Tensor", "got ndarray"),
+    ({"logits": X.long()}, ValueError, "logits", "float16, bfloat16, float32 or float64", "Long"),
+    ({"logits": X.to(torch.complex64)}, ValueError, "logits", "float16", "ComplexFloat"),
+    ({"target": Y.float()}, ValueError, "target", "soft labels are not what", "Float"),
+    ({"target": X}, ValueError, "target", "soft labels are not what", "Float"),
+    ({"target": Y.bool()}, ValueError, "target", "int64", "Bool"),
+    ({"target": Y[:, :2]}, ValueError, "target", "shape of logits [2, 3, 5]", "got [2, 2]"),
+    ({"target": Y[:1]}, ValueError, "target", "shape of logits", "got [1, 3]"),
+    ({"target": Y[..., None]}, ValueError, "target", "without the last", "got [2, 3, 1]"),
+    ({"mask": M[:1]}, ValueError, "mask", "shape of logits [2, 3, 5]", "got [1, 3]"),
+    ({"mask": X}, ValueError, "mask", "without the last dimension", "got [2, 3, 5]"),
+    ({"mask": M[:, None, None]}, ValueError, "mask", "shape of logits", "got [2, 1, 1, 3]"),
+    ({"mask": M.to(torch.complex64)}, ValueError, "mask", "bool, integer", "ComplexFloat"),
+    ({"weight": W[:4]}, ValueError, "weight", "one entry per class [5]", "got [4]"),
+    ({"weight": torch.ones(6)}, ValueError, "weight", "one entry per class [5]", "got [6]"),
+    ({"weight": W[None]}, ValueError, "weight", "one entry per class [5]", "got [1, 5]"),
+    ({"weight": torch.tensor(1.0)}, ValueError, "weight", "one entry per class [5]", "got []"),
+    ({"token_weight": T[:1]}, ValueError, "token_weight", "shape of logits", "got [1, 3]"),
+    ({"token_weight": Y}, ValueError, "token_weight", "float16", "Long"),
+    ({"segment_ids": M}, ValueError, "segment_ids", "int64", "Float"),
+    ({"segment_ids": Y[:, :2]}, ValueError, "segment_ids", "shape of logits", "got [2, 2]"),
+    ({"target": META.long()}, ValueError, "all tensors", "one device", "cpu and meta"),
+    ({"mask": META}, ValueError, "all tensors", "one device", "cpu and meta"),
+    ({"weight": W.to("meta")}, ValueError, "all tensors", "one device", "cpu and meta"),
+    ({"token_weight": META}, ValueError, "all tensors", "one device", "cpu and meta"),
+]
+NUMBERS = [
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing", "[0, 1]", "got -0.1"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing", "[0, 1]", "got 1.5"),
+    ({"label_smoothing": float("nan")}, ValueError, "label_smoothing", "[0, 1]", "got nan"),
+    ({"temperature": 0}, ValueError, "temperature", "positive", "got 0"),
+    ({"temperature": -1.0}, ValueError, "temperature", "positive", "got -1"),
+    ({"temperature": float("nan")}, ValueError, "temperature", "positive", "got nan"),
+    ({"temperature": torch.tensor(0.0)}, ValueError, "temperature", "positive", "got 0"),
+    ({"temperature": torch.tensor(-2.0)}, ValueError, "temperature", "positive", "got -2"),
+    ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
+    ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
+    ({"softcap": 0.0}, ValueError, "softcap", "positive", "got 0"),
+    ({"softcap": -3.0}, ValueError, "softcap", "positive", "got -3"),
+    ({"softcap": float("nan")}, ValueError, "softcap", "positive", "got nan"),
+    ({"focal_gamma": -1.0}, ValueError, "focal_gamma", "not be negative", "got -1"),
+    ({"shift": -1}, ValueError, "shift", "not be negative", "got -1"),
+    ({"reduction": "avg"}, ValueError, "reduction", "mean, sum or none", "got"),
+    ({"normalizer": torch.ones(2)}, ValueError, "normalizer", "number", "got [2]"),
+    ({"normalizer": "many"}, TypeError, "normalizer", "number", "got str"),
+    ({"normalizer": 3, "reduction": "sum"}, ValueError, "normalizer", "mean", "sum"),
+    ({"normalizer": 3, "reduction": "none"}, ValueError, "normalizer", "mean", "none"),
+]
+SHARED = [case for case in TENSORS if set(case[0]) <= {"logits", "target", "mask"}]
+SHARED += [case for case in NUMBERS if set(case[0]) <= {"temperature", "softcap"}]
+
+
+@pytest.mark.parametrize("bad,kind,name,rule,got", TENSORS + NUMBERS)
+def test_masked_cross_entropy(bad, kind, name, rule, got):
+    arguments = {"logits": X, "target": Y, "mask": M, **bad}
+    text = f"masked_cross_entropy: {name}"
+    check(lambda: f(**arguments), kind, text, " must ", rule, got)
+    if bad.get("logits", X) is X:  # the way of training
+        arguments["logits"] = X.clone().requires_grad_()
+        check(lambda: f(**arguments), kind, text, rule, got)
+
+
+@pytest.mark.parametrize("bad,kind,name,rule,got", SHARED)
+def test_row_statistics(bad, kind, name, rule, got):
+    arguments = {"logits": X, "target": Y, "mask": M, **bad}
+    check(lambda: mle.row_statistics(**arguments), kind, f"row_statistics: {name}", rule, got)
+
+
+def test_the_module_refuses_when_it_is_made():
+    for bad, kind, name, rule, got in NUMBERS:
+        if name in ("normalizer",) or isinstance(bad.get(name), torch.Tensor):
+            continue
+        if kind is TypeError or set(bad) != {name}:
+            continue
+        with pytest.raises(ValueError) as caught:
+            mle.MaskedCrossEntropyLoss(**bad)
+        assert f"MaskedCrossEntropyLoss: {name} must" in str(caught.value), (rule, got)
+
+
+def test_what_gets_no_gradient_may_not_ask_for_one():
+    number = torch.tensor(2.0, requires_grad=True)
+    check(lambda: f(X, Y, temperature=number), ValueError, "temperature", "require", "gradient")
+    check(lambda: f(X, Y, normalizer=number), ValueError, "normalizer", "require", "gradient")
+
+
+def test_there_is_no_loss_without_labels():
+    check(lambda: f(X, None), TypeError, "masked_cross_entropy: target", "got NoneType")
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0), ()])
+def test_no_class(shape):
+    text = "logits must be [..., V] with at least one class, got "
+    target = torch.zeros(shape[:-1], dtype=torch.long)
+    check(lambda: f(torch.zeros(shape), target), ValueError, "masked_cross_entropy: " + text)
+    check(lambda: mle.row_statistics(torch.zeros(shape)), ValueError, "row_statistics: " + text)
+
+
+def test_a_shift_needs_a_sequence():
+    text = "logits must be [..., S, V] where shift is not 0, got [5]"
+    check(lambda: f(X[0, 0], Y[0, 0], shift=1), ValueError, "masked_cross_entropy: " + text)
+
+
+def test_additive_masks_are_refused():
+    additive = torch.tensor([[0.0, -torch.inf, 0], [0, 0, -1e9]])
+    text = "additive"
+    check(lambda: f(X, Y, additive), ValueError, "masked_cross_entropy: mask", text)
+    check(lambda: mle.row_statistics(X, Y, additive), ValueError, "row_statistics: mask", text)
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+BAD_LABELS = [(5, "5"), (-1, "-1"), (-101, "-101"), (2**31 - 1, "2147483647"), (2**62, str(2**62))]
+
+
+@pytest.mark.parametrize("label,text", BAD_LABELS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}], ids=str)
+def test_a_bad_label_is_named(label, text, options):
+    target = Y.clone()
+    target[1, 2] = label
+    for call in (f, lambda x, y, m, **o: mle.row_statistics(x, y, m)):
+        for x in (X, X.clone().requires_grad_()):
+            with pytest.raises(IndexError) as caught:
+                call(x, target, M, **options)
+            assert "target at row [1, 2] must be in [0, 5) or ignore_index" in str(caught.value)
+            assert str(caught.value).endswith(f"got {text}")
+    target[0, 1] = 9  # the first one is named, whatever the threads do
+    with pytest.raises(IndexError, match=r"row \[0, 1\] .*got 9$"):
+        f(X, target, M, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_a_bad_label_of_a_small_dtype(dtype):
+    """100 for all of them; and what would be a class if bytes were cut off."""
+    for label in (100, 256 if dtype in (torch.int32, torch.int16) else 127):
+        target = torch.zeros(4, dtype=dtype)
+        target[2] = label
+        with pytest.raises(IndexError, match=rf"row \[2\] must be in \[0, 5\).*got {label}$"):
+            f(torch.zeros(4, 5), target)
+
+
+def test_the_row_of_a_label_in_other_ranks():
+    for shape, at in (((7,), (3,)), ((2, 3, 4), (1, 2, 3)), ((), ())):
+        target = torch.zeros(shape, dtype=torch.long)
+        target[at] = 8
+        index = ", ".join(map(str, at))
+        with pytest.raises(IndexError, match=rf"row \[{index}\] must be"):
+            f(torch.zeros(*shape, 5), target)
+
+
+def test_bad_labels_that_do_not_count():
+    target = torch.tensor([[9, 1, -7], [0, -100, 2**40]])
+    mask = torch.tensor([[0, 1, 0], [1, 1, 0]])
+    each = f(X, target, mask, reduction="none")
+    assert (each != 0).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_a_bad_label_in_a_large_batch():
+    """Many threads, a long row: no read beside the logits."""
+    for rows, classes in ((3000, 50), (2, 300_000)):
+        target = torch.zeros(rows, dtype=torch.long)
+        target[rows - 1] = classes
+        with pytest.raises(IndexError, match=rf"row \[{rows - 1}\].*got {classes}"):
+            f(torch.zeros(rows, classes), target)
+
+
+# --- the operators themselves ------------------------------------------------------------------
+
+
+def call_op(**bad):
+    arguments = {"logits": X, "target": Y, **bad}
+    logits, target = arguments.pop("logits"), arguments.pop("target")
+    return op(logits, target, **arguments)
+
+
+def call_backward(function=backward, **bad):
+    row, one = torch.zeros(2, 3), torch.ones((), dtype=torch.float64)
+    arguments = {
+        "grad_loss": torch.ones(()),
+        **dict.fromkeys(("grad_lse", "grad_entropy", "grad_log_prob")),
+        **{"logits": X.clone(), "target": Y, "mask": None, "weight": None},
+        **{"token_weight": None, "segment_ids": None, "temperature": None},
+        **{"lse": row, "entropy": torch.zeros(0), "log_prob": row},
+        **{"smooth_distance": torch.zeros(0), "denominator": one, "ignore_index": -100},
+        **{"label_smoothing": 0.0, "softcap": 0.0, "z_loss": 0.0, "focal_gamma": 0.0},
+        **{"shift": 0, "reduction": "mean", "needs_logits": True, "needs_token_weight": False},
+        **bad,
+    }
+    if function is backward_in_place:
+        del arguments["needs_logits"]
+    return function(*arguments.values())
+
+
+OP_ARGUMENTS = [
+    ({"logits": X.long()}, "logits must be float16"),
+    ({"logits": X[..., ::2]}, "logits must be contiguous in the last dimension, got a stride of 2"),
+    ({"target": Y.float()}, "target must be"),
+    ({"target": Y[:1]}, "target must have the shape"),
+    ({"mask": M[:1]}, "mask must have the shape"),
+    ({"mask": M.to(torch.complex64)}, "mask must be bool"),
+    ({"weight": W.double()}, "weight must be contiguous and have the dtype of the loss"),
+    ({"weight": W[:3]}, "weight must have one entry per class"),
+    ({"weight": torch.ones(10)[::2]}, "weight must be contiguous"),
+    ({"token_weight": Y}, "token_weight must be float16"),
+    ({"segment_ids": M}, "segment_ids must be"),
+    ({"temperature": torch.ones(1)}, "temperature must be a number [], got [1]"),
+    ({"label_smoothing": 2.0}, "label_smoothing must be in [0, 1]"),
+    ({"softcap": -1.0}, "softcap must be positive"),
+    ({"focal_gamma": -1.0}, "focal_gamma must not be negative"),
+    ({"shift": -1}, "shift must not be negative"),
+    ({"reduction": "max"}, "reduction must be mean, sum or none, got max"),
+]
+BACKWARD_ARGUMENTS = [
+    ({"grad_loss": torch.ones(2)}, "grad_loss must be a number"),
+    ({"grad_loss": torch.ones((), dtype=torch.float64)}, "grad_loss must have the dtype"),
+    ({"grad_loss": torch.ones(()), "reduction": "none"}, "grad_loss must have the shape"),
+    ({"grad_lse": torch.ones(3)}, "grad_lse must have the shape"),
+    ({"grad_entropy": torch.ones(3)}, "grad_entropy must have the shape"),
+    ({"grad_entropy": torch.ones(2, 3)}, "entropy must have the shape"),
+    ({"grad_log_prob": torch.ones(3)}, "grad_log_prob must have the shape"),
+    ({"lse": torch.ones(3)}, "lse must have the shape"),
+    ({"lse": torch.ones(2, 3).double()}, "lse must have the dtype"),
+    ({"log_prob": torch.ones(0)}, "log_prob must have the shape"),
+    ({"label_smoothing": 0.1}, "smooth_distance must have the shape"),
+    ({"denominator": torch.ones(2)}, "denominator must be a number"),
+]
+BOTH_BACKWARDS = pytest.mark.parametrize(
+    "function,name",
+    [
+        (backward, "_masked_cross_entropy_backward"),
+        (backward_in_place, "_masked_cross_entropy_backward_"),
+    ],
+    ids=["backward", "in_place"],
+)
+
+
+@pytest.mark.parametrize("bad,text", OP_ARGUMENTS)
+def test_operator_called_directly(bad, text):
+    check(lambda: call_op(**bad), ValueError, "masked_cross_entropy: " + text)
+
+
+@BOTH_BACKWARDS
+@pytest.mark.parametrize("bad,text", OP_ARGUMENTS + BACKWARD_ARGUMENTS)
+def test_backward_operators_called_directly(function, name, bad, text):
+    check(lambda: call_backward(function, **bad), ValueError, f"{name}: {text}")
+
+
+@BOTH_BACKWARDS
+def test_backward_operators_read_no_bad_label(function, name):
+    """A label that the forward would have refused, or that was changed meanwhile."""
+    for label in (5, -3, 2**40):
+        target = Y.clone()
+        target[1, 1] = label
+        try:
+            call_backward(function, target=target)
+        except IndexError as error:
+            assert "target" in str(error)
+
+
+@pytest.mark.parametrize("name", ["target", "mask", "weight", "token_weight", "segment_ids"])
+def test_operators_refuse_a_meta_tensor_among_others(name):
+    value = W.to("meta") if name == "weight" else META
+    value = value.long() if name in ("target", "segment_ids") else value
+    for call in (call_op, call_backward):
+        check(lambda c=call: c(**{name: value}), ValueError, "device", "meta")
