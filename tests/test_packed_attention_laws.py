@@ -181,6 +181,11 @@ def test_compacted_tokens_of_varlen(name, mode):
         ({"k": torch.zeros(1, 2, 16, 8).double()}, ValueError, "k must have dtype and device"),
         ({"k": torch.zeros(1, 2, 16, 8).long()}, ValueError, "k must be a floating tensor"),
         ({"v": torch.zeros(1, 1, 16, 8)}, ValueError, "v must have B, H and S of k"),
+        (
+            {name: torch.zeros(1, 2, 16, 8, device="meta") for name in ("q", "k", "v")},
+            ValueError,
+            r"must be on the device of q \(meta\), got cpu",
+        ),
         ({"v": None}, TypeError, "v must be a torch.Tensor"),
     ],
 )

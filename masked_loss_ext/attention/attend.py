@@ -81,6 +81,11 @@ def packed_attention(
     options = dict(mode=mode, window=window, prefix=prefix, sinks=sinks, dropped=dropped)
     _check_source(layout_or_intervals, is_layout, options)
     _check_operands(q, k, v)
+    if layout_or_intervals.device.type != q.device.type:
+        raise ValueError(
+            f"{_NAME}: layout_or_intervals must be on the device of q ({q.device}), got "
+            f"{layout_or_intervals.device}"
+        )
     if is_layout:
         length = layout_or_intervals.padded_len
         _check_lengths(q, k, length, length)
