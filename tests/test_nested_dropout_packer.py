@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import masked_loss_ext as mle
@@ -69,7 +70,17 @@ def test_mask_by_hand():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("keep_k", [None, [0, 8, 3], [2, 99, 1], [4], torch.tensor([5, 0, 9])])
+@pytest.mark.parametrize(
+    "keep_k",
+    [
+        None,
+        [0, 8, 3],
+        [2, 99, 1],
+        [4],
+        torch.tensor([5, 0, 9]),
+        torch.tensor([3], dtype=torch.uint8),
+    ],
+)
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_mask(samples, keep_k, mode):
     if keep_k is not None:
@@ -122,6 +133,20 @@ def test_attention_gives_exact_zeros_and_keeps_nan_out(mode):
         out, torch.nn.functional.scaled_dot_product_attention(x, x, x, dense)[0, 0]
     )
     assert (out[~dense.any(1)] == 0).all() and out[dense.any(1)].abs().sum(-1).min() > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keep_k_on_a_device_is_never_read(mode):
+    """Fake tensors have no values: reading one raises."""
+    evaluation = mle.AttentionMaskedNestedDropout("r").eval()
+    pipeline = torch.nn.Sequential(evaluation, packer(mask_mode=mode), unpacker())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        keep_k = torch.tensor([1, 2]) + 0  # the third sample keeps all
+        data_dict = pipeline(batch(eval_keep_k=keep_k))
+        with pytest.raises(Exception, match="local_scalar|item"):
+            int(keep_k[0])
+    assert data_dict["mask"].kv_indices.shape == (1, 1, 1, 1)
+    assert data_dict["r2"][2].shape == (1, 9, 4)
 
 
 # --- sequence, shapes, embeddings ----------------------------------------------------------------

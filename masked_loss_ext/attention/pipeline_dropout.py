@@ -8,7 +8,8 @@ import operator
 
 import torch
 
-from .._checks import ArgumentError, check_choice, check_tensor, is_traced, shape_text
+from .._checks import ArgumentError, check_choice, check_tensor, shape_text
+from ._host import is_readable
 
 MODES = ("uniform", "pow2", "uniform_pow2")
 
@@ -47,7 +48,7 @@ def _check_keep_k_tensor(function, keep_k, samples, name):
         keep_k = keep_k.expand(samples)
     _check_count(function, keep_k.numel(), samples, name)
     # Looking at the data of a GPU would wait for it; negative counts are clamped to 0 there.
-    if keep_k.device.type == "cpu" and not is_traced() and keep_k.numel() and keep_k.min() < 0:
+    if is_readable(keep_k) and keep_k.numel() and keep_k.min() < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {keep_k.tolist()}")
     return keep_k
 

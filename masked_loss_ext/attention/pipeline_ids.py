@@ -6,6 +6,7 @@ import math
 import torch
 
 from .._checks import ArgumentError, check_int
+from ._host import to_device
 from .pipeline_dropout import check_keep_k
 
 PADDING_ID = -1
@@ -46,10 +47,13 @@ def _check(function, ps, keep_k_list, max_seq_len, masked_id, num_sequences_per_
 
 def _kept_lengths(lengths, keep_k, group, device):
     """[sub-sequences] how many tokens of each are kept; only the last of a group is cut."""
-    kept = torch.tensor(lengths, dtype=torch.int64, device=device)
+    kept = to_device(lengths, device)
     if keep_k is None or not len(keep_k):
         return kept
-    k = torch.as_tensor(keep_k, device=device).to(torch.int64).clamp_min(0)
+    if isinstance(keep_k, torch.Tensor):
+        k = keep_k.to(device, torch.int64, non_blocking=True).clamp_min(0)
+    else:
+        k = to_device(keep_k, device)
     last = slice(group - 1, group * len(k), group)
     return kept.slice_scatter(torch.minimum(kept[last], k), 0, last.start, last.stop, group)
 
@@ -62,14 +66,14 @@ def _device(device, keep_k):
 
 def _spread(values, lengths, device):
     """One row per sub-sequence -> one per token; sizes are known, so no wait for the device."""
-    repeats = torch.tensor(lengths, dtype=torch.int64, device=device)
+    repeats = to_device(lengths, device)
     return torch.repeat_interleave(values, repeats, dim=0, output_size=sum(lengths))
 
 
 def _ids(lengths, size, keep_k, device, masked_id, group):
     kept = _kept_lengths(lengths, keep_k, group, device)
     count = torch.arange(len(lengths), device=device)
-    starts = torch.tensor([0, *lengths], device=device).cumsum(0)[:-1]
+    starts = to_device([0, *lengths], device).cumsum(0)[:-1]
     ids = _spread(count, lengths, device)
     end = _spread(starts + kept, lengths, device)
     ids = torch.where(torch.arange(sum(lengths), device=device) < end, ids, masked_id)
@@ -155,7 +159,7 @@ def generate_nested_dropout_attention_mask(
     # What a row sees is one interval, so the rule needs no look-up by key (faster on GPUs): from
     # the start of its sample (sub-sequence) to the end of what is kept of it.
     first = 1 if isolate_subsequences else group
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0)[:-1]
+    ends = to_device([0, *lengths], device).cumsum(0)[:-1]
     starts = ends[::first]
     ends = (ends + _kept_lengths(lengths, keep_k, group, device))[first - 1 :: first]
     spans = [sum(lengths[i : i + first]) for i in range(0, len(lengths), first)]

@@ -4,6 +4,7 @@
 import torch
 
 from .._checks import ArgumentError, check_length, check_rank, check_tensor, shape_text
+from ._host import to_device
 from .layout import PackedLayout
 from .pipeline_dropout import check_keep_k, check_samples
 
@@ -211,7 +212,7 @@ def _complete(keep_k, lengths):
         return keep_k
     rest = [parts[-1] for parts in lengths[len(keep_k) :]]
     if isinstance(keep_k, torch.Tensor):
-        return torch.cat([keep_k, torch.tensor(rest, dtype=keep_k.dtype, device=keep_k.device)])
+        return torch.cat([keep_k.to(torch.int64), to_device(rest, keep_k.device)])
     return keep_k + rest
 
 
