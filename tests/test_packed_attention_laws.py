@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from packed_cases import (
     LAYOUTS,
