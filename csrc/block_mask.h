@@ -83,12 +83,29 @@ struct BlockRange {
   int32_t touched_begin, touched_end, covered_begin, covered_end;
 };
 
+// Division by the size of a block; a shift where it is a power of two, as almost always.
+struct BlockSize {
+  uint32_t size;
+  int shift;  // negative: no power of two
+};
+
+MASKED_LOSS_EXT_INLINE BlockSize block_size(int64_t size) {
+  BlockSize block = {static_cast<uint32_t>(size), 0};
+  while ((int64_t(1) << block.shift) < size) ++block.shift;
+  if ((int64_t(1) << block.shift) != size) block.shift = -1;
+  return block;
+}
+
+MASKED_LOSS_EXT_INLINE uint32_t blocks_before(uint32_t position, BlockSize block) {
+  return block.shift >= 0 ? position >> block.shift : position / block.size;
+}
+
 // kv-blocks that an interval touches, and those that it covers (none where covered_end <= covered_begin).
-MASKED_LOSS_EXT_INLINE BlockRange blocks_of(Interval interval, uint32_t kv_block) {
-  const uint32_t begin = interval.begin, end = interval.end;  // 32 bits: division is twice as fast
-  const uint32_t first = begin / kv_block, last = end / kv_block;
-  return {static_cast<int32_t>(first), static_cast<int32_t>(last + (last * kv_block < end)),
-          static_cast<int32_t>(first + (first * kv_block < begin)), static_cast<int32_t>(last)};
+MASKED_LOSS_EXT_INLINE BlockRange blocks_of(Interval interval, BlockSize block) {
+  const uint32_t begin = interval.begin, end = interval.end;
+  const uint32_t first = blocks_before(begin, block), last = blocks_before(end, block);
+  return {static_cast<int32_t>(first), static_cast<int32_t>(last + (last * block.size < end)),
+          static_cast<int32_t>(first + (first * block.size < begin)), static_cast<int32_t>(last)};
 }
 
 struct PackedRows {
@@ -144,7 +161,8 @@ MASKED_LOSS_EXT_INLINE Sample load_sample(const PackedRows& p, int64_t sample) {
   s.begin = s.prefix_end = offset_at(p, first);
   if (p.mode == PackedMode::kCausalLast) s.prefix_end = offset_at(p, first + p.segments - 1);
   if (p.mode == PackedMode::kPrefix) {
-    s.prefix_end += clamped(p.prefix[sample * p.prefix_stride], 0, p.rows);
+    const int64_t prefix = clamped(p.prefix[sample * p.prefix_stride], 0, p.rows);
+    s.prefix_end = smaller(s.begin + prefix, p.rows);
   }
   for (int g = 0; g < p.segments; ++g) {
     const int32_t begin = static_cast<int32_t>(offset_at(p, first + g));

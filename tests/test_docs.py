@@ -19,6 +19,8 @@ NAMES = [
     "MaskedCrossEntropyLoss",
     "MseLoss",
     "MultiTokenPredictionLoss",
+    "PackedLayout",
+    "RowIntervals",
     "check_padding",
     "compute_loss_multi_resolution",
     "lengths_to_mask",
@@ -28,12 +30,16 @@ NAMES = [
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_sse",
+    "nested_dropout_block_mask",
     "pad_latents_for_multi_res",
     "row_statistics",
+    "sample_keep_k",
     "unpad",
 ]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]
-MODULES = [name for name in NAMES if name[0].isupper()]
+MODULES = [
+    name for name in NAMES if name[0].isupper() and issubclass(getattr(mle, name), torch.nn.Module)
+]
 
 
 def samples():

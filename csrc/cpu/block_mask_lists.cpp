@@ -27,11 +27,41 @@ bool same_row(const IntervalRows& in, const int32_t* lo, const int32_t* hi, int6
   return true;
 }
 
+constexpr int kRowsAtOnce = 16;
+
+// Whether rows [begin, begin + kRowsAtOnce), side by side in memory, are all like row q.
+bool same_rows(const IntervalRows& in, const int32_t* lo, const int32_t* hi, int64_t q, int64_t begin) {
+  int32_t difference = 0;
+  for (int r = 0; r < in.intervals; ++r) {
+    const int32_t* l = lo + r * in.lo_stride[1];
+    const int32_t* h = hi + r * in.hi_stride[1];
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      difference |= (l[begin + i] ^ l[q]) | (h[begin + i] ^ h[q]);
+    }
+  }
+  return difference == 0;
+}
+
+// The first row after q that is not like it, or end.
+int64_t next_row(const IntervalRows& in, const int32_t* lo, const int32_t* hi, int64_t q, int64_t end) {
+  int64_t next = q + 1;
+  if (next == end || !same_row(in, lo, hi, q, next)) return next;
+  if (in.lo_stride[2] == 1 && in.hi_stride[2] == 1) {
+    while (next + kRowsAtOnce <= end && same_rows(in, lo, hi, q, next)) next += kRowsAtOnce;
+  }
+  while (next < end && same_row(in, lo, hi, q, next)) ++next;
+  return next;
+}
+
 // Finds the classes of one q-block at a time.
 class Classifier {
  public:
   Classifier(const IntervalRows& in, const BlockGrid& grid)
-      : in_(in), grid_(grid), touched_(grid.kv_blocks + 1), covered_(grid.kv_blocks + 1) {}
+      : in_(in),
+        grid_(grid),
+        kv_block_(block_size(grid.kv_block)),
+        touched_(grid.kv_blocks + 1),
+        covered_(grid.kv_blocks + 1) {}
 
   void classify(int64_t b, int64_t q_block, uint8_t* classes /* [kv_blocks] */) {
     first_ = grid_.kv_blocks;
@@ -56,14 +86,14 @@ class Classifier {
     const int32_t* hi = in_.hi + b * in_.hi_stride[0];
     Interval intervals[kMaxIntervals];
     for (int64_t q = begin, next; q < end; q = next) {
-      for (next = q + 1; next < end && same_row(in_, lo, hi, q, next);) ++next;
+      next = next_row(in_, lo, hi, q, end);
       const int count = load_row(in_, b, q, intervals);
       for (int i = 0; i < count; ++i) add(intervals[i], static_cast<int32_t>(next - q));
     }
   }
 
   void add(Interval interval, int32_t rows) {
-    const BlockRange range = blocks_of(interval, static_cast<uint32_t>(grid_.kv_block));
+    const BlockRange range = blocks_of(interval, kv_block_);
     touched_[range.touched_begin] += rows;
     touched_[range.touched_end] -= rows;
     first_ = std::min<int64_t>(first_, range.touched_begin);
@@ -75,6 +105,7 @@ class Classifier {
 
   const IntervalRows& in_;
   const BlockGrid& grid_;
+  const BlockSize kv_block_;
   std::vector<int32_t> touched_, covered_;  // differences of the numbers of rows, [kv_blocks + 1]
   int64_t first_ = 0, last_ = 0;            // what is touched at all
 };

@@ -15,12 +15,30 @@ void fill_equal(const PackedRows& p, int64_t begin, int64_t end, const Interval*
   }
 }
 
+// Without a window a row sees the tokens before `cut`, which only the row's index moves: the intervals are
+// the runs, each up to there, slot by slot.
+void fill_ordered(const PackedRows& p, const Sample& sample, int64_t begin, int64_t end) {
+  const int32_t prefix_end = static_cast<int32_t>(sample.prefix_end);
+  for (int r = 0; r < p.slots; ++r) {
+    const Interval run = r < sample.count ? sample.runs[r] : Interval{0, 0};
+    int32_t* lo = p.lo + r * p.rows;
+    int32_t* hi = p.hi + r * p.rows;
+    for (int32_t t = static_cast<int32_t>(begin); t < end; ++t) {
+      const int32_t cut = std::max(prefix_end, t + 1);
+      lo[t] = cut > run.begin ? run.begin : 0;
+      hi[t] = cut > run.begin ? std::min(run.end, cut) : 0;
+    }
+  }
+}
+
 // Rows [begin, end) of one sample, all visible or all not.
 void fill_rows(const PackedRows& p, const Sample& sample, int64_t begin, int64_t end, bool visible) {
   if (begin >= end) return;
   Interval intervals[kMaxIntervals];
   const bool attend = visible || p.dropped == DroppedQueries::kAttend;
-  const bool all_see_all = p.mode == PackedMode::kFull && p.left < 0 && p.right < 0;
+  const bool window = p.left >= 0 || p.right >= 0;
+  const bool all_see_all = p.mode == PackedMode::kFull && !window;
+  if (attend && !all_see_all && !window) return fill_ordered(p, sample, begin, end);
   if (attend ? all_see_all : p.dropped == DroppedQueries::kNone) {
     return fill_equal(p, begin, end, intervals, attended_by(p, sample, begin, visible, intervals));
   }

@@ -2,7 +2,7 @@
 """interval_block_lists, packed_rows and nested_dropout_plan: fakes and thin functions.
 
 The schemas are in csrc/schemas.cpp, the formulas in csrc/block_mask.h. Everything is integer:
-there is no derivative, and the functions go below autograd.
+there is no derivative.
 """
 
 import torch
@@ -39,7 +39,7 @@ def packed_rows(
     sinks=0,
     dropped="none",
 ):
-    """(lo, hi), ``[R, rows]`` int32: row intervals of packed samples; arguments as in the schema."""
+    """Row intervals (lo, hi) of packed samples, ``[R, rows]`` int32; arguments as in the schema."""
     return _rows_op(
         segment_offsets, kept, rows, mode, window_left, window_right, prefix, sinks, dropped
     )
