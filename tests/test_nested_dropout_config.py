@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import masked_loss_ext as mle
 
@@ -95,6 +96,25 @@ def test_configuration_in_evaluation(keep_k):
 def test_old_configuration():
     data_dict = instantiate(OLD)(inputs())
     assert len(data_dict["train_keep_k"]) == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "causal_last"])
+def test_packing_and_unpacking_in_one_compiled_graph(mode):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    pack, unpack = packer(mask_mode=mode), instantiate(CONFIG["dec_unpacker"])
+
+    def step(data_dict):
+        data_dict = pack(data_dict)
+        return unpack(data_dict)["dec_quants"], data_dict["dec_sa_block_mask"].kv_num_blocks
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    given = inputs()
+    for keep_k in ([3, 30], [0, 5], [32, 1]):
+        data_dict = given | {"nested_dropout_keep_k": torch.tensor(keep_k)}
+        found, expected = compiled(dict(data_dict)), step(dict(data_dict))
+        assert all(torch.equal(x, y) for x, y in zip(found[0], expected[0], strict=True))
+        assert torch.equal(found[1], expected[1])
+    assert counter.frame_count == 1
 
 
 # --- refused -------------------------------------------------------------------------------------
