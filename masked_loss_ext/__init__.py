@@ -16,6 +16,15 @@ from .attention import (  # noqa: E402
     nested_dropout_block_mask,
     sample_keep_k,
 )
+from .attention.attend import packed_attention  # noqa: E402
+from .attention.pipeline import (  # noqa: E402
+    AttentionMaskedNestedDropout,
+    MaskedNestedDropout,
+    NestedDropoutSequencePacker,
+    SequenceUnpacker,
+    generate_nested_dropout_attention_mask,
+    generate_nested_dropout_mask_ids,
+)
 from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
@@ -39,17 +48,23 @@ from .reference import RowStatistics  # noqa: E402
 
 __all__ = [
     "AttentionMaskMseLoss",
+    "AttentionMaskedNestedDropout",
     "ChannelInvariantTokenLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
+    "MaskedNestedDropout",
     "MseLoss",
     "MultiTokenPredictionLoss",
+    "NestedDropoutSequencePacker",
     "PackedLayout",
     "RowIntervals",
     "RowStatistics",
+    "SequenceUnpacker",
     "__version__",
     "check_padding",
     "compute_loss_multi_resolution",
+    "generate_nested_dropout_attention_mask",
+    "generate_nested_dropout_mask_ids",
     "lengths_to_mask",
     "map_mask_to_latent",
     "mask_labels",
@@ -58,6 +73,7 @@ __all__ = [
     "masked_mse",
     "masked_sse",
     "nested_dropout_block_mask",
+    "packed_attention",
     "pad_latents_for_multi_res",
     "reference",
     "row_statistics",
