@@ -143,11 +143,22 @@ struct RowGradients {
   double loss = 0, lse = 0, entropy = 0, log_prob = 0;
 };
 
-// P, X, M, g_H, lse and H of the derivative above.
+// P, X, M, g_H and H of the derivative above.
 struct RowCoefficients {
-  double probability = 0, excess = 0, smoothing = 0, entropy_scale = 0;
-  double lse = 0, entropy = 0;
+  double probability = 0, excess = 0, smoothing = 0, entropy_scale = 0, entropy = 0;
 };
+
+// ln p_c = (s_c - base) scale + offset, with z = s scale. The saved lse is rounded like the logits, so
+// that z - lse has no digits left where they are large; the label's own log-probability has all of its.
+struct RowBase {
+  double base = 0, offset = 0;
+};
+
+// s_y: s at the label, where there is one.
+MASKED_LOSS_EXT_INLINE RowBase base_of(const RowResult& r, bool has_label, double s_y) {
+  if (has_label && ::fabs(r.log_prob) <= ::fabs(r.lse)) return {s_y, r.log_prob};
+  return {0, -r.lse};
+}
 
 MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions& o,
                                                        const RowResult& r, const RowGradients& g,
@@ -166,7 +177,6 @@ MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions
   k.excess = k.smoothing * weight_sum + 2 * g.loss * o.z_loss * r.lse + g.lse;
   k.probability = target + k.excess;
   k.entropy_scale = g.entropy;
-  k.lse = r.lse;
   k.entropy = r.entropy;
   return k;
 }

@@ -146,7 +146,7 @@ def test_float16_at_its_limits():
     each, stats, grad = run(x, Y([1]))
     close(each, [131008 + LN2])
     close(stats.entropy, [LN2])
-    close(grad, [[0.5, -1, 0.5, 0]])
+    close(grad, [[0.5, -1, 0.5, 0]], 2e-3)  # log_prob = -131008.7 has no more digits in float32
 
 
 @pytest.mark.parametrize("gap", [80.0, 87.0, 88.0, 95.0, 103.0, 104.0, 110.0, 700.0, 1e6])

@@ -3,6 +3,8 @@
 
 import functools
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -90,3 +92,22 @@ def test_no_function_of_a_wide_file_is_shared():
         # A pointer to the C++ runtime's own function, not code.
         weak = [line for line in weak if "DW.ref.__gxx_personality" not in line]
         assert not weak, f"{source}: {weak}"
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_the_loops_over_logits_are_vectors(level):
+    """gcc makes branches of some selections, and a loop with a branch runs eight times slower."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler or platform.machine() != "x86_64":
+        pytest.skip("needs a C++ compiler on x86-64")
+    root = _build.csrc_dir()
+    source = str(root / f"cpu/masked_cross_entropy_{level}.cpp")
+    command = [compiler, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", "-", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bodies = re.findall(r"^(_ZN\w+):$(.*?)\.cfi_endproc", done.stdout, re.MULTILINE | re.DOTALL)
+    found = [body for name, body in bodies if "16exponential_sumsILb" in name and "EfEE" in name]
+    assert len(found) == 2, "with and without the entropy, for float"
+    for body in found:
+        assert not re.search(r"\sv\w*(mul|fmadd\d*)ss\s", body)
+        assert len(re.findall(r"\sv\w*fmadd\d*ps\s", body)) >= 6

@@ -14,6 +14,7 @@ namespace masked_loss_ext {
 namespace {
 #include "cpu/masked_cross_entropy_backward.inc"
 }  // namespace
-extern const CrossEntropyKernels cross_entropy_avx2 = {forward, finish, backward};
+extern const CrossEntropyKernels cross_entropy_avx2 = {forward, finish, read_target,
+                                                        backward};
 }  // namespace masked_loss_ext
 #endif

@@ -19,7 +19,7 @@ struct BackwardInputs {
 };
 
 void check_backward(const char* op, const CrossEntropyInputs& in, const BackwardInputs& b,
-                    RowReduction reduction) {
+                    RowReduction reduction, bool smooths) {
   auto check = [&](const char* name, const std::optional<Tensor>& tensor, bool per_row) {
     if (!tensor) return;
     if (tensor->scalar_type() != accumulate_type(in.logits)) {
@@ -36,6 +36,7 @@ void check_backward(const char* op, const CrossEntropyInputs& in, const Backward
   check("lse", b.lse, true);
   if (b.grad_entropy) check("entropy", b.entropy, true);
   if (in.target) check("log_prob", b.log_prob, true);
+  if (in.target && smooths) check("smooth_distance", b.smooth_distance, true);
   check_number(op, "denominator", b.denominator, in.logits);
 }
 
@@ -72,6 +73,11 @@ void set_gradients(CrossEntropyProblem& q, const BackwardInputs& b, const RowGra
 void run_backward(CrossEntropyProblem& q, const Tensor* grad_logits, bool in_place) {
   const CrossEntropyKernels& kernel = cross_entropy_kernels();
   q.chunks = cut(q.counted, q.counted.rows >= kManyRows);
+  std::vector<TargetLogit> targets(q.chunks.pieces > 1 ? q.counted.rows : 0);
+  q.targets = targets.empty() ? nullptr : targets.data();
+  for (int64_t row = 0; q.targets != nullptr && row < q.counted.rows; ++row) {
+    kernel.read_target(q, row);
+  }
   if (grad_logits == nullptr || in_place) {
     return for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.backward(q, chunk); });
   }
@@ -91,7 +97,7 @@ GradientOutputs backward_cpu(const char* op, const CrossEntropyInputs& in, const
                              bool needs_token_weight, bool in_place) {
   const RowReduction reduction = parse_row_reduction(op, reduction_name);
   check_inputs(op, in, options, shift);
-  check_backward(op, in, b, reduction);
+  check_backward(op, in, b, reduction, options.label_smoothing > 0);
   const std::vector<int64_t> none = {0};
   std::vector<int64_t> sizes = row_sizes(in.logits);
   const bool weighs = needs_token_weight && in.token_weight && in.target;

@@ -20,7 +20,13 @@ struct RowChunks {
 // What a piece of a row comes to.
 struct RowPart {
   RowSums<double> sums;
-  double target = 0;  // z at the label, where the piece holds it
+  double highest = -INFINITY;  // of which sums.max is the multiple by scale
+  double target = 0;           // z at the label, where the piece holds it
+};
+
+// s at the label, and what d / d z there is multiplied with; 0 at -inf.
+struct TargetLogit {
+  double s = 0, slope = 0;
 };
 
 // One entry per chunk of the last step of the forward.
@@ -48,6 +54,7 @@ struct CrossEntropyProblem {
   Array grad_loss, grad_lse, grad_entropy, grad_log_prob;  // per row, or absent
   double grad_scale = 0;  // d loss / d row loss, but for what grad_loss holds per row
   Array grad_logits, grad_token_weight;
+  TargetLogit* targets = nullptr;  // [rows], where rows are cut
   ByteRange zero_logits;  // where grad_logits is known to be 0 already
 };
 
@@ -56,6 +63,7 @@ constexpr int64_t kRowsPerFinish = 256;
 struct CrossEntropyKernels {
   void (*forward)(const CrossEntropyProblem&, int64_t chunk);
   void (*finish)(const CrossEntropyProblem&, int64_t group);  // of kRowsPerFinish rows that were cut
+  void (*read_target)(const CrossEntropyProblem&, int64_t row);  // into targets
   void (*backward)(const CrossEntropyProblem&, int64_t chunk);
 };
 

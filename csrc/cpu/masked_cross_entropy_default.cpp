@@ -11,5 +11,6 @@ namespace masked_loss_ext {
 namespace {
 #include "cpu/masked_cross_entropy_backward.inc"
 }  // namespace
-extern const CrossEntropyKernels cross_entropy_default = {forward, finish, backward};
+extern const CrossEntropyKernels cross_entropy_default = {forward, finish, read_target,
+                                                        backward};
 }  // namespace masked_loss_ext

@@ -17,11 +17,11 @@ struct BackwardInputs {
   A* grad_token_weight;      // [rows] or null
 };
 
-// d / d logit of a row, but for 1 - u^2: (probability - entropy_scale (z - lse + entropy)) p - smoothing w,
-// and at the label what `target` says.
+// d / d logit of a row, but for 1 - u^2: (probability - entropy_scale (ln p + entropy)) p - smoothing w,
+// with ln p = (u - base) scale + offset, and at the label what `target` says.
 template <class A>
 struct RowGradient {
-  A probability, entropy_scale, entropy, lse, smoothing, target;
+  A probability, entropy_scale, entropy, base, offset, smoothing, target;
   int64_t label;
 };
 
@@ -58,7 +58,9 @@ __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyPara
   out.probability = A(k.probability * per_z);
   out.entropy_scale = A(k.entropy_scale * per_z);
   out.entropy = A(k.entropy);
-  out.lse = A(k.lse);
+  const RowBase b = base_of(r, label >= 0, label >= 0 ? unit_at<A>(q, row, label) : 0);
+  out.base = A(b.base);
+  out.offset = A(b.offset);
   out.smoothing = A(k.smoothing * per_z);
   out.target = label >= 0 ? A(target_gradient(k, r.log_prob, w_y) * per_z) : A(0);
   out.label = label;
@@ -140,7 +142,7 @@ struct GradientWriter {
 
   // A banned class (-inf) has none, be it the label.
   __device__ __forceinline__ A gradient_of(A logit, A u, int64_t col, bool is_label) const {
-    const A log_p = u * scale - k.lse, p = exponential(log_p);
+    const A log_p = (u - k.base) * scale + k.offset, p = exponential(log_p);
     A gradient = k.probability * p;
     if (kFull) {
       if (k.entropy_scale != 0) {

@@ -105,9 +105,20 @@ struct Unit {
   __device__ __forceinline__ void apply(A (&logits)[kCount]) const {
     if (!capped()) return;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) logits[j] = hyperbolic_tangent(logits[j] * per_cap);
+    for (int j = 0; j < kCount; ++j) {
+      const A u = hyperbolic_tangent(logits[j] * per_cap);
+      logits[j] = logits[j] == -A(INFINITY) ? logits[j] : u;  // what is banned stays so
+    }
   }
 };
+
+// u at the label.
+template <class A>
+__device__ __forceinline__ double unit_at(const CrossEntropyParams& q, int64_t row, int64_t label) {
+  A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label)};
+  Unit<A>(q).apply(u);
+  return double(u[0]);
+}
 
 // Which part of which row this thread works on, and as which of its team.
 struct RowItem {

@@ -49,14 +49,6 @@ __device__ __forceinline__ RowSums<double> merge_parts(const RowSums<double>* pa
   return total;
 }
 
-// z at the label.
-template <class A>
-__device__ __forceinline__ double target_at(const CrossEntropyParams& q, int64_t row, int64_t label) {
-  A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label)};
-  Unit<A>(q).apply(u);
-  return double(u[0]) * scale_of<double>(q);
-}
-
 __device__ __forceinline__ RowResult not_a_number() {
   RowResult r;
   r.lse = r.entropy = r.log_prob = r.smooth_distance = r.loss = NAN;
@@ -72,7 +64,7 @@ __device__ __forceinline__ RowResult result_of(const CrossEntropyParams& q, cons
   const bool has_label = label >= 0;
   const double weight_sum = sum_of_weights(q, out.weight_sum);
   RowResult r = row_result(merge_parts(parts + row * q.parts, q.parts, scale_of<double>(q)), has_label,
-                           has_label ? target_at<A>(q, row, label) : 0, weight_sum);
+                           has_label ? unit_at<A>(q, row, label) * scale_of<double>(q) : 0, weight_sum);
   if (has_label) {
     r.loss = token_weight_at(q, row) * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
   }

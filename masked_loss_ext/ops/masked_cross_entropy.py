@@ -10,10 +10,16 @@ import numbers
 
 import torch
 
-from .._checks import check_not_additive, check_tensor
+from .._checks import (
+    check_choice,
+    check_length,
+    check_not_additive,
+    check_tensor,
+    shape_text,
+)
 from ..reference import RowStatistics
 from .masked_cross_entropy_autograd import call
-from .masked_squared_error import _RARE_DTYPES
+from .masked_squared_error import _RARE_DTYPES, _functorch_is_active
 
 
 def masked_cross_entropy(
@@ -154,7 +160,7 @@ def row_statistics(
 def _call(name, tensors, options, inplace_backward):
     try:
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
-        if logits.stride(-1) != 1:
+        if logits.dim() > 0 and logits.stride(-1) != 1:
             logits = logits.contiguous()
         if mask is not None and mask.dtype != torch.bool:
             check_not_additive(name, "mask", mask)
@@ -176,6 +182,8 @@ def _call(name, tensors, options, inplace_backward):
         )
         if inplace_backward and not torch.compiler.is_compiling():
             _check_overwritable(name, logits)
+        if _functorch_is_active():
+            _check_traced(name, args)
         return call(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
@@ -183,6 +191,32 @@ def _call(name, tensors, options, inplace_backward):
     if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
         failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
     raise failure
+
+
+def _check_traced(name, args):
+    """Under torch.func plain PyTorch may stand in for the operator, which checks all of it."""
+    logits, target, mask, weight, token_weight, segment_ids = args[:6]
+    smoothing, shift, reduction = args[9], args[13], args[14]
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: target must be integers (soft labels are not what this function takes), got "
+            f"{target.dtype}"
+        )
+    per_row = {"target": target, "mask": mask, "token_weight": token_weight}
+    for argument, tensor in {**per_row, "segment_ids": segment_ids}.items():
+        if tensor is not None and tensor.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
+                f"the last dimension, got {shape_text(tensor)}"
+            )
+    if weight is not None and weight.shape != logits.shape[-1:]:
+        raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {smoothing}")
+    check_length(name, "shift", shift)
+    check_choice(name, "reduction", reduction, ("mean", "sum", "none"))
 
 
 def _check_types(name, *tensors):
@@ -201,13 +235,21 @@ def _softcap(name, softcap):
 
 
 def _temperature(name, temperature, logits):
-    if isinstance(temperature, torch.Tensor):
-        return _number(name, "temperature", temperature, logits)
-    if temperature == 1:
-        return None
-    if not temperature > 0:
-        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    if not isinstance(temperature, torch.Tensor):
+        if temperature == 1:
+            return None
+        _check_number(name, "temperature", temperature)
+        if not temperature > 0:
+            raise ValueError(f"{name}: temperature must be positive, got {temperature}")
     return _number(name, "temperature", temperature, logits)
+
+
+def _check_number(name, argument, value):
+    kinds = (numbers.Real, torch.SymInt, torch.SymFloat)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(
+            f"{name}: {argument} must be a number or a 0-d tensor, got {type(value).__name__}"
+        )
 
 
 def _number(name, argument, value, logits):
@@ -220,12 +262,7 @@ def _number(name, argument, value, logits):
                 f"{name}: {argument} must not require a gradient: it would get none; detach it"
             )
         return value
-    if isinstance(value, bool) or not isinstance(
-        value, (numbers.Real, torch.SymInt, torch.SymFloat)
-    ):
-        raise TypeError(
-            f"{name}: {argument} must be a number or a 0-d tensor, got {type(value).__name__}"
-        )
+    _check_number(name, argument, value)
     return torch.full((), value, dtype=torch.float64, device=logits.device)
 
 

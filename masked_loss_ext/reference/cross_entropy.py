@@ -67,10 +67,10 @@ def counted_rows(logits, target, mask, ignore_index, shift=0, segment_ids=None):
 def scaled_logits(logits, on, temperature=1.0, softcap=None):
     """z of the rows that count; all 0 in the others."""
     z = select(on.unsqueeze(-1), logits.to(accumulate_dtype(logits, logits)))
+    banned = z == -torch.inf
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    return z.masked_fill(z == -torch.inf, -torch.inf)  # banned: a constant, its gradient is 0
+    return (z / temperature).masked_fill(banned, -torch.inf)  # a constant: its gradient is 0
 
 
 def _gather(z, labels):

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import interleave, run_once, summarize
+from benchmarks.agreement import run_once
+from benchmarks.harness import interleave, summarize
 from benchmarks.machine import NeighbourMeter
 from benchmarks.memory import peak_extra_bytes
 

@@ -16,7 +16,7 @@ from .. import Options
 from ..common.cost import Cost, measure_cost, print_doubts
 from . import measure, report
 from .data import Batch, BatchSampler, functions, source_files, split_files
-from .model import ByteModel, Contexts, write
+from .model import ByteModel, Counts, write
 from .plots import plot_bits, plot_costs, plot_losses
 from .training import AHEAD, bits_per_byte, fit
 
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
     held_out = [sampler.batch().to(device) for _ in range(batches)]
 
     torch.manual_seed(options.seed)
-    start = ByteModel(Contexts(train, AHEAD), longest, settings["dim"], settings["depth"])
+    start = ByteModel(Counts(train, AHEAD), longest, settings["dim"], settings["depth"])
     models = {masked: copy.deepcopy(start).to(device) for masked in (True, False)}
     counts_alone, _ = bits_per_byte(models[True], held_out, masked=True)
     histories = {}

@@ -180,5 +180,5 @@ def contenders(shape: tuple[int, int, int], device: torch.device) -> list[Conten
 
         return run
 
-    inputs = [(torch.zeros(()), *logits_list)]
+    inputs = [(torch.zeros((), requires_grad=True), *logits_list)]
     return [Contender(name, call(form), inputs) for name, form in FORMS.items()]

@@ -18,7 +18,7 @@ from .data import Batch, BatchSampler
 
 WEIGHTS = (1.0, 0.5, 0.3, 0.2)  # of the heads for t+1 .. t+4; the loss divides them by their sum
 AHEAD = len(WEIGHTS)
-LEARNING_RATE = 2.5e-3
+LEARNING_RATE = 5e-3
 EVALUATIONS = 6  # spread over the training
 
 
