@@ -67,9 +67,10 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
     problem = case.make()
     entrants = entrants_of(problem, wanted.contenders)
     truth = agreement.truth_of(problem)
-    agreements = {one.name: agreement.check(one, truth, problem) for one in entrants}
+    attempted = [one for one in entrants if not one.skip]
+    agreements = {one.name: agreement.check(one, truth, problem) for one in attempted}
     del truth  # as large as the data, and no contender needs it
-    timed = [one for one in entrants if not agreements[one.name].refusal]
+    timed = [one for one in attempted if not agreements[one.name].refusal]
     rounds = wanted.rounds or (QUICK_ROUNDS if wanted.quick else case.rounds or ROUNDS)
     with machine.NeighbourMeter() as neighbours:
         samples = harness.interleave([*timed, *problem.beside], wanted.device, rounds)
@@ -91,7 +92,7 @@ def peaks_of(
     case: harness.Case, problem: harness.Problem, names: list[str], wanted: argparse.Namespace
 ) -> dict[str, int]:
     found: dict[str, int] = {}
-    if not case.weigh or problem.gradient_bytes < memory.SMALLEST_GRADIENT:
+    if not case.weigh or 0 < problem.gradient_bytes < memory.SMALLEST_GRADIENT:
         return found
     for name in names:
         peak, trouble = memory.measure_apart(
@@ -121,7 +122,7 @@ def measure_at_level(case: harness.Case, wanted: argparse.Namespace) -> list[lis
 
 
 def is_refused(row: dict) -> bool:
-    return row["status"] != "timed"
+    return row["status"].startswith("refused")
 
 
 def csv_path(wanted: argparse.Namespace) -> Path | None:
