@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--contenders", nargs="+", metavar="NAME", help="ours and these")
         add_switches(one)
     add_switches(commands.add_parser("all", help="every benchmark in turn, with these switches"))
+    counts = commands.add_parser("compaction", help="what masking saves and what compaction does")
+    counts.add_argument("--csv", type=Path, help="default: benchmarks/results/compaction.csv")
     tables = commands.add_parser("readme", help="make README.md's tables anew from the CSV files")
     tables.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
     return top
@@ -180,6 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = parser().parse_args(arguments)
     if wanted.command == "all":
         return run_all(arguments[1:])
+    if wanted.command == "compaction":
+        counts = importlib.import_module("benchmarks.compaction")
+        return counts.run(wanted.csv or counts.PATH)
     if wanted.command != "readme":
         return run_benchmark(wanted)
     try:
