@@ -42,6 +42,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
+    "cpu/repetition.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]
