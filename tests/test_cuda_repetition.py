@@ -54,12 +54,13 @@ def test_rows_longer_than_a_block_of_threads(op, size, order):
             same(simulated(op, *arguments, order=order), both(*arguments))
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("first", [0, 31, 32, THREADS - 1, THREADS, THREADS + 33])
-def test_runs_across_warps_and_tiles(op, first):
+def test_runs_across_warps_and_tiles(op, first, order):
     for length in (1, 2, 33, THREADS, 2 * THREADS + 1):
         tokens = torch.arange(4 * THREADS)[None] + 1
         tokens[:, first : first + length] = 0
-        counts = op("repetition_counts", tokens, None, 4)
+        counts = op("repetition_counts", tokens, None, 1, order=order)
         assert counts[3].tolist() == [length]
 
 
