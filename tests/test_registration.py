@@ -29,6 +29,10 @@ def operators():
     return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith(NAMESPACE + "::")})
 
 
+def family(name):
+    return INTEGER.get(name) or base_name(name)
+
+
 TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_TENSORS]
 
 
@@ -41,8 +45,7 @@ def source_text(pattern):
 
 
 def base_name(name):
-    base = name.removeprefix("_").removesuffix("_").removesuffix("_backward")
-    return INTEGER.get(name, base)
+    return name.removeprefix("_").removesuffix("_").removesuffix("_backward")
 
 
 def test_the_operators_are_these():
@@ -87,7 +90,7 @@ def test_cuda_kernel(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_one_name_in_every_layer(name):
-    base = base_name(name)
+    base = family(name)
     layers = [f"{base}.h", f"cpu/{base}.cpp", f"cuda/{base}.cu"]
     if name not in INTEGER:
         layers.append(f"cpu/{base}.inc")
@@ -99,7 +102,7 @@ def test_one_name_in_every_layer(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_every_operator_has_its_tests(name):
-    base = TESTED_IN.get(base_name(name), base_name(name))
+    base = TESTED_IN.get(family(name), family(name))
     assert (TESTS / f"test_{base}.py").is_file()
     called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
     for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
