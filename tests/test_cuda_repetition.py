@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA repetition operators under the simulator: the same bits as on CPU."""
+"""The CUDA repetition operators under the simulator, and on a GPU: the same bits as on CPU."""
 
 import random
 
@@ -8,6 +8,7 @@ import torch
 from cases import MASK_DTYPES, stored_as
 from cuda_sim import ORDERS
 from cuda_sim.build import compiler
+from gpu_device import DEVICES, device_named
 from repetition_cases import both, colliding, periodic, random_case, same
 
 if compiler() is None:
@@ -18,9 +19,9 @@ from simulated_block_mask import simulated_block_mask as simulated_operators  # 
 THREADS = 256  # of the block that works on a row
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_operators()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_operators(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)
