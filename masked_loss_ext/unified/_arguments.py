@@ -44,4 +44,3 @@ def check_targets(name, targets, attention_mask, argument="targets"):
             "says nothing about targets)"
         )
     check_mask(name, "attention_mask", attention_mask, argument, targets, 2)
-

@@ -8,7 +8,7 @@ import torch
 
 from .._checks import check_choice
 from ..reference.cross_entropy_terms import LARGEST_LOG_PROB
-from ._rows import masked_mean, masked_sum, widened
+from ._rows import masked_mean, reduced
 
 PENALTY_ON = ("targets", "model")
 
@@ -25,15 +25,6 @@ def unlikelihood(log_prob, asked):
 
 def mean_unlikelihood(log_prob, asked):
     return masked_mean(unlikelihood(log_prob, asked), asked)
-
-
-def reduced(rows, valid, reduction):
-    """ "mean" over valid rows, "sum", or "none": flat, 0 at the others."""
-    if reduction == "mean":
-        return masked_mean(rows, valid)
-    if reduction == "sum":
-        return masked_sum(rows, valid)
-    return torch.where(valid, widened(rows), 0).reshape(-1)
 
 
 def _early_rows(rule, valid):

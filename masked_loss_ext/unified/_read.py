@@ -43,8 +43,8 @@ def _counted_in_repetition(loss, targets, valid):
     return valid & (targets != loss.pad_token_id)
 
 
-def read(loss, logits, targets, attention_mask, elsewhere):
-    """A Batch of UnifiedLoss ``loss``; ``elsewhere``: the main loss is that of other logits."""
+def read(loss, logits, targets, attention_mask, primary_logits):
+    """A Batch of UnifiedLoss ``loss``; the main loss may be that of other, primary_logits."""
     targets, valid = aligned(loss, targets, attention_mask)
     said = _counted_in_repetition(loss, targets, valid)
     ngram, detector = loss.ngram_penalty, loss.immediate_repetition_detector
@@ -53,7 +53,7 @@ def read(loss, logits, targets, attention_mask, elsewhere):
     asked = [classes for classes in (eos, previous) if classes is not None]
     unscaled = bool(asked) or ngram is not None or loss.focal_loss is not None
     terms = None
-    if unscaled or not elsewhere:
+    if unscaled or primary_logits is None:
         terms = cross_entropy_terms(
             logits,
             targets,

@@ -6,8 +6,8 @@ import torch
 from .._checks import check_choice, check_int, check_length
 from ..ops.cross_entropy_terms import cross_entropy_terms
 from ._arguments import check_logits, check_smoothing, check_targets, require
-from ._penalties import check_penalty_on, eos_classes, eos_penalty, reduced
-from ._rows import masked_sum, smoothed_loss, valid_rows
+from ._penalties import check_penalty_on, eos_classes, eos_penalty
+from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
 from ._state import advances, follow_device, is_recomputing
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -152,7 +152,7 @@ class TemperatureScaledCrossEntropy(torch.nn.Module):
         if reduction == "mean" and advances(self, update_state):
             self.record(loss, valid)
         return {
-            "loss": loss,
+            "loss": loss.reshape(-1) if reduction == "none" else loss,
             "temperature": self.temperature.detach().clone(),
             "label_smoothing": self.label_smoothing,
         }
