@@ -79,9 +79,9 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
             f"{function}: {name} must have one entry per row of {like_name} "
             f"{shape_text(like)}, got {shape_text(mask)}"
         )
-    flat = mask.flatten()
-    check_mask(function, name, flat, like_name, like.reshape(-1, like.shape[-1]), 1)
-    return flat != 0
+    mask = mask.reshape(rows)
+    check_mask(function, name, mask, like_name, like, len(rows))
+    return (mask != 0).flatten()
 
 
 def check_floating(function, name, tensor, last=None, last_name=""):
