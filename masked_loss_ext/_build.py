@@ -32,16 +32,21 @@ LIBRARY = "_C.abi3.so"
 CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_squared_error_avx512.cpp",
     "cpu/masked_cross_entropy_avx512.cpp",
+    "cpu/cross_entropy_terms_avx512.cpp",
     "cpu/masked_squared_error_avx2.cpp",
     "cpu/masked_cross_entropy_avx2.cpp",
+    "cpu/cross_entropy_terms_avx2.cpp",
     "cpu/masked_squared_error_default.cpp",
     "cpu/masked_cross_entropy_default.cpp",
+    "cpu/cross_entropy_terms_default.cpp",
     "cpu/masked_squared_error.cpp",
     "cpu/masked_cross_entropy.cpp",
     "cpu/masked_cross_entropy_backward.cpp",
+    "cpu/cross_entropy_terms.cpp",
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
+    "cpu/repetition.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]
@@ -50,6 +55,7 @@ CUDA_SOURCES = [
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
     "cuda/block_mask.cu",
+    "cuda/repetition.cu",
 ]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it

@@ -36,6 +36,15 @@ def masked_mean(values, valid):
     return masked_sum(values, valid) / valid.expand_as(values).sum().clamp(min=1)
 
 
+def reduced(rows, valid, reduction):
+    """Mean or sum over valid rows, or each of them and 0 at the others ("none")."""
+    if reduction == "mean":
+        return masked_mean(rows, valid)
+    if reduction == "sum":
+        return masked_sum(rows, valid)
+    return torch.where(valid, widened(rows), 0)
+
+
 def smoothed_loss(log_prob, mean_log_prob, smoothing, classes):
     r"""Cross entropy of a target that has 1 - smoothing, each other class smoothing / (V - 1).
 

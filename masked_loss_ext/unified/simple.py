@@ -5,7 +5,16 @@ import torch
 
 from .._checks import check_choice, check_device, check_mask, check_tensor, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._rows import check_floating, cleaned, masked_mean, row_mask, torch_smoothing, valid_rows
+from ..reference.cross_entropy import focal_factor
+from ._rows import (
+    check_floating,
+    cleaned,
+    masked_mean,
+    reduced,
+    row_mask,
+    torch_smoothing,
+    valid_rows,
+)
 
 
 class FocalLoss(torch.nn.Module):
@@ -73,6 +82,15 @@ class FocalLoss(torch.nn.Module):
             normalizer=normalizer,
         )
         return loss if weight is not None else self.alpha * loss
+
+    def from_log_prob(self, log_prob, targets, valid):
+        """As ``forward`` from log p of the targets [...], of rows that are valid (bool [...])."""
+        ce = -log_prob
+        rows = ce if self.gamma == 0 else ce * focal_factor(ce, self.gamma)
+        if isinstance(self.alpha, torch.Tensor):
+            rows = rows * self.alpha.to(rows.dtype)[torch.where(valid, targets, 0)]
+            return reduced(rows, valid, self.reduction)
+        return self.alpha * reduced(rows, valid, self.reduction)
 
     def extra_repr(self):
         alpha = self.alpha
