@@ -122,9 +122,11 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         hidden = self.layer_norm(hidden)
         losses = [
             masked_cross_entropy(
-                self._logits(hidden[:, :-k], k),
-                target_ids[:, k:],
-                on,
+                # As a matrix: of a slice of three dimensions F.linear would make the logits twice,
+                # without the bias and with it.
+                self._logits(hidden[:, :-k].flatten(0, 1), k),
+                target_ids[:, k:].flatten(),
+                on.flatten(),
                 ignore_index=self.ignore_index,
                 temperature=self.temperature,
                 inplace_backward=self.inplace_backward,
