@@ -43,6 +43,15 @@
 // one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
 // at rows that do not count; and the denominator [] (float64).
 
+// What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms.h).
+//   logits, target, mask, temperature as above; target may not be None
+//   classes         [..., K]  integer, classes whose log-probability is asked for; negative: none
+//   context_before, ngram_after  [..., S] int32, the links of repetition_links: to the n-gram candidates
+//   unscaled        False: the two terms at temperature T alone; the others, but sums, are then [0]
+// Returns, in float32 (float64 where logits is) and 0 at rows that do not count: per row the terms at T,
+// log-probability and entropy; per class its log-probability; per row unlikelihood and number of the
+// candidates ([0] what is not asked for); and sums [..., 4] (float64), what the backward needs.
+
 // Row intervals of packed samples, and the block lists of a FlexAttention BlockMask (block_mask.h).
 //   lo, hi           [B, R, Sq]   int32, R <= 8: row q attends to kv in [lo, hi) for any r; in any order,
 //                                 overlapping or not; empty where hi <= lo
@@ -59,6 +68,15 @@
 // the entries beyond the counts included. packed_rows returns lo and hi [R, rows], maximal intervals in
 // ascending order, then empty ones (0, 0); R is G, or 2 G where a window stands beside a prefix or sinks.
 // nested_dropout_plan returns both, from one call: CPU inductor takes them from nothing less opaque.
+
+// What repeats in rows of tokens, and where (repetition.h).
+//   tokens      [B, S]   integer, any strides
+//   valid       [B, S]   any dtype, on where != 0; what is off is not read, and ends windows and runs
+//   ngram_size  n >= 1   length of a window
+// repetition_counts returns, int64 [B]: unordered pairs of equal windows, windows, different windows,
+// and the longest run of one token. repetition_links returns, int32 [B, S], for t where a window ends:
+// the latest u < t where one ends that has the same n - 1 tokens before its last (else -1), and the
+// earliest u > t where an equal one ends (else S).
 STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "masked_squared_error(Tensor prediction, Tensor target, Tensor? mask=None, "
@@ -99,6 +117,19 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
   m.def(
+      "cross_entropy_terms(Tensor logits, Tensor target, Tensor? mask=None, "
+      "Tensor? temperature=None, Tensor? classes=None, Tensor? context_before=None, "
+      "Tensor? ngram_after=None, int ignore_index=-100, bool unscaled=True) -> "
+      "(Tensor scaled_log_prob, Tensor scaled_mean_log_prob, Tensor log_prob, Tensor entropy, "
+      "Tensor class_log_prob, Tensor unlikelihood, Tensor candidates, Tensor sums)");
+  // The contiguous gradient of the logits; grad_* may be absent.
+  m.def(
+      "_cross_entropy_terms_backward(Tensor? grad_scaled_log_prob, "
+      "Tensor? grad_scaled_mean_log_prob, Tensor? grad_log_prob, Tensor? grad_entropy, "
+      "Tensor? grad_class_log_prob, Tensor? grad_unlikelihood, Tensor logits, Tensor target, "
+      "Tensor? mask, Tensor? temperature, Tensor? classes, Tensor? context_before, "
+      "Tensor? ngram_after, Tensor sums, int ignore_index) -> Tensor grad_logits");
+  m.def(
       "interval_block_lists(Tensor lo, Tensor hi, SymInt kv_len, SymInt q_block=128, "
       "SymInt kv_block=128, bool transposes=True) -> (Tensor kv_num_blocks, Tensor kv_indices, "
       "Tensor full_kv_num_blocks, Tensor full_kv_indices, Tensor q_num_blocks, Tensor q_indices, "
@@ -113,6 +144,12 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "str dropped=\"none\", SymInt q_block=128, SymInt kv_block=128) -> (Tensor lo, Tensor hi, "
       "Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
       "Tensor q_num_blocks, Tensor q_indices, Tensor full_q_num_blocks, Tensor full_q_indices)");
+  m.def(
+      "repetition_counts(Tensor tokens, Tensor? valid=None, int ngram_size=4) -> (Tensor pairs, "
+      "Tensor windows, Tensor distinct, Tensor longest_run)");
+  m.def(
+      "repetition_links(Tensor tokens, Tensor? valid=None, int ngram_size=4) -> "
+      "(Tensor context_before, Tensor ngram_after)");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
 }

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """repetition_counts and repetition_links: exact n-gram and run statistics of rows of tokens.
 
-Everything is integer: there is no derivative.
+The schemas are in csrc/schemas.cpp, the way it is done in csrc/repetition.h. Everything is integer:
+there is no derivative.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from ..reference import repetition as reference
+_counts_op = torch.ops.masked_loss_ext.repetition_counts.default
+_links_op = torch.ops.masked_loss_ext.repetition_links.default
 
 
 class RepetitionCounts(NamedTuple):
@@ -46,7 +48,7 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
         ValueError: tokens that are not integers or not ``[B, S]``, valid of another shape or
             device, ngram_size below 1.
     """
-    return RepetitionCounts(*reference.repetition_counts(tokens, valid, ngram_size))
+    return RepetitionCounts(*_counts_op(tokens, valid, ngram_size))
 
 
 def repetition_links(tokens, valid=None, ngram_size=4):
@@ -69,4 +71,24 @@ def repetition_links(tokens, valid=None, ngram_size=4):
     Raises:
         ValueError: as :func:`repetition_counts`.
     """
-    return reference.repetition_links(tokens, valid, ngram_size)
+    return _links_op(tokens, valid, ngram_size)
+
+
+def _refuse_two_devices(function, tokens, valid):
+    if valid is not None and valid.device != tokens.device:
+        raise ValueError(
+            f"{function}: valid must be on the device of tokens ({tokens.device}), "
+            f"got {valid.device}"
+        )
+
+
+@torch.library.register_fake("masked_loss_ext::repetition_counts")
+def _counts_fake(tokens, valid=None, ngram_size=4):
+    _refuse_two_devices("repetition_counts", tokens, valid)
+    return tuple(tokens.new_empty(tokens.shape[:1], dtype=torch.int64) for _ in range(4))
+
+
+@torch.library.register_fake("masked_loss_ext::repetition_links")
+def _links_fake(tokens, valid=None, ngram_size=4):
+    _refuse_two_devices("repetition_links", tokens, valid)
+    return tuple(tokens.new_empty(tokens.shape, dtype=torch.int32) for _ in range(2))

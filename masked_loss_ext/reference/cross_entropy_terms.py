@@ -42,8 +42,7 @@ class CrossEntropyTerms(NamedTuple):
 
 
 def _log_softmax(z):
-    """log p, -inf at banned classes, which get no gradient."""
-    return (z - torch.logsumexp(z, -1, keepdim=True)).masked_fill(z == -torch.inf, -torch.inf)
+    return z - torch.logsumexp(z, -1, keepdim=True)
 
 
 def _entropy(log_p):
