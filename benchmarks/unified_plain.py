@@ -12,7 +12,7 @@ for each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ class Settings:
 
 
 AUXILIARY_DIVERSITY_WEIGHT = 1e-4
+REPORTED = ("ngram_penalty_breakdown", "moe_expert_balance_ratio", "moe_cv")  # not in the total
 
 
 class Temperature(nn.Module):
@@ -87,7 +88,7 @@ class Balancer(nn.Module):
     def forward(self, gate_logits: Tensor, indices: Tensor) -> dict[str, Tensor]:
         rows, chosen = indices.shape
         with torch.no_grad():
-            self.counts.lerp_(F.one_hot(indices, self.experts).sum((0, 1)).float(), 0.1)
+            self.counts.lerp_(F.one_hot(indices, self.experts).sum((0, 1)).to(self.counts), 0.1)
             self.tokens.lerp_(torch.full_like(self.tokens, rows), 0.1)
             wanted = chosen * self.tokens / self.experts
             adjustment = -self.weight * (self.counts - wanted) / self.tokens
@@ -139,7 +140,7 @@ def rows_of(logits: Tensor, targets: Tensor, valid: Tensor, *, select: bool, sha
 
 def unlikelihood(log_p: Tensor) -> Tensor:
     """-log(1 - p)."""
-    return -torch.log(-torch.expm1(log_p.clamp(max=-LEAST)))
+    return -torch.log1p(-torch.exp(log_p.clamp(max=-LEAST)))
 
 
 def mean_unlikelihood(rows: Rows, log_p: Tensor, candidates: Tensor) -> Tensor:
@@ -150,10 +151,10 @@ def mean_unlikelihood(rows: Rows, log_p: Tensor, candidates: Tensor) -> Tensor:
     return rows.total(values) / rows.total(count).clamp(min=1)
 
 
-def expert_similarity(outputs: Tensor) -> Tensor:
-    """Mean cosine over pairs of experts and tokens; outputs [E, N, H]."""
-    experts, tokens, _ = outputs.shape
-    directions = F.normalize(outputs, dim=-1).flatten(1)
+def expert_similarity(outputs: Sequence[Tensor]) -> Tensor:
+    """Mean cosine over pairs of experts and tokens; outputs E times [N, H]."""
+    experts, tokens = len(outputs), len(outputs[0])
+    directions = F.normalize(torch.stack(list(outputs)), dim=-1).flatten(1)
     cosines = directions @ directions.T / tokens
     return cosines.triu(1).sum() / (experts * (experts - 1) / 2)
 
@@ -165,36 +166,46 @@ class PlainUnifiedLoss(nn.Module):
         self.temperature = Temperature(settings.initial_temperature)
         self.balancer = Balancer(settings.num_experts, settings.gradient_balance_weight)
 
-    def forward(
+    def forward(self, *inputs: object, return_detailed: bool = False, **more: object):
+        """The total, or a dict of it and all components, of what ``components`` takes."""
+        # Outside of what may be compiled: the backward pass of a graph that changes a buffer reads
+        # it once more, and would divide by the new temperature.
+        temperature = self.temperature.value.clone()
+        found = self.components(temperature, *inputs, **more)
+        self.temperature.update(found["main_loss"])
+        found["total_loss"] = sum(value for name, value in found.items() if name not in REPORTED)
+        found["main_temperature"] = self.temperature.value.clone()
+        return found if return_detailed else found["total_loss"]
+
+    def components(
         self,
+        temperature: Tensor,
         logits: Tensor,
         targets: Tensor,
         attention_mask: Tensor,
         gate_logits: Tensor,
         expert_indices: Tensor,
-        expert_outputs: Tensor,
-    ) -> dict[str, Tensor]:
+        expert_outputs: Sequence[Tensor],
+    ) -> dict[str, object]:
         """logits [B, S, V], targets and mask [B, S], gate_logits [N, E], expert_indices [N, k],
-        expert_outputs [E, N, H]."""
+        expert_outputs E times [N, H]."""
         valid = attention_mask & (targets != IGNORED)
         rows = rows_of(logits, targets, valid, select=self.select, shared=self.shared)
-        found = {"main_loss": self.main_loss(rows, targets)}
-        self.temperature.update(found["main_loss"])
-        found |= self.repetition(rows, targets, valid)
-        found |= self.balancer(gate_logits, expert_indices)
-        found["focal_loss"] = self.focal(rows)
-        found["diversity_loss"] = self.settings.diversity_weight * expert_similarity(expert_outputs)
-        found |= self.auxiliary(gate_logits, expert_indices, expert_outputs)
-        reported = ("ngram", "diversity", "moe_expert_balance_ratio", "moe_cv", "main_temperature")
-        found["main_temperature"] = self.temperature.value.clone()
-        found["total_loss"] = sum(value for key, value in found.items() if key not in reported)
-        return found
+        weight = self.settings.diversity_weight
+        return {
+            "main_loss": self.main_loss(rows, targets, temperature),
+            **self.repetition(rows, targets, valid),
+            **self.balancer(gate_logits, expert_indices),
+            "focal_loss": self.focal(rows),
+            "diversity_loss": weight * expert_similarity(expert_outputs),
+            **self.auxiliary(gate_logits, expert_indices, expert_outputs),
+        }
 
-    def main_loss(self, rows: Rows, targets: Tensor) -> Tensor:
+    def main_loss(self, rows: Rows, targets: Tensor, temperature: Tensor) -> Tensor:
         """Smoothed cross entropy at the temperature, and what an early end costs."""
         s = self.settings
         smoothing = s.label_smoothing * s.vocab_size / (s.vocab_size - 1)
-        scaled = rows.logits / self.temperature.value.clone()
+        scaled = rows.logits / temperature
         loss = F.cross_entropy(scaled, rows.labels, reduction="none", label_smoothing=smoothing)
         position = torch.arange(targets.shape[1], device=targets.device)
         early = rows.take((position < s.min_sequence_length).expand_as(targets))
@@ -212,9 +223,8 @@ class PlainUnifiedLoss(nn.Module):
         diversity = self.settings.ngram_penalty_weight * evenness
         ngram, immediate = on(rows, log_p, targets, valid)
         return {
-            "ngram": ngram,
-            "diversity": diversity,
             "ngram_penalty": ngram + diversity,
+            "ngram_penalty_breakdown": {"ngram": ngram, "diversity": diversity},
             "immediate_repetition_penalty": immediate,
         }
 
@@ -245,7 +255,9 @@ class PlainUnifiedLoss(nn.Module):
         weight = self.settings.focal_alpha * (1 - torch.exp(-loss)) ** self.settings.focal_gamma
         return rows.mean(weight * loss)
 
-    def auxiliary(self, gate_logits: Tensor, indices: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+    def auxiliary(
+        self, gate_logits: Tensor, indices: Tensor, outputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
         s = self.settings
         probabilities = F.softmax(gate_logits, -1).sum(0)
         counts = F.one_hot(indices, s.num_experts).sum((0, 1))
