@@ -55,6 +55,7 @@ CUDA_SOURCES = [
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
     "cuda/block_mask.cu",
+    "cuda/repetition.cu",
 ]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it
