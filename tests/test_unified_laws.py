@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from unified_cases import CASES, batch, floating
 
 NAMES = [case.name for case in CASES]
@@ -119,33 +118,6 @@ def test_masks_of_any_dtype(case, dtype):
     other = {**entries, case.mask: entries[case.mask].to(dtype) * 3}
     ours, theirs = case(copy.deepcopy(module), entries), case(copy.deepcopy(module), other)
     assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_one_graph_over_changing_sizes(case):
-    """No graph break: nothing reads a number from the device. And the compiled module is right."""
-    torch._dynamo.reset()
-    counters.clear()
-    module = case.make()
-    eager = copy.deepcopy(module)
-    call = torch.compile(lambda entries: case(module, entries), fullgraph=True, dynamic=True,
-                         backend="aot_eager")  # fmt: skip
-    for rows, length in ((3, 7), (4, 9), (5, 12)):
-        entries = batch(rows, length)
-        inputs = floating(entries, case.takes.values())
-        for x in inputs:
-            x.requires_grad_()
-        loss = call(entries)
-        expected = case(eager, entries)
-        torch.testing.assert_close(loss, expected)
-        ours = torch.autograd.grad(loss, inputs, allow_unused=True)
-        theirs = torch.autograd.grad(expected, inputs, allow_unused=True)
-        for x, y in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(x, y)
-    for name, buffer in eager.named_buffers():
-        torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
-    assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
