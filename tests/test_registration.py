@@ -47,11 +47,13 @@ def base_name(name):
 
 def test_the_operators_are_these():
     assert operators() == [
+        "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
+        "cross_entropy_terms",
         "interval_block_lists",
         "masked_cross_entropy",
         "masked_squared_error",

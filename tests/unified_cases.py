@@ -38,6 +38,7 @@ def batch(rows=3, length=7, dtype=torch.float32, seed=0, mask=None):
         "attention_mask": mask,
         "hidden_states": noise(rows, length, HIDDEN),
         "additional_logits": [noise(rows, length, CLASSES) for _ in range(2)],
+        "confidence": noise(rows, length, 1).sigmoid(),
         "gate_logits": noise(rows, length, EXPERTS),
         "expert_indices": integers(EXPERTS, rows, length, TOP_K),
         "expert_outputs": [noise(tokens, HIDDEN) for _ in range(EXPERTS)],
@@ -125,6 +126,58 @@ def contrastive(loss_type):
     )
 
 
+ADAPTIVE = {"additional_logits": "additional_logits", "confidence_scores": "confidence"}
+EVERYTHING = {
+    "use_mtp": True,
+    "ngram_size": 2,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "min_sequence_length": 4,
+    "num_experts": EXPERTS,
+    "use_moe_balancing": True,
+    "use_focal_loss": True,
+    "use_diversity_loss": True,
+    "use_auxiliary_loss": True,
+}
+
+
+def unified_case(name, takes, masked, **options):
+    return Case(
+        name,
+        lambda: unified.UnifiedLoss(CLASSES, HIDDEN, **options),
+        takes,
+        masked=masked,
+        constants={"mtp_active": True} if "confidence_scores" in takes else {},
+    )
+
+
+def end_to_end():
+    """UnifiedLoss with nothing, with everything, and each of its kinds."""
+    hidden = {"hidden_states": "hidden_states"}
+    all_of_it = LOGITS | hidden | ROUTING | OUTPUTS
+    read = ("logits", "hidden_states", "gate_logits", "expert_outputs")
+    heads, masked = LOGITS | ADAPTIVE, ("logits", "additional_logits", "confidence")
+    kinds = {"penalty_on": "model", "eos_token_id": EOS, "focal_mode": "add"}
+    other = {"primary_logits": "other_logits"}
+    return [
+        unified_case("unified_defaults", LOGITS, ("logits",)),
+        unified_case("unified_everything", all_of_it, read, **EVERYTHING),
+        unified_case("unified_model", all_of_it, read, **EVERYTHING | kinds),
+        unified_case("unified_shifted", all_of_it, read, **EVERYTHING | {"shift_labels": True}),
+        unified_case(
+            "unified_standard", LOGITS, ("logits",), primary_loss_type="standard", **kinds
+        ),
+        unified_case("unified_heads", heads, masked, primary_loss_type="adaptive_mtp", **kinds),
+        unified_case(
+            "unified_other_logits",
+            heads | other,
+            (*masked, "other_logits"),
+            primary_loss_type="adaptive_mtp",
+        ),
+        unified_case("unified_second_heads", heads, masked, use_mtp=True, mtp_type="adaptive"),
+    ]
+
+
 CASES = [
     Case("focal", lambda: unified.FocalLoss(0.5), INPUTS),
     Case("focal_classes", lambda: unified.FocalLoss(torch.linspace(0.1, 2, CLASSES)), INPUTS),
@@ -209,5 +262,52 @@ CASES = [
         {"num_experts": EXPERTS},
         masked=("logits", "gate_logits"),
     ),
+    *(
+        Case(
+            f"temperature_{on}",
+            lambda on=on: unified.TemperatureScaledCrossEntropy(
+                0.8, vocab_size=CLASSES, eos_token_id=EOS, penalty_on=on
+            ),
+            LOGITS,
+            by_key("loss"),
+        )
+        for on in ("targets", "model")
+    ),
+    Case(
+        "adaptive_mtp",
+        lambda: unified.AdaptiveMTPLoss(CLASSES, label_smoothing=0.1),
+        {"primary_logits": "logits", **TOKENS, **ADAPTIVE},
+        by_key("loss"),
+        {"mtp_active": True},
+        masked=("logits", "additional_logits", "confidence"),
+    ),
+    *(
+        Case(
+            f"ngram_{on}",
+            lambda on=on: unified.NGramRepetitionPenalty(2, 0.1, CLASSES, penalty_on=on),
+            LOGITS,
+            by_key("total_repetition_penalty"),
+        )
+        for on in ("targets", "model")
+    ),
+    Case(
+        "immediate_repetition",
+        lambda: unified.SequenceRepetitionDetector(penalty_on="model"),
+        {"token_ids": "targets", "attention_mask": "attention_mask", "logits": "logits"},
+        by_key("immediate_repetition_penalty"),
+    ),
+    Case(
+        "deepseek",
+        lambda: unified.DeepSeekLoss(CLASSES, HIDDEN, EXPERTS, eos_token_id=EOS),
+        LOGITS
+        | {
+            "hidden_states": "hidden_states",
+            "gate_logits": "gate_logits",
+            "expert_indices": "expert_indices",
+        },
+        by_key("total_loss"),
+        masked=("logits", "hidden_states", "gate_logits"),
+    ),
+    *end_to_end(),
 ]
 BY_NAME = {case.name: case for case in CASES}

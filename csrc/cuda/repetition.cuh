@@ -20,8 +20,8 @@ __device__ __forceinline__ void fill(int32_t* data, int64_t count, int32_t value
 
 // Where the block's scratch lies: in shared memory where that was launched, else in `global`.
 __device__ __forceinline__ RowScratch block_scratch(uint8_t* global, int length, bool contexts) {
-  uint8_t* data = global ? global + blockIdx.x * scratch_bytes(length, contexts) : dynamic_shared<uint8_t>();
-  return scratch_at(data, length);
+  if (!global) return scratch_at(dynamic_shared<uint8_t>(), length);
+  return scratch_at(global + blockIdx.x * scratch_bytes(length, contexts), length);
 }
 
 // The slot that holds the key of i, and i or a smaller position.
@@ -30,8 +30,7 @@ __device__ __forceinline__ int32_t claim_slot(const RowScratch& s, int i, uint64
   uint64_t slot = first_slot(key, last_slot);
   for (;; slot = (slot + 1) & last_slot) {
     // A slot that is taken keeps its key, so a position that is no longer the smallest decides as well.
-    int32_t holder = *static_cast<volatile int32_t*>(s.slots + slot);
-    if (holder == kEmptySlot) holder = atomicCAS(s.slots + slot, kEmptySlot, i);
+    const int32_t holder = atomicCAS(s.slots + slot, kEmptySlot, i);
     if (holder == kEmptySlot) break;
     if (s.keys[holder] != key) continue;
     if (i < holder) atomicMin(s.slots + slot, i);
@@ -41,7 +40,7 @@ __device__ __forceinline__ int32_t claim_slot(const RowScratch& s, int i, uint64
 }
 
 // Replaces names, of which those that exist are not kNoName, by those of the keys. Every thread calls it;
-// it begins and ends with a barrier.
+// what was written before it is seen, and what it writes is seen after it.
 __device__ __forceinline__ void name_keys(const RowScratch& s, int length) {
   const int64_t slots = slots_for(length);
   fill(s.slots, slots, kEmptySlot);
@@ -71,7 +70,8 @@ __device__ __forceinline__ void name_windows(const RowScratch& s, int length, in
                                              int64_t window) {
   while (part < window) {
     const int64_t joined = joined_length(part, window);
-    // The names of the tails are read by other threads than the one that overwrites them.
+    // Names are read by other threads than the one that overwrites them: first all keys, then the names.
+    // No key has all bits set: its first half would be kNoName.
     for (int i = threadIdx.x; i < length; i += kRepetitionThreads) {
       uint64_t key = 0;
       const bool exists = joined_key(s.names, length, i, part, joined, &key);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void name_windows(const RowScratch& s, int length, in
   }
 }
 
-// Length of the longest run, in thread 0. Each tile of positions knows from ballots where the run that
+// Length of the longest run. Each tile of positions knows from ballots where the run that
 // each is in began; `began` is that of the last position so far.
 __device__ __forceinline__ int32_t longest_run(const int32_t* names, int length, int32_t* scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -117,7 +117,8 @@ __device__ __forceinline__ int32_t longest_run(const int32_t* names, int length,
 
 // Counts windows from their names, with the slots as counters.
 __device__ __forceinline__ void count_windows(const RowScratch& s, int length, int64_t row,
-                                              const CountPointers& out, int64_t (*scratch)[kRepetitionWarps]) {
+                                              const CountPointers& out,
+                                              int64_t (*scratch)[kRepetitionWarps]) {
   fill(s.slots, length, 0);
   __syncthreads();
   int64_t pairs = 0, windows = 0, distinct = 0;
@@ -163,8 +164,8 @@ __global__ void __launch_bounds__(kRepetitionThreads, kRepetitionBlocks)
 // Calls f(u, i) for every full window i and the latest full window u before it with the same group: a
 // window of the same tile of threads, or the latest that the slots know from the tiles before.
 template <class F>
-__device__ __forceinline__ void for_each_earlier(const RowScratch& s, int length, const int32_t* group,
-                                                 int32_t* tile, const F& f) {
+__device__ __forceinline__ void for_each_earlier(const RowScratch& s, int length,
+                                                 const int32_t* group, int32_t* tile, const F& f) {
   fill(s.slots, length, kEmptySlot);
   for (int first = 0; first < length; first += kRepetitionThreads) {
     const int i = first + static_cast<int>(threadIdx.x);

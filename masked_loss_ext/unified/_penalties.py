@@ -61,6 +61,6 @@ def eos_penalty(rule, targets, valid, classes, class_log_prob, reduction="mean")
 
 def previous_classes(targets, valid):
     """The target before, where both count and differ, ``[B, S]``."""
-    before, now = targets[:, :-1], targets[:, 1:]
-    asked = valid[:, :-1] & valid[:, 1:] & (before != now)
-    return torch.nn.functional.pad(torch.where(asked, before, -1), (1, 0), value=-1)
+    before = torch.cat([torch.full_like(targets[:, :1], -1), targets[:, :-1]], 1)
+    both = valid & torch.cat([torch.zeros_like(valid[:, :1]), valid[:, :-1]], 1)
+    return torch.where(both & (before != targets), before, -1)

@@ -4,7 +4,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from ..ops.cross_entropy_terms import cross_entropy_terms
 from ..ops.repetition import RepetitionCounts, repetition_counts
@@ -32,8 +31,9 @@ def aligned(loss, targets, attention_mask):
     targets = targets.long()
     valid = valid_rows(targets, attention_mask, loss.ignore_index)
     if loss.shift_labels:
-        targets = pad(targets[:, 1:], (0, 1), value=loss.ignore_index)
-        valid = pad(valid[:, 1:], (0, 1), value=False)
+        end = torch.full_like(targets[:, :1], loss.ignore_index)
+        targets = torch.cat([targets[:, 1:], end], 1)
+        valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
     return targets, valid
 
 
