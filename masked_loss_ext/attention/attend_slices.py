@@ -18,10 +18,8 @@ def sdpa(q, k, v, mask=None, scale=None, is_causal=False):
 
 def attend_slices(q, k, v, layout, options, scale):
     """``[B, H, S, D]``; options are those of ``PackedLayout.intervals``."""
-    mode, prefix = (
-        options["mode"],
-        layout._arguments("intervals", **options)[6],
-    )  # checked, a tensor
+    mode = options["mode"]
+    prefix = layout._arguments("intervals", **options)[6]  # checked, and a tensor
     unusual = options["window"] is not None or options["sinks"] or options["dropped"] != "none"
     if unusual or layout.kept_lengths is None:
         return _attend_blocks(q, k, v, layout, options, scale)
