@@ -50,6 +50,7 @@ CUDA_SOURCES = [
     "cuda/masked_squared_error.cu",
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
+    "cuda/masked_cross_entropy_gradient.cu",
     "cuda/block_mask.cu",
 ]
 
