@@ -27,12 +27,11 @@ class SimulatedCrossEntropy(Uploader):
     Inputs are read-only there, and a write to them ends the process; outputs start as NaN patterns.
     """
 
-    def __init__(self):
-        super().__init__()
-        ops = torch.ops.masked_loss_ext_sim
-        self.forward_op = ops.masked_cross_entropy
-        self.backward_op = ops._masked_cross_entropy_backward
-        self.overwriting_op = ops._masked_cross_entropy_backward_
+    def __init__(self, device=None):
+        super().__init__(device)
+        self.forward_op = self.ops.masked_cross_entropy
+        self.backward_op = self.ops._masked_cross_entropy_backward
+        self.overwriting_op = self.ops._masked_cross_entropy_backward_
 
     def number(self, value):
         return None if value is None else self.upload(torch.as_tensor(value, dtype=torch.float64))
@@ -84,9 +83,9 @@ class Call:
 
 
 @functools.cache
-def simulated_cross_entropy():
+def simulated_cross_entropy(device=None):
     """One for all test files."""
-    return SimulatedCrossEntropy()
+    return SimulatedCrossEntropy(device)
 
 
 def evaluate(dtype, logits, target, mask, upstream, options):

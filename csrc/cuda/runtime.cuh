@@ -20,7 +20,9 @@
 
 #ifdef MASKED_LOSS_EXT_CUDA_SIM
 #include <vector>
+#ifndef MASKED_LOSS_EXT_CUDA_LIBRARY  // a build that counts accesses has another name
 #define MASKED_LOSS_EXT_CUDA_LIBRARY masked_loss_ext_sim
+#endif
 #define MASKED_LOSS_EXT_CUDA_KEY CPU
 #else
 #include <dlfcn.h>
