@@ -39,6 +39,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_squared_error.cpp",
     "cpu/masked_cross_entropy.cpp",
     "cpu/masked_cross_entropy_backward.cpp",
+    "cpu/masked_cross_entropy_gradient.cpp",
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
@@ -49,6 +50,7 @@ CUDA_SOURCES = [
     "cuda/masked_squared_error.cu",
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
+    "cuda/masked_cross_entropy_gradient.cu",
     "cuda/block_mask.cu",
 ]
 
