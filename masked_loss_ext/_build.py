@@ -43,6 +43,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
+    "cpu/repetition.cpp",
     "cpu/capability.cpp",
     "schemas.cpp",
 ]
@@ -52,6 +53,7 @@ CUDA_SOURCES = [
     "cuda/masked_cross_entropy_backward.cu",
     "cuda/masked_cross_entropy_gradient.cu",
     "cuda/block_mask.cu",
+    "cuda/repetition.cu",
 ]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it

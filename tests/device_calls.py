@@ -10,6 +10,7 @@ import torch
 
 import masked_loss_ext as mle
 from masked_loss_ext.ops import block_mask as layer
+from masked_loss_ext.ops import repetition
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,24 @@ def lists(offsets, kept, rows):
     return layer.interval_block_lists(lo[None], hi[None], len(rows), 16, 8)
 
 
+# --- repetition ----------------------------------------------------------------------------------
+
+# wide: the table is not in shared memory; many: a block works on more than one row
+ROWS_OF_TOKENS = {"small": (3, 40), "wide": (2, 3000), "many": (1100, 24)}
+
+
+def token_rows(size):
+    return [torch.randint(4, ROWS_OF_TOKENS[size]), torch.rand(ROWS_OF_TOKENS[size]) < 0.95]
+
+
+def counts(tokens, valid):
+    return tuple(repetition.repetition_counts(tokens, valid, 3))
+
+
+def links(tokens, valid):
+    return repetition.repetition_links(tokens, valid, 3)
+
+
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
@@ -157,6 +176,8 @@ CALLS = [
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),
+    DeviceCall("repetition counts", ("repetition_counts",), token_rows, counts),
+    DeviceCall("repetition links", ("repetition_links",), token_rows, links),
 ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The block-mask operators as their CUDA source computes them, run by the simulator of cuda_sim."""
+"""The integer operators as their CUDA source computes them, run by the simulator of cuda_sim."""
 
 import functools
 
@@ -9,7 +9,7 @@ from simulated import Uploader
 
 
 class SimulatedBlockMask(Uploader):
-    """The three operators on tensors that are uploaded, their results downloaded again.
+    """Operators by name, on tensors that are uploaded, their results downloaded again.
 
     Inputs are read-only there, and a write to them ends the process. Outputs start as -1.
     """
