@@ -43,6 +43,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_cross_entropy.cpp",
     "cpu/masked_cross_entropy_backward.cpp",
     "cpu/cross_entropy_terms.cpp",
+    "cpu/masked_cross_entropy_gradient.cpp",
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
@@ -55,6 +56,7 @@ CUDA_SOURCES = [
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
     "cuda/cross_entropy_terms.cu",
+    "cuda/masked_cross_entropy_gradient.cu",
     "cuda/block_mask.cu",
     "cuda/repetition.cu",
 ]

@@ -48,6 +48,35 @@ def device_named(name):
     return gpu_device()
 
 
+# For public functions: those of `at(place, function)` take and give CPU tensors.
+PLACES = ["cpu", *(["cuda"] if REQUIRED or not missing() else [])]
+
+
+def moved(value, device):
+    """Tensors, and those in tuples and dictionaries, on the device; derivatives pass."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: moved(one, device) for name, one in value.items()}
+    if isinstance(value, tuple):
+        parts = [moved(one, device) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def at(place, function):
+    """The function, working on copies of its tensors at ``place``."""
+    if place == "cpu":
+        return function
+    if place.startswith("cuda"):
+        need_gpu()
+
+    def call(*args, **options):
+        return moved(function(*moved(args, place), **moved(options, place)), "cpu")
+
+    return call
+
+
 @functools.cache
 def gpu_device(device="cuda"):
     return GpuDevice(device)

@@ -45,7 +45,10 @@ def source_text(pattern):
 
 
 def base_name(name):
-    return name.removeprefix("_").removesuffix("_").removesuffix("_backward")
+    name = name.removeprefix("_").removesuffix("_")
+    for step in ("_backward", "_with_gradient", "_scale_gradient"):
+        name = name.removesuffix(step)
+    return name
 
 
 def test_the_operators_are_these():
@@ -53,6 +56,9 @@ def test_the_operators_are_these():
         "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
+        "_masked_cross_entropy_scale_gradient_",
+        "_masked_cross_entropy_with_gradient",
+        "_masked_cross_entropy_with_gradient_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
@@ -124,13 +130,14 @@ def test_each_schema_is_written_once():
 
 
 def test_inputs_are_declared_read_only():
-    """But for the logits of an operator that says by its name that it overwrites them."""
+    """But for what an operator overwrites that says so by its name."""
     for name in TENSOR_OPERATORS:
         schema = getattr(torch.ops.masked_loss_ext, name).default._schema
         assert schema.is_mutable == name.endswith("_")
         arguments = (*schema.arguments, *schema.returns)
         aliased = [a.name for a in arguments if a.alias_info is not None]
-        assert aliased == (["logits"] if name.endswith("_") else [])
+        overwritten = "grad_logits" if "scale" in name else "logits"
+        assert aliased == ([overwritten] if name.endswith("_") else [])
 
 
 def test_version():
