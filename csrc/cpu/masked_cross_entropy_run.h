@@ -15,12 +15,6 @@ namespace masked_loss_ext {
 // A gradient of as many rows is cut by rows alone, so that chunks lie one after another in the output.
 constexpr int64_t kManyRows = 64;
 
-inline void check_temperature(const char* op, const std::optional<Tensor>& temperature) {
-  if (!temperature) return;
-  const double value = read_number(*temperature);
-  if (!(value > 0)) fail(op, ": temperature must be positive, got ", value);
-}
-
 [[noreturn]] inline void refuse_label(const CrossEntropyProblem& q, const Tensor& logits, int64_t row) {
   const int64_t label = read_integer(q.counted.target, row + q.counted.shift);
   std::ostringstream text;
