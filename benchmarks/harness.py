@@ -7,6 +7,8 @@
 - A sample is the mean of as many calls as fill ``REGION_US``. Every call has its own clock
   readings, so that the gradient is dropped between calls outside the clock while each call still
   pays for the memory of the gradient it makes.
+- On CUDA the device waits until all calls of a sample are queued: between their events lies what
+  the device does, and nothing of the time that the host takes to launch it.
 - What no contender can beat (a plain copy of the same bytes, a read of what must be read) runs in
   the same rounds.
 """
@@ -26,12 +28,16 @@ from torch import Tensor
 
 REGION_US = 2000.0
 MAX_CALLS = 1000
+MOST_HOLD_US = 50_000.0  # a call that takes the host longer is not one that is measured this way
+CYCLES_PER_US = 2000  # of the fastest GPUs; a slower one waits longer, which does no harm
+PARTS = ("total", "forward", "backward")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``call(*inputs[i])`` gives the loss, or several results with the loss first. Where the first
-    tensor of the inputs requires a gradient, the backward pass is part of the call.
+    """``call(*inputs[i])`` gives the loss, or several results with the loss first. Where the loss
+    requires a gradient, the backward pass is part of the call. Where inputs do, the first is the
+    one whose gradient is large.
 
     Several tuples hold equal problems in different memory, so that on CUDA the data of one call is
     not in the L2 cache because the call before left it there.
@@ -40,10 +46,12 @@ class Contender:
     name: str
     call: Callable[..., Tensor | tuple]
     inputs: Sequence[tuple]
-    weigh: bool = True  # False: its peak memory says nothing beside the case's gradient
+    weigh: bool = True  # False: its peak memory says nothing; that of a floor is never asked
     role: str = "rival"  # or "floor", which ours cannot beat, or "information" for the reader
     prepare: Callable[..., object] | None = None  # on the same inputs, before a call, untimed
     skip: str = ""  # why it is not even attempted; the tables say so
+    bytes_moved: int = 0  # of a floor, where it differs from the problem's
+    slack: float = 0.0  # of others' kernels: what loss and gradient may be off by more
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,11 @@ class Problem:
     reference: Callable[..., Tensor | tuple]  # the same call on float64 inputs
     bytes_moved: int  # what must be read and written, forward and backward
     gradient_bytes: int  # where there is no backward pass: what the gradient would have; 0: none
-    beside: Sequence[Contender] = ()  # floors and information: timed, neither checked nor weighed
+    beside: Sequence[Contender] = ()  # floors and information: timed, not checked
     gradient_tolerance: float = 2e-6  # relative, of an element: about six fp32 roundings
-    gradient_unit: float = 0.0  # an element smaller than this may be off by the same as one of it
+    # An element of the first input's gradient that is smaller than this may be off by the same as
+    # one of it; in the gradient of a further input the largest element is the unit.
+    gradient_unit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,11 @@ class View:
     limits: Mapping[str, float | None] = field(default_factory=dict)  # the most: base's time / its
     peak_limit: float | None = None  # the most: base's peak memory / gradient
     peak_limit_bytes: int | None = None  # the most: base's peak memory
+    peak_shares: Mapping[str, float] = field(default_factory=dict)  # the most: base's peak / its
     time_limit_us: float | None = None  # the most: base's median
     names: Mapping[str, str] = field(default_factory=dict)  # contender -> what it is called here
+    part: str = "total"  # of PARTS: what of the contenders' calls; a floor is always whole
+    bytes_moved: int = 0  # by that part; 0: as the problem says
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,23 @@ class Samples:
     total_us: list[float] = field(default_factory=list)
     forward_us: list[float] = field(default_factory=list)
 
+    def part(self, name: str) -> Samples:
+        """The same samples, of ``name`` alone."""
+        if name == "total":
+            return self
+        pairs = zip(self.total_us, self.forward_us, strict=True)
+        forward = name == "forward"
+        chosen = [first if forward else total - first for total, first in pairs]
+        return Samples(self.calls_per_sample, chosen, list(self.forward_us))
+
 
 class HostClock:
     """For calls that have finished when they return."""
+
+    most_calls = MAX_CALLS
+
+    def hold(self, host_us: float) -> None:
+        pass
 
     def mark(self) -> int:
         return time.perf_counter_ns()
@@ -123,6 +150,12 @@ class HostClock:
 
 class CudaClock:
     """Events on the current stream; they can be read once ``finish`` has waited for the device."""
+
+    most_calls = 48  # the queue of launches has 1024 places; where it is full the host has to wait
+
+    def hold(self, host_us: float) -> None:
+        """Keep the device busy with nothing while the host queues for ``host_us``."""
+        torch.cuda._sleep(int(min(host_us, MOST_HOLD_US) * CYCLES_PER_US))
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -147,6 +180,15 @@ def summarize(samples: Sequence[float]) -> Summary:
     return Summary(median, min(samples), third - first)
 
 
+def drop_gradients(inputs: tuple) -> list[Tensor | None]:
+    """Those of the inputs that require one, taken away from them."""
+    leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return gradients
+
+
 def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -> tuple:
     inputs = contender.inputs[index % len(contender.inputs)]
     if contender.prepare is not None:
@@ -158,14 +200,16 @@ def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -
     if loss.requires_grad:
         loss.backward()
     end = clock.mark()
-    inputs[0].grad = None
+    drop_gradients(inputs)
     return begin, middle, end
 
 
 def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tuple[float, float]:
     """Mean (total, forward) microseconds of a call."""
     # Warm caches: what the contender before left in them is no part of this one's time.
+    started = time.perf_counter()
     timed_call(contender, clock, calls)
+    clock.hold(2 * calls * (time.perf_counter() - started) * 1e6)
     marks = [timed_call(contender, clock, index) for index in range(calls)]
     clock.finish()
     total = sum(clock.elapsed_us(begin, end) for begin, _, end in marks)
@@ -173,8 +217,8 @@ def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tu
     return total / calls, forward / calls
 
 
-def calls_needed(call_us: float) -> int:
-    return max(1, min(MAX_CALLS, math.ceil(REGION_US / max(call_us, 1e-3))))
+def calls_needed(call_us: float, most: int = MAX_CALLS) -> int:
+    return max(1, min(most, math.ceil(REGION_US / max(call_us, 1e-3))))
 
 
 def interleave(
@@ -187,7 +231,7 @@ def interleave(
         call_us = sample(contender, clock, 1)[0]
         if call_us < 10 * REGION_US:  # a long call is one sample anyhow
             call_us = min(call_us, *(sample(contender, clock, 1)[0] for _ in range(2)))
-        results[contender.name] = Samples(calls_needed(call_us))
+        results[contender.name] = Samples(calls_needed(call_us, clock.most_calls))
     order, shuffle = list(contenders), random.Random(seed).shuffle
     gc.collect()
     gc.disable()

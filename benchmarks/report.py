@@ -19,7 +19,7 @@ COLUMNS = (
     "bytes_moved", "gb_per_s", "of_copy",
     "loss_error", "gradient_error",
     "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_limit_bytes",
-    "peak_met", "time_limit_us", "time_met",
+    "peak_share", "peak_share_limit", "peak_met", "time_limit_us", "time_met",
     "other_cores", "device", "processor", "capability", "threads",
     "torch", "masked_loss_ext", "date",
 )  # fmt: skip
@@ -79,12 +79,30 @@ def role_of(contender: Contender, view: View) -> str:
     return "floor" if contender.name in view.limits else contender.role
 
 
+def rate_bytes(one: Contender, view: View, problem: Problem) -> int:
+    """What it reads and writes, where that is known; else 0."""
+    if one.bytes_moved:
+        return one.bytes_moved
+    if one.name == FILL:
+        return problem.gradient_bytes
+    return (view.bytes_moved or problem.bytes_moved) if one.name in (view.base, COPY) else 0
+
+
+def timed_parts(problem: Problem, view: View, timed: Mapping[str, Samples]) -> dict[str, Samples]:
+    """What the view is about; what cannot be cut in parts, a floor or a copy, stays whole."""
+    whole = {one.name for one in problem.beside}
+    return {
+        name: samples if name in whole else samples.part(view.part)
+        for name, samples in timed.items()
+    }
+
+
 def rate_of(one: Contender, view: View, problem: Problem, timed: Mapping[str, Samples]) -> dict:
     """GB/s of ours, of the copy and of the fill; of ours also what share that is of the copy's."""
-    if one.name not in timed or one.name not in (view.base, COPY, FILL) or not problem.bytes_moved:
+    moved = rate_bytes(one, view, problem)
+    if one.name not in timed or not moved:
         return {}
     median = summarize(timed[one.name].total_us).median
-    moved = problem.gradient_bytes if one.name == FILL else problem.bytes_moved
     rate = {"bytes_moved": moved, "gb_per_s": moved / median / 1e3}
     if one.name == view.base and COPY in timed:
         rate["of_copy"] = summarize(timed[COPY].total_us).median / median
@@ -101,6 +119,10 @@ def peak_of(one: Contender, view: View, problem: Problem, peaks: Mapping[str, in
             found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
     if one.name == view.base and (limit := view.peak_limit_bytes) is not None:
         found |= {"peak_limit_bytes": limit, "peak_met": verdict(peak <= limit)}
+    if one.name in view.peak_shares and view.base in peaks:
+        share, limit = peaks[view.base] / peak, view.peak_shares[one.name]
+        found |= {"peak_share": share, "peak_share_limit": limit}
+        found |= {"peak_met": verdict(share <= limit)}
     return found
 
 
@@ -122,6 +144,7 @@ def case_rows(
 ) -> list[dict[str, object]]:
     """A row for each contender of the view that was checked or timed, refused ones too."""
     rows = []
+    timed = timed_parts(problem, view, timed)
     for one in shown(problem, view):
         if one.name not in agreements and one.name not in timed and not one.skip:
             continue
@@ -193,7 +216,7 @@ def number_text(value: object, form: str) -> str:
 
 HEAD = ("contender", "median", "(aim)", "min", "iqr", "forward", "x ours", "(minima)", "ours x it",
         "target", "met", "GB/s", "of copy", "peak/grad", "peak", "(limit)",
-        "grad error")  # fmt: skip
+        "ours / peak", "grad error")  # fmt: skip
 
 
 def aim_text(limit: str, met: object) -> str:
@@ -219,8 +242,11 @@ def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
         "" if row.get("peak_over_gradient") else size_text(row.get("peak_extra_bytes")),
         aim_text(
             number_text(row.get("peak_limit"), "{:g}") or size_text(row.get("peak_limit_bytes")),
-            row.get("peak_met"),
+            "" if row.get("peak_share") else row.get("peak_met"),
         ),
+        number_text(row.get("peak_share"), "{:.2f}")
+        + number_text(row.get("peak_share_limit"), " <= {:g} ")
+        + str((row.get("peak_share") and row.get("peak_met")) or ""),
         number_text(row.get("gradient_error"), "{:.1e}"),
     )
 

@@ -61,11 +61,11 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& tensor,
-                             const Tensor& prediction) {
-  bool same = tensor.dim() == prediction.dim();
-  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == prediction.size(d);
+                             const Tensor& like, const char* like_name = "prediction") {
+  bool same = tensor.dim() == like.dim();
+  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == like.size(d);
   if (!same) {
-    fail(op, ": ", name, " must have the shape of prediction ", shape_text(prediction), ", got ",
+    fail(op, ": ", name, " must have the shape of ", like_name, " ", shape_text(like), ", got ",
          shape_text(tensor));
   }
 }

@@ -68,6 +68,15 @@
 // the entries beyond the counts included. packed_rows returns lo and hi [R, rows], maximal intervals in
 // ascending order, then empty ones (0, 0); R is G, or 2 G where a window stands beside a prefix or sinks.
 // nested_dropout_plan returns both, from one call: CPU inductor takes them from nothing less opaque.
+
+// What repeats in rows of tokens, and where (repetition.h).
+//   tokens      [B, S]   integer, any strides
+//   valid       [B, S]   any dtype, on where != 0; what is off is not read, and ends windows and runs
+//   ngram_size  n >= 1   length of a window
+// repetition_counts returns, int64 [B]: unordered pairs of equal windows, windows, different windows,
+// and the longest run of one token. repetition_links returns, int32 [B, S], for t where a window ends:
+// the latest u < t where one ends that has the same n - 1 tokens before its last (else -1), and the
+// earliest u > t where an equal one ends (else S).
 STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "masked_squared_error(Tensor prediction, Tensor target, Tensor? mask=None, "
@@ -107,6 +116,23 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
+  // Loss and gradient of the logits for an incoming gradient of 1, in one sweep; reduction mean or sum.
+  m.def(
+      "_masked_cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? mask=None, "
+      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
+      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
+      "SymInt shift=0, str reduction=\"mean\") -> (Tensor loss, Tensor grad_logits)");
+  // The same, with the gradient written over the logits. The caller bumps their version.
+  m.def(
+      "_masked_cross_entropy_with_gradient_(Tensor(a!) logits, Tensor target, Tensor? mask=None, "
+      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
+      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
+      "SymInt shift=0, str reduction=\"mean\") -> Tensor loss");
+  // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
+  // of 0 stays 0.
+  m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
   m.def(
       "cross_entropy_terms(Tensor logits, Tensor target, Tensor? mask=None, "
       "Tensor? temperature=None, Tensor? classes=None, Tensor? context_before=None, "
@@ -135,6 +161,12 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "str dropped=\"none\", SymInt q_block=128, SymInt kv_block=128) -> (Tensor lo, Tensor hi, "
       "Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
       "Tensor q_num_blocks, Tensor q_indices, Tensor full_q_num_blocks, Tensor full_q_indices)");
+  m.def(
+      "repetition_counts(Tensor tokens, Tensor? valid=None, int ngram_size=4) -> (Tensor pairs, "
+      "Tensor windows, Tensor distinct, Tensor longest_run)");
+  m.def(
+      "repetition_links(Tensor tokens, Tensor? valid=None, int ngram_size=4) -> "
+      "(Tensor context_before, Tensor ngram_after)");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
 }

@@ -36,6 +36,7 @@ from .losses.token_mse import (  # noqa: E402
     compute_loss_multi_resolution,
     masked_edit_token_mean_loss,
 )
+from .ops import repetition as _repetition  # noqa: E402, F401  registers its fakes
 from .ops.masked_cross_entropy import masked_cross_entropy, row_statistics  # noqa: E402
 from .padding import (  # noqa: E402
     lengths_to_mask,
@@ -45,11 +46,14 @@ from .padding import (  # noqa: E402
     unpad,
 )
 from .reference import RowStatistics  # noqa: E402
+from .unified import MultiTokenPredictionLoss as HiddenStateMTPLoss  # noqa: E402
+from .unified import UnifiedLoss, create_unified_loss  # noqa: E402
 
 __all__ = [
     "AttentionMaskMseLoss",
     "AttentionMaskedNestedDropout",
     "ChannelInvariantTokenLoss",
+    "HiddenStateMTPLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
     "MaskedNestedDropout",
@@ -60,9 +64,11 @@ __all__ = [
     "RowIntervals",
     "RowStatistics",
     "SequenceUnpacker",
+    "UnifiedLoss",
     "__version__",
     "check_padding",
     "compute_loss_multi_resolution",
+    "create_unified_loss",
     "generate_nested_dropout_attention_mask",
     "generate_nested_dropout_mask_ids",
     "lengths_to_mask",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The block-mask operators as their CUDA source computes them, run by the simulator of cuda_sim."""
+"""The integer operators as their CUDA source computes them, run by the simulator of cuda_sim."""
 
 import functools
 
@@ -9,19 +9,19 @@ from simulated import Uploader
 
 
 class SimulatedBlockMask(Uploader):
-    """The three operators on tensors that are uploaded, their results downloaded again.
+    """Operators by name, on tensors that are uploaded, their results downloaded again.
 
     Inputs are read-only there, and a write to them ends the process. Outputs start as -1.
     """
 
     def __call__(self, name, *args, order=ORDERS[0]):
-        operator = getattr(torch.ops.masked_loss_ext_sim, name)
+        operator = getattr(self.ops, name)
         args = [self.upload(a) if isinstance(a, torch.Tensor) else a for a in args]
         with self.sim.order(order):
             return [self.sim.download(result) for result in operator(*args)]
 
 
 @functools.cache
-def simulated_block_mask():
+def simulated_block_mask(device=None):
     """One for all test files."""
-    return SimulatedBlockMask()
+    return SimulatedBlockMask(device)

@@ -14,13 +14,23 @@ TESTS = Path(__file__).resolve().parent
 SOURCES = _build.csrc_dir()
 NAMESPACE = "masked_loss_ext"
 WITHOUT_TENSORS = {"_version", "cpu_capability"}
-# Three operators of one family, all integer: nothing to differentiate, no .inc per instruction set.
-BLOCK_MASK = {"interval_block_lists", "nested_dropout_plan", "packed_rows"}
+# Families of operators, all integer: nothing to differentiate, no .inc per instruction set.
+FAMILIES = {
+    "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
+    "repetition": {"repetition_counts", "repetition_links"},
+}
+INTEGER = {name: family for family, names in FAMILIES.items() for name in names}
+TESTED_IN = {"block_mask": "block_mask_ops"}
+REFERENCE = {"block_mask": "attention"}
 
 
 def operators():
     names = torch._C._dispatch_get_all_op_names()
     return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith(NAMESPACE + "::")})
+
+
+def family(name):
+    return INTEGER.get(name) or base_name(name)
 
 
 TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_TENSORS]
@@ -35,7 +45,10 @@ def source_text(pattern):
 
 
 def base_name(name):
-    return name.removeprefix("_").removesuffix("_").removesuffix("_backward")
+    name = name.removeprefix("_").removesuffix("_")
+    for step in ("_backward", "_with_gradient", "_scale_gradient"):
+        name = name.removesuffix(step)
+    return name
 
 
 def test_the_operators_are_these():
@@ -43,6 +56,9 @@ def test_the_operators_are_these():
         "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
+        "_masked_cross_entropy_scale_gradient_",
+        "_masked_cross_entropy_with_gradient",
+        "_masked_cross_entropy_with_gradient_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
@@ -52,6 +68,8 @@ def test_the_operators_are_these():
         "masked_squared_error",
         "nested_dropout_plan",
         "packed_rows",
+        "repetition_counts",
+        "repetition_links",
     ]
 
 
@@ -60,7 +78,7 @@ def test_cpu_kernel_fake_and_derivative(name):
     assert has_kernel(name, "CPU")
     assert has_kernel(name, "Meta"), "no fake"
     # A derivative, or one that refuses: without it a gradient would be lost in silence.
-    if name in BLOCK_MASK:
+    if name in INTEGER:
         arguments = getattr(torch.ops.masked_loss_ext, name).default._schema.arguments
         assert not any("float" in str(a.type) for a in arguments)
     else:
@@ -80,21 +98,19 @@ def test_cuda_kernel(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_one_name_in_every_layer(name):
-    base = base_name(name)
-    if name in BLOCK_MASK:
-        base = "block_mask"
+    base = family(name)
     layers = [f"{base}.h", f"cpu/{base}.cpp", f"cuda/{base}.cu"]
-    if name not in BLOCK_MASK:
+    if name not in INTEGER:
         layers.append(f"cpu/{base}.inc")
     missing = [layer for layer in layers if not (SOURCES / layer).is_file()]
     assert not missing
     assert (_build.PACKAGE / "ops" / f"{base}.py").is_file()
-    assert name in BLOCK_MASK or hasattr(masked_loss_ext.reference, base)
+    assert hasattr(masked_loss_ext.reference, REFERENCE.get(base, base))
 
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_every_operator_has_its_tests(name):
-    base = "block_mask_ops" if name in BLOCK_MASK else base_name(name)
+    base = TESTED_IN.get(family(name), family(name))
     assert (TESTS / f"test_{base}.py").is_file()
     called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
     for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
@@ -114,13 +130,14 @@ def test_each_schema_is_written_once():
 
 
 def test_inputs_are_declared_read_only():
-    """But for the logits of an operator that says by its name that it overwrites them."""
+    """But for what an operator overwrites that says so by its name."""
     for name in TENSOR_OPERATORS:
         schema = getattr(torch.ops.masked_loss_ext, name).default._schema
         assert schema.is_mutable == name.endswith("_")
         arguments = (*schema.arguments, *schema.returns)
         aliased = [a.name for a in arguments if a.alias_info is not None]
-        assert aliased == (["logits"] if name.endswith("_") else [])
+        overwritten = "grad_logits" if "scale" in name else "logits"
+        assert aliased == ([overwritten] if name.endswith("_") else [])
 
 
 def test_version():

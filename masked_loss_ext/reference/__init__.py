@@ -6,7 +6,7 @@ logits) is float64, so float64 copies of the inputs give the truth. What a mask 
 by 0 *before* any arithmetic: ``torch.where`` on the result would leave ``0 * NaN`` in the gradient.
 """
 
-from . import attention
+from . import attention, repetition
 from .cross_entropy import (
     RowStatistics,
     mask_labels,
@@ -54,6 +54,7 @@ __all__ = [
     "mse_loss",
     "multi_token_prediction_loss",
     "pad_latents_for_multi_res",
+    "repetition",
     "row_statistics",
     "select",
     "term_scale",

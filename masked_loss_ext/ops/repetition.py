@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""repetition_counts and repetition_links: exact n-gram and run statistics of rows of tokens.
+
+The schemas are in csrc/schemas.cpp, the way it is done in csrc/repetition.h. Everything is integer:
+there is no derivative.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+_counts_op = torch.ops.masked_loss_ext.repetition_counts.default
+_links_op = torch.ops.masked_loss_ext.repetition_links.default
+
+
+class RepetitionCounts(NamedTuple):
+    """What repeats in each row, four tensors ``[B]`` int64."""
+
+    pairs: torch.Tensor
+    windows: torch.Tensor
+    distinct: torch.Tensor
+    longest_run: torch.Tensor
+
+
+def repetition_counts(tokens, valid=None, ngram_size=4):
+    r"""How often n-grams recur in each row, and how long its longest run of one token is.
+
+    With :math:`W` the windows of n consecutive positions that are all valid,
+
+    .. math:: \text{pairs} = \#\{\{u, v\} \subseteq W : u \ne v,\ \text{tokens equal}\}
+              = \sum_{\text{distinct}} c (c - 1) / 2
+
+    where c is how often an n-gram occurs. Exact: tokens are compared, a hash never decides alone.
+    Without ``valid``, ``Counter(zip(*(row[i:] for i in range(n))))`` of a row's list holds the c.
+
+    Args:
+        tokens: ``[B, S]`` uint8, int8, int16, int32 or int64, any strides.
+        valid: ``[B, S]`` of any dtype, on where ``!= 0``; None: all are. A position that is off is
+            not read, and no window and no run reaches across it.
+        ngram_size: n, at least 1. Where no window fits, the first three counts are 0.
+
+    Returns:
+        RepetitionCounts: ``pairs``, ``windows`` (how many are in W), ``distinct`` (n-grams among
+        them) and ``longest_run`` (equal valid tokens side by side; 0 with none valid), ``[B]``
+        int64.
+
+    Raises:
+        ValueError: tokens that are not integers or not ``[B, S]``, valid of another shape or
+            device, ngram_size below 1.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 1, 1, 1, 2]])
+        >>> [count.item() for count in repetition_counts(tokens, ngram_size=2)]
+        [3, 4, 2, 4]
+        >>> row = tokens[0].tolist()
+        >>> seen = Counter(zip(*(row[i:] for i in range(2))))
+        >>> sum(c * (c - 1) // 2 for c in seen.values()), sum(seen.values()), len(seen)
+        (3, 4, 2)
+    """
+    return RepetitionCounts(*_counts_op(tokens, valid, ngram_size))
+
+
+def repetition_links(tokens, valid=None, ngram_size=4):
+    """For each token, where its context stood before and where its n-gram stands next.
+
+    The windows are those of :func:`repetition_counts`. Following ``context_before`` from t
+    enumerates the earlier windows with the n - 1 tokens before t, latest first: their last
+    tokens are those that would repeat an n-gram at t. Taking only those u with ``ngram_after[u] >=
+    t`` gives each such token once.
+
+    Args:
+        tokens, valid, ngram_size: as in :func:`repetition_counts`.
+
+    Returns:
+        (context_before, ngram_after), ``[B, S]`` int32. For t at which a full valid window ends:
+        the latest ``u < t`` at which one ends whose first n - 1 tokens are equal, -1 if there is
+        none; and the earliest ``u > t`` at which one ends that is equal, S if there is none. -1
+        and S for every other t.
+
+    Raises:
+        ValueError: as :func:`repetition_counts`.
+
+    Example:
+        >>> tokens = torch.tensor([[7, 8, 7, 9, 7, 8]])
+        >>> context_before, ngram_after = repetition_links(tokens, ngram_size=2)
+        >>> context_before  # before 9 and the last 8 stood a 7, as before the 8 at 1 and the 9
+        tensor([[-1, -1, -1,  1, -1,  3]], dtype=torch.int32)
+        >>> ngram_after  # 7 8 ends at 1 and at 5
+        tensor([[6, 5, 6, 6, 6, 6]], dtype=torch.int32)
+    """
+    return _links_op(tokens, valid, ngram_size)
+
+
+def _refuse_two_devices(function, tokens, valid):
+    if valid is not None and valid.device != tokens.device:
+        raise ValueError(
+            f"{function}: valid must be on the device of tokens ({tokens.device}), "
+            f"got {valid.device}"
+        )
+
+
+@torch.library.register_fake("masked_loss_ext::repetition_counts")
+def _counts_fake(tokens, valid=None, ngram_size=4):
+    _refuse_two_devices("repetition_counts", tokens, valid)
+    return tuple(tokens.new_empty(tokens.shape[:1], dtype=torch.int64) for _ in range(4))
+
+
+@torch.library.register_fake("masked_loss_ext::repetition_links")
+def _links_fake(tokens, valid=None, ngram_size=4):
+    _refuse_two_devices("repetition_links", tokens, valid)
+    return tuple(tokens.new_empty(tokens.shape, dtype=torch.int32) for _ in range(2))
