@@ -115,6 +115,17 @@ def test_banned_classes(dtype):
     assert grad.isfinite().all() and not grad[x == -INF].any()
 
 
+@pytest.mark.parametrize("temperature", [None, 0.8])
+def test_blocks_of_nothing_but_banned_classes(temperature):
+    """Before there is any maximum, and after."""
+    arguments = make(BY_NAME["v4097"], torch.float32)
+    arguments |= {"temperature": temperature, "target": arguments["target"] + 2500}
+    arguments["classes"] = arguments["classes"].add(2500)
+    for banned in (slice(0, 2300), slice(4000, 4097)):
+        arguments["logits"][..., banned] = -INF
+        assert_agrees(evaluate(f, arguments), arguments, f"{banned}")
+
+
 def test_nothing_left_in_a_row():
     """A counted row of -inf alone has no softmax: NaN, and a gradient of 0."""
     x = torch.full((2, 5), -INF)
