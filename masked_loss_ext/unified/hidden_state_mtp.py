@@ -122,9 +122,11 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         hidden = self.layer_norm(hidden)
         losses = [
             masked_cross_entropy(
-                self._logits(hidden[:, :-k], k),
-                target_ids[:, k:],
-                on,
+                # As a matrix: of a slice of three dimensions F.linear adds the bias in a pass of
+                # its own over the logits, and under a compiler or tensor subclass to a copy.
+                self._logits(hidden[:, :-k].flatten(0, 1), k),
+                target_ids[:, k:].flatten(),
+                on.flatten(),
                 ignore_index=self.ignore_index,
                 temperature=self.temperature,
                 inplace_backward=self.inplace_backward,
