@@ -100,6 +100,48 @@ MASKED_LOSS_EXT_INLINE double unlikelihood_slope(double log_p) {
   return log_p > kLargestLogProb ? 0.0 : ::exp(log_p) / -::expm1(log_p);
 }
 
+// How the two sides reach memory: Access::Reader is the Elements of label_of(); of one row logit(class)
+// and store(class, gradient of its logit); read(array, i), 0 where it is absent, and write(array, i, value),
+// which then does nothing.
+
+// Writes what a row comes to. mean_below: mean of s - m. A class not below V gets NaN.
+template <class Access>
+MASKED_LOSS_EXT_INLINE void put_terms(const TermRows& q, const TermArrays& out, int64_t row,
+                                      int64_t label, const TermSums& r, double mean_below,
+                                      double scale, const Access& a) {
+  const double s_y = a.logit(label);
+  a.write(out.scaled_log_prob, row, scaled_log_prob_of(r, s_y, scale));
+  a.write(out.scaled_mean_log_prob, row, mean_below * scale - r.log_sum_scaled);
+  a.write(out.log_prob, row, log_prob_of(r, s_y));
+  a.write(out.entropy, row, r.entropy);
+  for (int64_t k = 0; k < q.asked; ++k) {
+    const int64_t c = asked_class<typename Access::Reader>(q, row, k);
+    double log_p = 0;
+    if (c >= 0) log_p = c < q.counted.classes ? log_prob_of(r, a.logit(c)) : double(NAN);
+    a.write(out.class_log_prob, row * q.asked + k, log_p);
+  }
+  double sum = 0, count = 0;
+  for_each_candidate<typename Access::Reader>(q, row, label, [&](int64_t c) {
+    sum += unlikelihood_of(log_prob_of(r, a.logit(c)));
+    count += 1;
+  });
+  a.write(out.unlikelihood, row, sum);
+  a.write(out.candidates, row, count);
+}
+
+// The same value for all terms of a row.
+template <class Access>
+MASKED_LOSS_EXT_INLINE void fill_terms(const TermRows& q, const TermArrays& out, int64_t row,
+                                       double value, const Access& a) {
+  a.write(out.scaled_log_prob, row, value);
+  a.write(out.scaled_mean_log_prob, row, value);
+  a.write(out.log_prob, row, value);
+  a.write(out.entropy, row, value);
+  for (int64_t k = 0; k < q.asked; ++k) a.write(out.class_log_prob, row * q.asked + k, value);
+  a.write(out.unlikelihood, row, value);
+  a.write(out.candidates, row, value);
+}
+
 // a, b, g_H, H and g_M / (V T) of the derivative above, and what the label's own cell gets besides.
 struct TermCoefficients {
   double scaled = 0, plain = 0, entropy_scale = 0, entropy = 0, mean = 0;
@@ -124,6 +166,96 @@ MASKED_LOSS_EXT_INLINE double cell_gradient(const TermCoefficients& k, const Ter
     if (k.entropy_scale != 0 && p > 0) gradient -= k.entropy_scale * (log_p + k.entropy) * p;
   }
   return gradient;
+}
+
+// A row in the backward, and the gradients of its terms.
+struct TermRow {
+  int64_t row = 0, label = 0;
+  double scale = 1, unlikelihood = 0;  // 1 / T, g_U
+  TermSums sums;
+  TermCoefficients k;
+};
+
+template <class Access>
+MASKED_LOSS_EXT_INLINE double candidate_gradient(const TermRow& r, int64_t c, const Access& a) {
+  return r.unlikelihood * unlikelihood_slope(log_prob_of(r.sums, a.logit(c)));
+}
+
+template <class Access, class F>
+MASKED_LOSS_EXT_INLINE void for_each_gradient(const TermRows& q, const TermRow& r, const Access&,
+                                              const F& f) {
+  if (r.unlikelihood == 0) return;
+  for_each_candidate<typename Access::Reader>(q, r.row, r.label, f);
+}
+
+// Sum of the gradients of a class over the places at which it is asked for.
+template <class Access>
+MASKED_LOSS_EXT_INLINE double asked_gradient(const TermRows& q, const TermArrays& g,
+                                             const TermRow& r, int64_t c, const Access& a) {
+  double sum = 0;
+  for (int64_t i = 0; i < q.asked && g.class_log_prob.data != nullptr; ++i) {
+    if (asked_class<typename Access::Reader>(q, r.row, i) == c) {
+      sum += a.read(g.class_log_prob, r.row * q.asked + i);
+    }
+  }
+  return sum;
+}
+
+// The first place at which a class is asked for; q.asked where it is not.
+template <class Access>
+MASKED_LOSS_EXT_INLINE int64_t first_asked(const TermRows& q, const TermRow& r, int64_t c,
+                                           const Access&) {
+  int64_t i = 0;
+  while (i < q.asked && asked_class<typename Access::Reader>(q, r.row, i) != c) ++i;
+  return i;
+}
+
+// b of the derivative holds the sum over the candidates, so they are visited before the row is written.
+template <class Access>
+MASKED_LOSS_EXT_INLINE void set_coefficients(const TermRows& q, const TermArrays& g, TermRow& r,
+                                             const Access& a) {
+  const double scaled = a.read(g.scaled_log_prob, r.row);
+  const double mean = a.read(g.scaled_mean_log_prob, r.row);
+  r.unlikelihood = a.read(g.unlikelihood, r.row);
+  r.k.label_scaled = scaled * r.scale;
+  r.k.label_plain = a.read(g.log_prob, r.row);
+  r.k.scaled = -(scaled + mean) * r.scale;
+  r.k.mean = mean * r.scale / double(q.counted.classes);
+  r.k.entropy_scale = a.read(g.entropy, r.row);
+  r.k.entropy = r.sums.entropy;
+  r.k.plain = -r.k.label_plain;
+  for (int64_t i = 0; i < q.asked && g.class_log_prob.data != nullptr; ++i) {
+    const int64_t c = asked_class<typename Access::Reader>(q, r.row, i);
+    if (c < 0 || c >= q.counted.classes) continue;
+    r.k.plain -= a.read(g.class_log_prob, r.row * q.asked + i);
+  }
+  for_each_gradient(q, r, a, [&](int64_t c) { r.k.plain -= candidate_gradient(r, c, a); });
+}
+
+template <class Access>
+MASKED_LOSS_EXT_INLINE void store_cell(const TermRow& r, int64_t c, double extra, const Access& a) {
+  a.store(c, cell_gradient(r.k, r.sums, r.scale, a.logit(c), c == r.label, extra));
+}
+
+// The entries of a row's gradient that get more than the others, each once and as a whole, so that it is
+// rounded once. A class may be the label's, asked for (several times) and a candidate: the first of these
+// that it is writes it.
+template <class Access>
+MASKED_LOSS_EXT_INLINE void store_cells(const TermRows& q, const TermArrays& g, const TermRow& r,
+                                        const Access& a) {
+  store_cell(r, r.label, asked_gradient(q, g, r, r.label, a), a);
+  for (int64_t i = 0; i < q.asked; ++i) {
+    const int64_t c = asked_class<typename Access::Reader>(q, r.row, i);
+    if (c < 0 || c >= q.counted.classes || c == r.label || first_asked(q, r, c, a) < i) continue;
+    double extra = asked_gradient(q, g, r, c, a);
+    for_each_gradient(q, r, a, [&](int64_t other) {
+      if (other == c) extra += candidate_gradient(r, c, a);
+    });
+    store_cell(r, c, extra, a);
+  }
+  for_each_gradient(q, r, a, [&](int64_t c) {
+    if (first_asked(q, r, c, a) == q.asked) store_cell(r, c, candidate_gradient(r, c, a), a);
+  });
 }
 
 }  // namespace masked_loss_ext

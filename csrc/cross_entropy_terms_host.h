@@ -91,7 +91,9 @@ struct TermOutputs {
       candidates, sums;
 };
 
-inline TermOutputs allocate_terms(const TermInputs& in, bool unscaled) {
+// make(sizes, dtype) makes a tensor.
+template <class Make>
+TermOutputs allocate_terms(const TermInputs& in, bool unscaled, const Make& make) {
   const Tensor& logits = in.rows.logits;
   const ScalarType type = accumulate_type(logits);
   const std::vector<int64_t> rows = row_sizes(logits), none = {0};
@@ -99,7 +101,7 @@ inline TermOutputs allocate_terms(const TermInputs& in, bool unscaled) {
   if (in.classes) classes.push_back(in.classes->size(logits.dim() - 1));
   sums.push_back(kTermSums);
   auto empty = [&](bool made, const std::vector<int64_t>& sizes) {
-    return empty_tensor(logits, made ? sizes : none, type);
+    return make(made ? sizes : none, type);
   };
   const bool linked = in.context_before.has_value();
   return {empty(true, rows),
@@ -109,7 +111,7 @@ inline TermOutputs allocate_terms(const TermInputs& in, bool unscaled) {
           empty(in.classes.has_value(), classes),
           empty(linked, rows),
           empty(linked, rows),
-          empty_tensor(logits, sums, ScalarType::Double)};
+          make(sums, ScalarType::Double)};
 }
 
 inline TermArrays arrays_of(const TermOutputs& out, const TermInputs& in, bool unscaled) {

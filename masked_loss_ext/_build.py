@@ -54,6 +54,7 @@ CUDA_SOURCES = [
     "cuda/masked_squared_error.cu",
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
+    "cuda/cross_entropy_terms.cu",
     "cuda/block_mask.cu",
     "cuda/repetition.cu",
 ]

@@ -60,7 +60,9 @@ EightTensors cross_entropy_terms_forward_cpu(
   const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
   check_terms(op, in, unscaled);
   check_temperature(op, temperature);
-  TermOutputs out = allocate_terms(in, unscaled);
+  TermOutputs out = allocate_terms(in, unscaled, [&](const auto& sizes, ScalarType type) {
+    return empty_tensor(logits, sizes, type);
+  });
   const TermRowInputs rows(in);
   const Layout layout = row_layout(op, logits, nullptr);
   TermsProblem q = terms_problem(in, rows, layout, ignore_index);
