@@ -52,6 +52,41 @@ AUXILIARY_DIVERSITY_WEIGHT = 1e-4
 REPORTED = ("ngram_penalty_breakdown", "moe_expert_balance_ratio", "moe_cv")  # not in the total
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch: [K, V] logits, their [K] labels, and how a mean over them is taken."""
+
+    logits: Tensor
+    labels: Tensor
+    take: Callable[[Tensor], Tensor]  # [B, S, ...] or [N, ...] -> [K, ...]
+    keep: Callable[[Tensor], Tensor]  # of [K, ...], 0 at rows that do not count
+    count: Tensor
+    log_prob: Callable[[], Tensor]  # [K, V] at temperature 1
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.keep(values).sum() / self.count
+
+
+def rows_of(logits: Tensor, targets: Tensor, valid: Tensor, *, select: bool, shared: bool) -> Rows:
+    count, flat = valid.sum().clamp(min=1), valid.flatten()
+
+    def take(values: Tensor) -> Tensor:
+        values = values.flatten(0, 1) if values.shape[:2] == valid.shape else values
+        return values[flat] if select else values
+
+    def keep(values: Tensor) -> Tensor:
+        if select:
+            return values
+        return torch.where(flat.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    rows = take(logits)
+    labels = take(targets).clamp(min=0)
+    if shared:
+        log_p = F.log_softmax(rows, -1)
+        return Rows(rows, labels, take, keep, count, lambda: log_p)
+    return Rows(rows, labels, take, keep, count, lambda: F.log_softmax(rows, -1))
+
+
 class Temperature(nn.Module):
     """Rises while the loss varies and falls while it does not, between 0.5 and 2."""
 
@@ -85,57 +120,21 @@ class Balancer(nn.Module):
         self.register_buffer("counts", torch.zeros(experts))
         self.register_buffer("tokens", torch.zeros(()))
 
-    def forward(self, gate_logits: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        rows, chosen = indices.shape
+    def forward(self, rows: Rows, gates: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """gates [K, E], indices [K, k]."""
         with torch.no_grad():
-            self.counts.lerp_(F.one_hot(indices, self.experts).sum((0, 1)).to(self.counts), 0.1)
-            self.tokens.lerp_(torch.full_like(self.tokens, rows), 0.1)
-            wanted = chosen * self.tokens / self.experts
-            adjustment = -self.weight * (self.counts - wanted) / self.tokens
-            ratio = self.counts / (self.tokens / self.experts + 1e-6)
+            counts = rows.keep(F.one_hot(indices, self.experts)).sum((0, 1))
+            self.counts.lerp_(counts.to(self.counts), 0.1)
+            self.tokens.lerp_(rows.count.to(self.tokens), 0.1)
+            share = indices.shape[1] * self.tokens / self.experts
+            adjustment = -self.weight * (self.counts - share) / self.tokens
             variation = self.counts.std() / (self.counts.mean() + 1e-6)
-        term = self.weight * F.mse_loss(gate_logits, (gate_logits + adjustment).detach())
+        term = rows.keep((gates - gates.detach() - adjustment) ** 2).sum()
         return {
-            "moe_balancing_term": term,
-            "moe_expert_balance_ratio": ratio,
+            "moe_balancing_term": self.weight * term / (rows.count * self.experts),
+            "moe_expert_balance_ratio": self.counts / (share + 1e-6),
             "moe_cv": variation,
         }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a batch: [K, V] logits, their [K] labels, and how a mean over them is taken."""
-
-    logits: Tensor
-    labels: Tensor
-    take: Callable[[Tensor], Tensor]  # [B, S, ...] -> [K, ...]
-    total: Callable[[Tensor], Tensor]  # of [K, ...], the rows that count
-    count: Tensor
-    log_prob: Callable[[], Tensor]  # [K, V] at temperature 1
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self.total(values) / self.count
-
-
-def rows_of(logits: Tensor, targets: Tensor, valid: Tensor, *, select: bool, shared: bool) -> Rows:
-    count = valid.sum().clamp(min=1)
-    if select:
-        rows, labels = logits[valid], targets[valid]
-        take, total = (lambda values: values[valid]), torch.sum
-    else:
-        rows, labels = logits.flatten(0, 1), targets.flatten().clamp(min=0)
-        flat = valid.flatten()
-
-        def take(values: Tensor) -> Tensor:
-            return values.flatten(0, 1)
-
-        def total(values: Tensor) -> Tensor:
-            return torch.where(flat, values, 0).sum()
-
-    if shared:
-        log_p = F.log_softmax(rows, -1)
-        return Rows(rows, labels, take, total, count, lambda: log_p)
-    return Rows(rows, labels, take, total, count, lambda: F.log_softmax(rows, -1))
 
 
 def unlikelihood(log_p: Tensor) -> Tensor:
@@ -146,16 +145,15 @@ def unlikelihood(log_p: Tensor) -> Tensor:
 def mean_unlikelihood(rows: Rows, log_p: Tensor, candidates: Tensor) -> Tensor:
     """Mean over the pairs of a row and a candidate; ``candidates`` [K] or [K, S] bool."""
     values = torch.where(candidates, unlikelihood(log_p), 0)
-    count = candidates.sum(-1) if candidates.dim() > 1 else candidates
-    values = values.sum(-1) if candidates.dim() > 1 else values
-    return rows.total(values) / rows.total(count).clamp(min=1)
+    return rows.keep(values).sum() / rows.keep(candidates).sum().clamp(min=1)
 
 
-def expert_similarity(outputs: Sequence[Tensor]) -> Tensor:
-    """Mean cosine over pairs of experts and tokens; outputs E times [N, H]."""
-    experts, tokens = len(outputs), len(outputs[0])
-    directions = F.normalize(torch.stack(list(outputs)), dim=-1).flatten(1)
-    cosines = directions @ directions.T / tokens
+def expert_similarity(rows: Rows, outputs: Sequence[Tensor]) -> Tensor:
+    """Mean cosine over pairs of experts and tokens; outputs E times [K, H]."""
+    experts = len(outputs)
+    directions = [rows.keep(F.normalize(output, dim=-1)).flatten() for output in outputs]
+    together = torch.stack(directions)
+    cosines = together @ together.T / rows.count
     return cosines.triu(1).sum() / (experts * (experts - 1) / 2)
 
 
@@ -188,17 +186,18 @@ class PlainUnifiedLoss(nn.Module):
         expert_outputs: Sequence[Tensor],
     ) -> dict[str, object]:
         """logits [B, S, V], targets and mask [B, S], gate_logits [N, E], expert_indices [N, k],
-        expert_outputs E times [N, H]."""
+        expert_outputs E times [N, H], all of N = B * S tokens."""
         valid = attention_mask & (targets != IGNORED)
         rows = rows_of(logits, targets, valid, select=self.select, shared=self.shared)
-        weight = self.settings.diversity_weight
+        gates, indices = rows.take(gate_logits), rows.take(expert_indices)
+        outputs = [rows.take(output) for output in expert_outputs]
         return {
             "main_loss": self.main_loss(rows, targets, temperature),
             **self.repetition(rows, targets, valid),
-            **self.balancer(gate_logits, expert_indices),
+            **self.balancer(rows, gates, indices),
             "focal_loss": self.focal(rows),
-            "diversity_loss": weight * expert_similarity(expert_outputs),
-            **self.auxiliary(gate_logits, expert_indices, expert_outputs),
+            "diversity_loss": self.settings.diversity_weight * expert_similarity(rows, outputs),
+            **self.auxiliary(rows, gates, indices, outputs),
         }
 
     def main_loss(self, rows: Rows, targets: Tensor, temperature: Tensor) -> Tensor:
@@ -256,15 +255,16 @@ class PlainUnifiedLoss(nn.Module):
         return rows.mean(weight * loss)
 
     def auxiliary(
-        self, gate_logits: Tensor, indices: Tensor, outputs: Sequence[Tensor]
+        self, rows: Rows, gates: Tensor, indices: Tensor, outputs: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         s = self.settings
-        probabilities = F.softmax(gate_logits, -1).sum(0)
-        counts = F.one_hot(indices, s.num_experts).sum((0, 1))
-        load = s.num_experts * (probabilities * counts).sum() / indices.numel() ** 2
-        router = (torch.logsumexp(gate_logits, -1) ** 2).mean()
+        probabilities = rows.keep(F.softmax(gates, -1)).sum(0)
+        counts = rows.keep(F.one_hot(indices, s.num_experts)).sum((0, 1))
+        choices = rows.count * indices.shape[1]
+        load = s.num_experts * (probabilities * counts).sum() / choices**2
+        similarity = expert_similarity(rows, outputs)
         return {
             "aux_load_balancing": s.load_balancing_weight * load.clamp(max=10),
-            "aux_router_z": s.router_z_weight * router,
-            "aux_expert_diversity": AUXILIARY_DIVERSITY_WEIGHT * expert_similarity(outputs),
+            "aux_router_z": s.router_z_weight * rows.mean(torch.logsumexp(gates, -1) ** 2),
+            "aux_expert_diversity": AUXILIARY_DIVERSITY_WEIGHT * similarity,
         }

@@ -143,8 +143,7 @@ def loss_problem(shape: tuple[int, int, int], penalty_on: str, device: str) -> P
         "compile": as_call(one_graph),
     }
     contenders = [
-        Contender(name, call, sets, prepare=restore)
-        for name, (call, restore) in calls.items()
+        Contender(name, call, sets, prepare=restore) for name, (call, restore) in calls.items()
     ]
     moved = 2 * read_bytes(logits, mask) + logits.nbytes
     information = Contender(ALONE, alone, sets, role="information")

@@ -20,7 +20,8 @@ def check_penalty_on(name, penalty_on):
 def unlikelihood(log_prob, asked):
     """-log(1 - p) where asked for, 0 elsewhere; finite for p = 1."""
     bounded = torch.where(asked, log_prob, -1.0).clamp(max=LARGEST_LOG_PROB)
-    return torch.where(asked, -torch.log(-torch.expm1(bounded)), 0)
+    # Not log(-expm1): the derivative of expm1 is computed as (p - 1) + 1, which loses a small p.
+    return torch.where(asked, -torch.log1p(-bounded.exp()), 0)
 
 
 def mean_unlikelihood(log_prob, asked):
