@@ -57,7 +57,7 @@ def draw_error(axes: plt.Axes, batch: Batch, by_keep_k: dict[int, Quality]) -> N
         xlabel="keep_k, registers kept",
         ylabel="squared error of pixels in [-1, 1]",
         title=f"{len(batch.shapes)} crops never trained on",
-        ylim=(0, None),
+        ylim=(0, 1.12 * max(errors)),
     )
-    axes.margins(x=0.1, y=0.12)
+    axes.margins(x=0.1)
     tidy(axes)

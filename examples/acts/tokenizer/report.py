@@ -26,9 +26,10 @@ def print_errors(batch: Batch, history: History, by_keep_k: dict[int, Quality], 
     blank = batch.patches.square().mean().item()
     print(
         f"\n{steps} steps in {history.seconds:.1f} s, {milliseconds:.0f} ms each. {len(lengths)} "
-        f"crops of regions never trained on,\n{min(lengths)} to {max(lengths)} patches of {CELL} x {CELL} pixels "
-        f"each, through at most {REGISTERS} registers of {code} numbers.\nError: squared, of pixels in [-1, 1]; a grey image has {blank:.4f}. Blocks: "
-        f"{BLOCK} x {BLOCK} that attention computes,\nof those of the whole packed batch.\n"
+        f"crops of regions never trained on,\n{min(lengths)} to {max(lengths)} patches of {CELL} x "
+        f"{CELL} pixels each, through at most {REGISTERS} registers of {code} numbers.\nError: "
+        f"squared, of pixels in [-1, 1]; a grey image has {blank:.4f}. Blocks: {BLOCK} x {BLOCK},\n"
+        "those that FlexAttention would compute, of all in the packed batch.\n"
     )
     rows = [
         (str(k), str(k * code), f"{q.mse:.4f}", f"{q.psnr:.2f}", f"{q.blocks.pairs:.1%}")
