@@ -50,7 +50,7 @@ def run(options: Options) -> None:
     report.print_errors(held_out, history, by_keep_k, model.code)
     report.print_nan(same_bits_with_nan(model, held_out))
     batch = draw(source, settings["crops"]).to(options.device)
-    drawn = mle.sample_keep_k(REGISTERS, settings["crops"], generator=keep_k)
+    drawn = mle.sample_keep_k(REGISTERS, settings["crops"], "pow2", generator=keep_k)
     rounds = ROUNDS_QUICK if options.quick else ROUNDS
     report.print_costs(step_costs(model, batch, drawn, rounds), batch, drawn, rounds)
     path = options.output / "tokenizer_reconstructions.png"
@@ -66,7 +66,10 @@ def fit(
     steps: int,
     device: torch.device,
 ) -> History:
-    """Every crop of every step keeps its own number of registers, 1 to all, each as likely."""
+    """Every crop of every step keeps a number of registers of its own: 1, 2, 4, ... or all.
+
+    Each as likely: if all numbers were, few would be small, and one register would learn little.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.5, 20 / steps)
@@ -76,7 +79,7 @@ def fit(
     progress = tqdm(range(steps), desc="tokenizer", unit="step", mininterval=0.5)
     for _ in progress:
         batch = draw(source, crops).to(device)
-        keep_k = mle.sample_keep_k(REGISTERS, crops, generator=generator)
+        keep_k = mle.sample_keep_k(REGISTERS, crops, "pow2", generator=generator)
         loss = reconstruction_loss(model, batch, batch.layout(keep_k))
         optimizer.zero_grad()
         loss.backward()

@@ -13,6 +13,7 @@ import masked_loss_ext as mle
 from ..common.transformer import Block
 from .data import REGISTERS, Batch
 
+INPUT_SCALE = 6.0  # makes the patches about as large as the embedding of their places
 FREQUENCIES = 6  # half waves per crop side that positions are told apart by
 
 
@@ -60,7 +61,7 @@ class Tokenizer(nn.Module):
         self.encoder = nn.ModuleList(PackedBlock(dim, heads) for _ in range(depth))
         self.to_code = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, code))
         self.from_code = nn.Linear(code, dim)
-        self.register_place = nn.Parameter(torch.randn(REGISTERS, dim))
+        self.register_place = nn.Parameter(0.5 * torch.randn(REGISTERS, dim))
         self.query = nn.Linear(features, dim)
         self.decoder = nn.ModuleList(PackedBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -74,7 +75,9 @@ class Tokenizer(nn.Module):
     def encode(self, batch: Batch, layout: mle.PackedLayout) -> list[Tensor]:
         """Of each crop [registers, code]; 0 where they are dropped."""
         places = place_features(batch.places)
-        patches = self.embed(batch.patches / self.spectrum) + self.place(places)
+        # Halfway to white: white, the few coefficients that say most would drown among the others.
+        scaled = INPUT_SCALE * batch.patches / (self.spectrum * self.spectrum.max()).sqrt()
+        patches = self.embed(scaled) + self.place(places)
         x = self.pack(patches, [self.registers] * len(batch.shapes), layout)
         for block in self.encoder:
             x = block(x, layout, "causal_last")
