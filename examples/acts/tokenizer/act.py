@@ -21,10 +21,10 @@ from .measure import error_by_keep_k, same_bits_with_nan, step_costs
 from .model import Tokenizer, reconstruction_loss
 from .plots import plot_reconstructions
 
-FULL = {"steps": 280, "crops": 8, "cells": (4, 8), "held_out": 48, "dim": 96, "depth": 2}
+FULL = {"steps": 400, "crops": 8, "cells": (4, 8), "held_out": 48, "dim": 96, "depth": 2}
 QUICK = {"steps": 8, "crops": 4, "cells": (4, 6), "held_out": 8, "dim": 48, "depth": 1}
 ROUNDS, ROUNDS_QUICK = 7, 3  # of the timing
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 
 
 @dataclass
