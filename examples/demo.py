@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Train something real with masked_loss_ext and measure what its losses change.
 
-python examples/demo.py                  all acts: about 4 minutes on two cores, language 2 of them
+python examples/demo.py                  all acts: about 5 minutes on two cores, language 2 of them
 python examples/demo.py --quick          seconds: does everything run?
 python examples/demo.py --acts language  one act
 """
