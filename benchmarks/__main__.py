@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--contenders", nargs="+", metavar="NAME", help="ours and these")
         add_switches(one)
     add_switches(commands.add_parser("all", help="every benchmark in turn, with these switches"))
+    counts = commands.add_parser("compaction", help="what masking saves and what compaction does")
+    counts.add_argument("--csv", type=Path, help="default: benchmarks/results/compaction.csv")
     tables = commands.add_parser("readme", help="make README.md's tables anew from the CSV files")
     tables.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
     return top
@@ -67,9 +69,10 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
     problem = case.make()
     entrants = entrants_of(problem, wanted.contenders)
     truth = agreement.truth_of(problem)
-    agreements = {one.name: agreement.check(one, truth, problem) for one in entrants}
+    attempted = [one for one in entrants if not one.skip]
+    agreements = {one.name: agreement.check(one, truth, problem) for one in attempted}
     del truth  # as large as the data, and no contender needs it
-    timed = [one for one in entrants if not agreements[one.name].refusal]
+    timed = [one for one in attempted if not agreements[one.name].refusal]
     rounds = wanted.rounds or (QUICK_ROUNDS if wanted.quick else case.rounds or ROUNDS)
     with machine.NeighbourMeter() as neighbours:
         samples = harness.interleave([*timed, *problem.beside], wanted.device, rounds)
@@ -91,7 +94,7 @@ def peaks_of(
     case: harness.Case, problem: harness.Problem, names: list[str], wanted: argparse.Namespace
 ) -> dict[str, int]:
     found: dict[str, int] = {}
-    if not case.weigh or problem.gradient_bytes < memory.SMALLEST_GRADIENT:
+    if not case.weigh or 0 < problem.gradient_bytes < memory.SMALLEST_GRADIENT:
         return found
     for name in names:
         peak, trouble = memory.measure_apart(
@@ -121,7 +124,7 @@ def measure_at_level(case: harness.Case, wanted: argparse.Namespace) -> list[lis
 
 
 def is_refused(row: dict) -> bool:
-    return row["status"] != "timed"
+    return row["status"].startswith("refused")
 
 
 def csv_path(wanted: argparse.Namespace) -> Path | None:
@@ -179,6 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = parser().parse_args(arguments)
     if wanted.command == "all":
         return run_all(arguments[1:])
+    if wanted.command == "compaction":
+        counts = importlib.import_module("benchmarks.compaction")
+        return counts.run(wanted.csv or counts.PATH)
     if wanted.command != "readme":
         return run_benchmark(wanted)
     try:

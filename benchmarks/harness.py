@@ -43,6 +43,7 @@ class Contender:
     weigh: bool = True  # False: its peak memory says nothing beside the case's gradient
     role: str = "rival"  # or "floor", which ours cannot beat, or "information" for the reader
     prepare: Callable[..., object] | None = None  # on the same inputs, before a call, untimed
+    skip: str = ""  # why it is not even attempted; the tables say so
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Problem:
     contenders: Sequence[Contender]
     reference: Callable[..., Tensor | tuple]  # the same call on float64 inputs
     bytes_moved: int  # what must be read and written, forward and backward
-    gradient_bytes: int  # where there is no backward pass: what the gradient would have
+    gradient_bytes: int  # where there is no backward pass: what the gradient would have; 0: none
     beside: Sequence[Contender] = ()  # floors and information: timed, neither checked nor weighed
     gradient_tolerance: float = 2e-6  # relative, of an element: about six fp32 roundings
     gradient_unit: float = 0.0  # an element smaller than this may be off by the same as one of it
@@ -69,6 +70,8 @@ class View:
     targets: Mapping[str, float] = field(default_factory=dict)  # the least: its time / base's
     limits: Mapping[str, float | None] = field(default_factory=dict)  # the most: base's time / its
     peak_limit: float | None = None  # the most: base's peak memory / gradient
+    peak_limit_bytes: int | None = None  # the most: base's peak memory
+    time_limit_us: float | None = None  # the most: base's median
     names: Mapping[str, str] = field(default_factory=dict)  # contender -> what it is called here
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .report import number_text, read_csv, time_text
+from .report import number_text, read_csv, size_text, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -33,6 +33,8 @@ def by_case(rows: Rows) -> dict[str, Rows]:
 def against_text(row: Mapping[str, str]) -> str:
     """How many times faster ours is than this contender; one that was not timed says so."""
     ratio = number_text(row["ratio_of_medians"], "{:.1f}x") or "not timed"
+    if row["status"].startswith("not attempted"):
+        ratio = row["status"].replace(": ", " (") + ")"
     wanted = number_text(row["target"], " (aim {:g}x)")
     return f"{row['contender']} {ratio}{wanted}"
 
@@ -54,6 +56,22 @@ def peak_text(row: Mapping[str, str]) -> str:
     return number_text(row["peak_over_gradient"], form) + wanted
 
 
+def time_aim_text(row: Mapping[str, str]) -> str:
+    limit = row.get("time_limit_us")  # not in the figures of older runs
+    return f" (aim at most {float(limit) / 1e3:g} ms)" if limit else ""
+
+
+def size_texts(rows: Rows) -> str:
+    """Of ours and of the others, where there is no gradient to set it beside."""
+    found = []
+    for row in rows:
+        if row["peak_extra_bytes"] and not row["peak_over_gradient"]:
+            limit = size_text(row.get("peak_limit_bytes"))
+            aim = f" (aim at most {limit})" if limit else ""
+            found.append(f"{row['contender']} {size_text(row['peak_extra_bytes'])}{aim}")
+    return ", ".join(found)
+
+
 def case_cells(rows: Rows) -> dict[str, str]:
     """Heading and text of each cell of a case's line."""
     ours = next(row for row in rows if row["role"] == "ours")
@@ -62,11 +80,12 @@ def case_cells(rows: Rows) -> dict[str, str]:
     return {
         "case": f"`{ours['case']}`",
         "shape": f"[{shape}] {ours['dtype']}, {ours['summary']}",
-        "time": time_text(ours["median_us"]),
+        "time": time_text(ours["median_us"]) + time_aim_text(ours),
         "times faster than": listed(rows, "rival", against_text),
         "times as long as": listed(rows, "floor", floor_text),
         "GB/s": number_text(ours["gb_per_s"], "{:.1f}") + copy,
         "peak memory / gradient": peak_text(ours),
+        "peak memory": size_texts(rows),
     }
 
 

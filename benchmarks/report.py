@@ -18,7 +18,8 @@ COLUMNS = (
     "ratio_of_medians", "ratio_of_minima", "distance", "target", "met",
     "bytes_moved", "gb_per_s", "of_copy",
     "loss_error", "gradient_error",
-    "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_met",
+    "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_limit_bytes",
+    "peak_met", "time_limit_us", "time_met",
     "other_cores", "device", "processor", "capability", "threads",
     "torch", "masked_loss_ext", "date",
 )  # fmt: skip
@@ -80,7 +81,7 @@ def role_of(contender: Contender, view: View) -> str:
 
 def rate_of(one: Contender, view: View, problem: Problem, timed: Mapping[str, Samples]) -> dict:
     """GB/s of ours, of the copy and of the fill; of ours also what share that is of the copy's."""
-    if one.name not in timed or one.name not in (view.base, COPY, FILL):
+    if one.name not in timed or one.name not in (view.base, COPY, FILL) or not problem.bytes_moved:
         return {}
     median = summarize(timed[one.name].total_us).median
     moved = problem.gradient_bytes if one.name == FILL else problem.bytes_moved
@@ -93,11 +94,21 @@ def rate_of(one: Contender, view: View, problem: Problem, timed: Mapping[str, Sa
 def peak_of(one: Contender, view: View, problem: Problem, peaks: Mapping[str, int]) -> dict:
     if (peak := peaks.get(one.name)) is None:
         return {}
-    over = peak / problem.gradient_bytes
-    found = {"peak_extra_bytes": peak, "peak_over_gradient": over}
-    if one.name == view.base and view.peak_limit is not None:
-        found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
+    found: dict[str, object] = {"peak_extra_bytes": peak}
+    if problem.gradient_bytes:
+        found["peak_over_gradient"] = over = peak / problem.gradient_bytes
+        if one.name == view.base and view.peak_limit is not None:
+            found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
+    if one.name == view.base and (limit := view.peak_limit_bytes) is not None:
+        found |= {"peak_limit_bytes": limit, "peak_met": verdict(peak <= limit)}
     return found
+
+
+def time_aim_of(one: Contender, view: View, timed: Mapping[str, Samples]) -> dict:
+    if one.name != view.base or one.name not in timed or view.time_limit_us is None:
+        return {}
+    median = summarize(timed[one.name].total_us).median
+    return {"time_limit_us": view.time_limit_us, "time_met": verdict(median <= view.time_limit_us)}
 
 
 def case_rows(
@@ -112,7 +123,7 @@ def case_rows(
     """A row for each contender of the view that was checked or timed, refused ones too."""
     rows = []
     for one in shown(problem, view):
-        if one.name not in agreements and one.name not in timed:
+        if one.name not in agreements and one.name not in timed and not one.skip:
             continue
         role, samples = role_of(one, view), timed.get(one.name)
         target = (view.limits if role == "floor" else view.targets).get(one.name)
@@ -126,7 +137,10 @@ def case_rows(
         if (agreement := agreements.get(one.name)) is not None:
             row |= {"loss_error": agreement.loss_error, "gradient_error": agreement.gradient_error}
             row["status"] = f"refused: {agreement.refusal}" if agreement.refusal else "timed"
+        if one.skip:
+            row["status"] = f"not attempted: {one.skip}"
         row |= rate_of(one, view, problem, timed) | peak_of(one, view, problem, peaks)
+        row |= time_aim_of(one, view, timed)
         row |= {
             "benchmark": benchmark,
             "case": view.name,
@@ -167,20 +181,30 @@ def time_text(time_us: object) -> str:
     return f"{time_us / 1e3:.2f} ms" if time_us >= 1e3 else f"{time_us:.1f} us"
 
 
+def size_text(size: object) -> str:
+    return number_text(None if size in (None, "") else float(size) / (1 << 20), "{:.1f} MiB")
+
+
 def number_text(value: object, form: str) -> str:
     if value in (None, "") or math.isnan(float(value)):
         return ""
     return form.format(float(value))
 
 
-HEAD = ("contender", "median", "min", "iqr", "forward", "x ours", "(minima)", "ours x it",
-        "target", "met", "GB/s", "of copy", "peak/grad", "(limit)", "grad error")  # fmt: skip
+HEAD = ("contender", "median", "(aim)", "min", "iqr", "forward", "x ours", "(minima)", "ours x it",
+        "target", "met", "GB/s", "of copy", "peak/grad", "peak", "(limit)",
+        "grad error")  # fmt: skip
+
+
+def aim_text(limit: str, met: object) -> str:
+    return f"<= {limit} {met}" if met else ""
 
 
 def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
     return (
         str(row["contender"]),
         time_text(row.get("median_us")),
+        aim_text(time_text(row.get("time_limit_us")), row.get("time_met")),
         time_text(row.get("min_us")),
         time_text(row.get("iqr_us")),
         time_text(row.get("forward_median_us")),
@@ -192,7 +216,11 @@ def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
         number_text(row.get("gb_per_s"), "{:.1f}"),
         number_text(row.get("of_copy"), "{:.0%}"),
         number_text(row.get("peak_over_gradient"), "{:.3f}"),
-        number_text(row.get("peak_limit"), "<= {:g} ") + str(row.get("peak_met") or ""),
+        "" if row.get("peak_over_gradient") else size_text(row.get("peak_extra_bytes")),
+        aim_text(
+            number_text(row.get("peak_limit"), "{:g}") or size_text(row.get("peak_limit_bytes")),
+            row.get("peak_met"),
+        ),
         number_text(row.get("gradient_error"), "{:.1e}"),
     )
 

@@ -188,12 +188,9 @@ def test_a_contender_with_a_limit_is_a_floor_under_a_name_of_its_own():
     view = harness.View(
         "toy",
         "",
-        "ours",
-        ("ours in place",),
-        {},
-        {"ours in place": 2},
-        None,
-        {"ours in place": "x"},
+        beside=("ours in place",),
+        limits={"ours in place": 2},
+        names={"ours in place": "x"},
     )
     row = toy_rows(view)["x"]
     assert (row["role"], row["distance"], row["met"]) == ("floor", 2.0, "yes")
@@ -276,7 +273,7 @@ def test_all_runs_every_benchmark_with_the_same_switches(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit, match="failed: squared_error"):
         command.main(["all", "--quick", "--rounds", "2"])
-    names = ["squared_error", "cross_entropy"]
+    names = ["squared_error", "cross_entropy", "block_mask"]
     assert lines == [[name, "--quick", "--rounds", "2"] for name in names]
 
 

@@ -111,15 +111,17 @@ def test_kept_is_clamped():
 
 
 def expected_lists(lo, hi, kv_len, block):
-    columns = [(a, b) for a, b in zip(lo.unbind(1), hi.unbind(1), strict=True)]
+    columns = list(zip(lo.unbind(1), hi.unbind(1), strict=True))
+    batch, size = lo.shape[0], lo.shape[2]
 
     def mask_mod(b, h, q, kv):
         allowed = q < 0
+        if 0 in (size, kv_len):  # no pair to look up
+            return allowed
         for low, high in columns:
             allowed = allowed | ((kv >= low[b, q]) & (kv < high[b, q]))
         return allowed
 
-    batch, size = lo.shape[0], lo.shape[2]
     return create_block_mask(mask_mod, batch, None, size, kv_len, "cpu", BLOCK_SIZE=block)
 
 
@@ -132,15 +134,15 @@ def check_against_create_block_mask(lo, hi, kv_len, block):
     assert all(tensor.shape == (0,) for tensor in short[4:])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_bit_equal_to_create_block_mask(seed):
     rng = random.Random(seed)
     for _ in range(3):
         check_against_create_block_mask(*random_intervals(rng))
 
 
-@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 500])
-@pytest.mark.parametrize("kv_len", [1, 128, 300])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 500])
+@pytest.mark.parametrize("kv_len", [0, 1, 128, 300])
 def test_lengths_around_a_block(size, kv_len):
     q = torch.arange(size, dtype=torch.int32)
     lo, hi = (q - 40).clamp(min=0), q + 1

@@ -146,3 +146,35 @@ def test_gradients_through_the_dense_mask_are_finite_and_zero_where_dropped():
     out.sin().sum().backward()
     for tensor in inputs:
         assert (tensor.grad[:, :, ~layout.visible] == 0).all() and tensor.grad.isfinite().all()
+
+
+def test_one_graph_for_all_lengths(fresh_dynamo):
+    """dynamic=True: layouts and intervals inside the graph, sizes that change from call to call."""
+
+    def from_ids(ids):
+        mask = mle.RowIntervals.from_document_ids(ids) & mle.RowIntervals.causal(ids.shape[-1])
+        return mask.lo, mask.hi, mask.block_mask().kv_indices
+
+    def from_cu_seqlens(cu, ids):
+        mask = mle.RowIntervals.from_cu_seqlens(cu, ids.shape[-1])
+        return mask.lo, mask.hi, mask.block_mask().kv_indices
+
+    def from_keep_k(keep_k):
+        layout = mle.PackedLayout(LENGTHS, keep_k)
+        return layout.visible, layout.positions, layout.block_mask("causal").kv_indices
+
+    lengths = (300, 401, 517)
+    ids = [(torch.arange(n) >= n // 3).long() for n in lengths]
+    cu = [torch.tensor([0, 5, n - 3]) for n in lengths]
+    keep = [torch.tensor([k, 60, 0]) for k in (1, 50, 7)]
+    for function, calls in (
+        (from_ids, [(i,) for i in ids]),
+        (from_cu_seqlens, list(zip(cu, ids, strict=True))),
+        (from_keep_k, [(k,) for k in keep]),
+    ):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled_function = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+        for call in calls:
+            for ours, theirs in zip(compiled_function(*call), function(*call), strict=True):
+                assert torch.equal(ours, theirs)
+        assert counter.frame_count == 1, function.__name__

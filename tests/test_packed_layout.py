@@ -208,3 +208,43 @@ def test_the_known_picture():
     assert stats.empty_blocks == 100 - 64 - 17 and stats.empty_rows == 256 - 64
     everything = mle.PackedLayout([[1024, 256]], [256]).intervals().stats()
     assert everything.full_blocks == 100 and everything.density == 1
+
+
+# --- devices and tracing -------------------------------------------------------------------------
+
+
+def test_devices_and_fake_tensors():
+    fake = pytest.importorskip("torch._subclasses").FakeTensorMode
+    with fake():
+        for keep_k in (torch.tensor([1]), [1], None):
+            block_mask = mle.nested_dropout_block_mask([[400, 3]], keep_k)
+            assert block_mask.full_kv_indices.shape == (1, 1, 4, 4)
+    with torch.device("meta"):
+        assert mle.PackedLayout([[4, 3]], [1]).block_mask().kv_indices.is_meta
+        on_cpu = mle.PackedLayout([[4, 3]], [1], device="cpu")
+        assert on_cpu.block_mask().kv_indices.device.type == "cpu"
+    keep_k = torch.ones(1, dtype=torch.int64, device="meta")  # cannot be read at all
+    layout = mle.PackedLayout([[400, 3]], keep_k)
+    assert layout.block_mask("causal_last").kv_indices.shape == (1, 1, 4, 4)
+    assert layout.visible.is_meta and layout.kept.is_meta and "on the device" in repr(layout)
+    assert mle.sample_keep_k(keep_k, 1, "uniform_pow2").is_meta
+
+
+def test_layouts_can_be_copied_and_sent():
+    import copy
+    import pickle
+
+    layout = mle.PackedLayout(LENGTHS, [1, 5, 2])
+    expected = layout.intervals("causal_last")
+    for other in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert repr(other) == repr(layout)
+        assert torch.equal(other.intervals("causal_last").lo, expected.lo)
+    sent = pickle.loads(pickle.dumps(expected))
+    assert torch.equal(sent.dense(), expected.dense())
+
+
+def test_too_many_segments_to_drop_from():
+    assert mle.PackedLayout([[1] * 8], [[1] * 8]).intervals().dense().sum() == 64
+    assert mle.PackedLayout([[1] * 12], [1]).intervals().lo.shape[0] == 1
+    with pytest.raises(ValueError, match="kept must have at most 8 segments per sample"):
+        mle.PackedLayout([[1] * 9], [[1] * 9]).intervals()

@@ -54,11 +54,7 @@ inline CrossEntropyProblem problem_of(const CrossEntropyInputs& in, const RowInp
   q.weight_sum = double(q.counted.classes);
   if (in.weight && options.label_smoothing > 0) {
     q.weight_sum = 0;
-    const bool wide = q.weight.kind == Kind::kDouble;
-    for (int64_t c = 0; c < q.counted.classes; ++c) {
-      q.weight_sum += wide ? static_cast<const double*>(q.weight.data)[c]
-                           : double(static_cast<const float*>(q.weight.data)[c]);
-    }
+    for (int64_t c = 0; c < q.counted.classes; ++c) q.weight_sum += read_entry<double>(q.weight, c);
   }
   return q;
 }

@@ -7,7 +7,7 @@
 
 namespace masked_loss_ext {
 
-// Calls f with a typed pointer to entry i, where T is what widen() gives.
+// Entry i of an array of any kind.
 template <class Number>
 Number read_entry(const Array& array, int64_t i) {
   switch (array.kind) {

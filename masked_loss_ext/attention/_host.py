@@ -9,6 +9,7 @@ import torch
 
 from .._checks import check_integers, shape_text
 
+_modes = torch._C._len_torch_dispatch_stack  # private; how many are active
 _CODES = {torch.int32: "i", torch.int64: "q"}
 UNLIMITED = 2**31 - 1  # longer than any segment: positions are int32
 
@@ -126,8 +127,9 @@ def to_device(numbers, device, dtype=torch.int64):
     """A list of ints as a tensor, without waiting for a GPU: from pinned memory where it is one."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and numbers:
-        # A third of the time of torch.tensor, which looks at each number.
+    if device.type == "cpu" and numbers and not torch.compiler.is_compiling() and not _modes():
+        # A third of the time of torch.tensor, which looks at each number; but no mode (fake
+        # tensors, say) sees it.
         return torch.frombuffer(array(_CODES[dtype], numbers), dtype=dtype)
     return torch.tensor(numbers, dtype=dtype, device=device)
 

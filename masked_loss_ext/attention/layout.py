@@ -50,7 +50,7 @@ class PackedLayout:
         max_seq_len: S itself. ValueError where the samples do not fit.
         align_samples: each sample begins at a multiple of this; the gaps are padding. Samples that
             begin with a block have fewer partial blocks.
-        device: of the tensors. None: that of keep_k, else the CPU.
+        device: of the tensors. None: that of a keep_k tensor, else PyTorch's default.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PackedLayout:
         if keep_k is not None:
             keep, tensor = _host.keep_rows(name, keep_k, samples, segments)
         if device is None:
-            device = keep_k.device if isinstance(keep_k, torch.Tensor) else "cpu"
+            device = _default_device(keep_k)
         self.segment_lengths, self.num_samples, self.num_segments = rows, samples, segments
         self.device = torch.device(device)
         self.align_samples = _positive(name, "align_samples", align_samples, 1)
@@ -174,7 +174,8 @@ class PackedLayout:
         return torch.where(real, lo, 0), torch.where(real, hi, 0)
 
     def compact(self, align=None, bucket=None):
-        """A plan that drops the tokens for good: see ``CompactPlan``.
+        """A plan that drops the tokens for good: see ``CompactPlan``. What it saves beside masking:
+        ``python -m benchmarks compaction``.
 
         Args:
             align: each sample begins at a multiple of this.
@@ -243,6 +244,12 @@ class PackedLayout:
         if name not in self._cache:
             self._cache.update(_tokens.attributes(self, name))
         return self._cache[name]
+
+
+def _default_device(keep_k):
+    if isinstance(keep_k, torch.Tensor):
+        return keep_k.device
+    return torch.empty(0).device  # PyTorch's default; get_default_device takes eight times as long
 
 
 def _positive(name, argument, value, default):

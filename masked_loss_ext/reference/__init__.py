@@ -6,6 +6,7 @@ logits) is float64, so float64 copies of the inputs give the truth. What a mask 
 by 0 *before* any arithmetic: ``torch.where`` on the result would leave ``0 * NaN`` in the gradient.
 """
 
+from . import attention
 from .cross_entropy import (
     RowStatistics,
     mask_labels,
@@ -34,6 +35,7 @@ __all__ = [
     "RowStatistics",
     "accumulate_dtype",
     "align_leading",
+    "attention",
     "compute_loss_multi_resolution",
     "factors",
     "lengths_to_mask",
