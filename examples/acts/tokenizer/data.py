@@ -63,5 +63,12 @@ def collate(crops: Sequence[Tensor]) -> Batch:
     return Batch(torch.cat([encode(crop, CELL) for crop in crops]), torch.cat(places), shapes)
 
 
-def draw(source: CropSource, size: int) -> Batch:
-    return collate([source.crop(source.region()) for _ in range(size)])
+def draw(source: CropSource, size: int, candidates: int = 1) -> Batch:
+    """Of so many candidates the crop that varies most, for the photographs are mostly sky and blur:
+    crops that anything can reconstruct teach little."""
+
+    def crop() -> Tensor:
+        drawn = [source.crop(source.region()) for _ in range(candidates)]
+        return max(drawn, key=lambda image: image.var(dim=(1, 2)).sum().item())
+
+    return collate([crop() for _ in range(size)])

@@ -55,6 +55,24 @@ def blocks_of(layout: mle.PackedLayout) -> Blocks:
     return Blocks(stats.full_blocks + stats.partial_blocks, stats.blocks, stats.density)
 
 
+@dataclass(frozen=True)
+class FlatErrors:
+    """Of images that say nothing, or one thing."""
+
+    grey: float  # 0 everywhere
+    mean_colour: float  # the mean of each crop, three exact numbers
+
+
+def flat_errors(batch: Batch) -> FlatErrors:
+    images = batch.images(batch.patches)
+    pixels = sum(image.numel() for image in images)
+    centred = (image - image.mean(dim=(1, 2), keepdim=True) for image in images)
+    grey, mean_colour = (
+        sum(x.square().sum().item() for x in group) / pixels for group in (images, centred)
+    )
+    return FlatErrors(grey, mean_colour)
+
+
 @torch.no_grad()
 def error_by_keep_k(model: Tokenizer, batch: Batch) -> dict[int, Quality]:
     found = {}

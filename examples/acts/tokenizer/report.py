@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.tables import print_table
 from .data import CELL, REGISTERS, Batch
-from .measure import BLOCK, Blocks, Quality, StepCost
+from .measure import BLOCK, Blocks, FlatErrors, Quality, StepCost
 
 if TYPE_CHECKING:
     from .act import History
@@ -19,27 +19,43 @@ def share(blocks: Blocks) -> str:
     return f"{blocks.computed} of {blocks.all}"
 
 
-def print_errors(batch: Batch, history: History, by_keep_k: dict[int, Quality], code: int) -> None:
+def print_errors(
+    batch: Batch,
+    history: History,
+    before: dict[int, Quality],
+    by_keep_k: dict[int, Quality],
+    code: int,
+) -> None:
     steps = len(history.train)
     lengths = batch.lengths()
     milliseconds = 1000 * history.seconds / steps
-    blank = batch.patches.square().mean().item()
     print(
         f"\n{steps} steps in {history.seconds:.1f} s, {milliseconds:.0f} ms each. {len(lengths)} "
         f"crops of regions never trained on,\n{min(lengths)} to {max(lengths)} patches of {CELL} x "
         f"{CELL} pixels each, through at most {REGISTERS} registers of {code} numbers.\nError: "
-        f"squared, of pixels in [-1, 1]; a grey image has {blank:.4f}. Blocks: {BLOCK} x {BLOCK},\n"
-        "those that FlexAttention would compute, of all in the packed batch.\n"
+        f"squared, of pixels in [-1, 1]. Before training: registers hold averages of the\npatches "
+        "near their place, the strongest coefficients, and patches average registers near them.\n"
+        f"Blocks: {BLOCK} x {BLOCK}, those that FlexAttention would compute, of all in the packed "
+        "batch.\n"
     )
     rows = [
-        (str(k), str(k * code), f"{q.mse:.4f}", f"{q.psnr:.2f}", f"{q.blocks.pairs:.1%}")
-        + (share(q.blocks),)
+        (str(k), str(k * code), f"{before[k].mse:.4f}", f"{q.mse:.4f}", f"{q.psnr:.2f}")
+        + (f"{q.blocks.pairs:.1%}", share(q.blocks))
         for k, q in by_keep_k.items()
     ]
-    print_table(("keep_k", "numbers", "error", "PSNR in dB", "pairs", "blocks"), rows)
+    print_table(("keep_k", "numbers", "before", "error", "PSNR in dB", "pairs", "blocks"), rows)
+
+
+def print_summary(by_keep_k: dict[int, Quality], flat: FlatErrors) -> None:
     errors = [q.mse for q in by_keep_k.values()]
     falls = sum(b < a for a, b in zip(errors, errors[1:], strict=False))
-    print(f"\nThe error falls at {falls} of {len(errors) - 1} doublings of keep_k.")
+    least, most = min(by_keep_k), max(by_keep_k)
+    print(
+        f"\nThe error falls at {falls} of {len(errors) - 1} doublings of keep_k. A grey image has "
+        f"{flat.grey:.4f},\n{flat.grey / errors[0]:.1f} times that of keep_k = {least} and "
+        f"{flat.grey / errors[-1]:.1f} times that of keep_k = {most}; each crop\n"
+        f"in its own mean colour, 3 exact numbers, has {flat.mean_colour:.4f}."
+    )
 
 
 def print_nan(same: bool) -> None:
