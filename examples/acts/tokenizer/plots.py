@@ -45,9 +45,13 @@ def plot_reconstructions(
 
 
 def choose(originals: list[Tensor]) -> list[int]:
-    """Those with most to see, by the originals alone: the sum of the steps between neighbours."""
+    """By the originals alone: of the half with most to see (the steps between neighbours, summed),
+    those spread evenly from the bluest to the reddest."""
     detail = [sum(x.diff(dim=axis).abs().sum().item() for axis in (1, 2)) for x in originals]
-    return sorted(np.argsort(detail)[::-1][:SHOWN].tolist())
+    busy = np.argsort(detail)[len(originals) // 2 :].tolist()
+    busy.sort(key=lambda i: (originals[i][0] - originals[i][2]).mean().item())
+    places = np.linspace(0, len(busy) - 1, min(SHOWN, len(busy))).round().astype(int)
+    return [busy[place] for place in places]
 
 
 def draw_error(
