@@ -11,6 +11,7 @@ import torch
 import masked_loss_ext as mle
 from masked_loss_ext.ops import block_mask as layer
 from masked_loss_ext.ops import repetition
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,38 @@ def statistics_alone(logits, target, mask):
     return found.lse.detach(), found.entropy.detach(), torch.autograd.grad(total, leaf)[0]
 
 
+def repeating_rows(dtype):
+    """Labels of four letters, with the links to what would repeat an n-gram of them."""
+
+    def make(size):
+        logits, target, mask = rows(dtype)(size)
+        target = torch.where(target < 0, target, target % 4)
+        links = repetition.repetition_links(target, mask & (target >= 0), 2)
+        classes = torch.stack([target.roll(1, -1), torch.full_like(target, 3)], -1)
+        return [logits, target, mask, torch.tensor(0.8), classes, *links]
+
+    return make
+
+
+def terms(logits, target, mask, temperature, classes, *links):
+    leaf = logits.detach().requires_grad_(True)
+    found = cross_entropy_terms(
+        leaf, target, mask, temperature=temperature, classes=classes, links=links
+    )
+    total = sum((i + 1) * term.sum() for i, term in enumerate(found))
+    return *(term.detach() for term in found), torch.autograd.grad(total, leaf)[0]
+
+
+def terms_at_1(logits, target, mask, temperature, *_):
+    leaf = logits.detach().requires_grad_(True)
+    found = [
+        *cross_entropy_terms(leaf, target, mask)[:4],
+        *cross_entropy_terms(leaf, target, mask, temperature=temperature, unscaled=False)[:2],
+    ]
+    total = sum((i + 1) * term.sum() for i, term in enumerate(found))
+    return *(term.detach() for term in found), torch.autograd.grad(total, leaf)[0]
+
+
 # --- block masks ---------------------------------------------------------------------------------
 
 SEGMENTS = {
@@ -160,6 +193,7 @@ def links(tokens, valid):
 
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
+TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
 TOKEN_LOSS = mle.AttentionMaskMseLoss(2.0, 1.0)
 
@@ -173,6 +207,9 @@ CALLS = [
     DeviceCall("cross entropy in place", IN_PLACE, rows(FP32), in_place),
     DeviceCall("cross entropy statistics", CROSS[:1], rows(FP32), statistics),
     DeviceCall("row statistics", CROSS, rows(BF16), statistics_alone),
+    DeviceCall("cross entropy terms", TERMS, repeating_rows(FP32), terms),
+    DeviceCall("cross entropy terms bf16", TERMS, repeating_rows(BF16), terms),
+    DeviceCall("cross entropy terms at 1", TERMS, repeating_rows(FP32), terms_at_1),
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),
