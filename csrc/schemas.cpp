@@ -43,6 +43,15 @@
 // one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
 // at rows that do not count; and the denominator [] (float64).
 
+// What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms.h).
+//   logits, target, mask, temperature as above; target may not be None
+//   classes         [..., K]  integer, classes whose log-probability is asked for; negative: none
+//   context_before, ngram_after  [..., S] int32, the links of repetition_links: to the n-gram candidates
+//   unscaled        False: the two terms at temperature T alone; the others, but sums, are then [0]
+// Returns, in float32 (float64 where logits is) and 0 at rows that do not count: per row the terms at T,
+// log-probability and entropy; per class its log-probability; per row unlikelihood and number of the
+// candidates ([0] what is not asked for); and sums [..., 4] (float64), what the backward needs.
+
 // Row intervals of packed samples, and the block lists of a FlexAttention BlockMask (block_mask.h).
 //   lo, hi           [B, R, Sq]   int32, R <= 8: row q attends to kv in [lo, hi) for any r; in any order,
 //                                 overlapping or not; empty where hi <= lo
@@ -124,6 +133,19 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
   // of 0 stays 0.
   m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
+  m.def(
+      "cross_entropy_terms(Tensor logits, Tensor target, Tensor? mask=None, "
+      "Tensor? temperature=None, Tensor? classes=None, Tensor? context_before=None, "
+      "Tensor? ngram_after=None, int ignore_index=-100, bool unscaled=True) -> "
+      "(Tensor scaled_log_prob, Tensor scaled_mean_log_prob, Tensor log_prob, Tensor entropy, "
+      "Tensor class_log_prob, Tensor unlikelihood, Tensor candidates, Tensor sums)");
+  // The contiguous gradient of the logits; grad_* may be absent.
+  m.def(
+      "_cross_entropy_terms_backward(Tensor? grad_scaled_log_prob, "
+      "Tensor? grad_scaled_mean_log_prob, Tensor? grad_log_prob, Tensor? grad_entropy, "
+      "Tensor? grad_class_log_prob, Tensor? grad_unlikelihood, Tensor logits, Tensor target, "
+      "Tensor? mask, Tensor? temperature, Tensor? classes, Tensor? context_before, "
+      "Tensor? ngram_after, Tensor sums, int ignore_index) -> Tensor grad_logits");
   m.def(
       "interval_block_lists(Tensor lo, Tensor hi, SymInt kv_len, SymInt q_block=128, "
       "SymInt kv_block=128, bool transposes=True) -> (Tensor kv_num_blocks, Tensor kv_indices, "

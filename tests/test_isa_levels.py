@@ -29,6 +29,7 @@ NUMBERS = [
     "test_cross_entropy_laws.py::test_poison_in_every_dtype",
     "test_cross_entropy_laws.py::test_a_row_does_not_depend_on_the_others",
     "test_cross_entropy_numbers.py",
+    "test_cross_entropy_terms.py::test_agrees_with_reference",
 ]
 # Masks, labels and strides are read alike at every level; float64 needs no conversion, and the
 # reductions no kernel.
@@ -80,7 +81,7 @@ def test_no_function_of_a_wide_file_is_shared():
         pytest.skip("needs a C++ compiler and nm")
     root = _build.csrc_dir()
     wide = [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
-    assert len(wide) == 4  # two operators
+    assert len(wide) == 6  # three operators
     for source in wide:
         flags = ["-O0", "-std=c++17", "-fopenmp-simd", "-I", str(root)]
         # Assembly is enough: a shared function is declared .weak in it.
@@ -94,20 +95,41 @@ def test_no_function_of_a_wide_file_is_shared():
         assert not weak, f"{source}: {weak}"
 
 
-@pytest.mark.parametrize("level", ["avx2", "avx512"])
-def test_the_loops_over_logits_are_vectors(level):
-    """gcc makes branches of some selections, and a loop with a branch runs eight times slower."""
+def functions_at(level, operator):
+    """Assembly of each function of an operator's kernels, by mangled name."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler on x86-64")
     root = _build.csrc_dir()
-    source = str(root / f"cpu/masked_cross_entropy_{level}.cpp")
+    source = str(root / f"cpu/{operator}_{level}.cpp")
     command = [compiler, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", "-", source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    bodies = re.findall(r"^(_ZN\w+):$(.*?)\.cfi_endproc", done.stdout, re.MULTILINE | re.DOTALL)
-    found = [body for name, body in bodies if "16exponential_sumsILb" in name and "EfEE" in name]
+    bodies = re.findall(r"^(_ZN[\w.]+):$(.*?)\.cfi_endproc", done.stdout, re.MULTILINE | re.DOTALL)
+    return bodies
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_the_loops_over_logits_are_vectors(level):
+    """gcc makes branches of some selections, and a loop with a branch runs eight times slower."""
+    found = [
+        body
+        for name, body in functions_at(level, "masked_cross_entropy")
+        if "16exponential_sumsILb" in name and "EfEE" in name
+    ]
     assert len(found) == 2, "with and without the entropy, for float"
     for body in found:
         assert not re.search(r"\sv\w*(mul|fmadd\d*)ss\s", body)
         assert len(re.findall(r"\sv\w*fmadd\d*ps\s", body)) >= 6
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_the_loops_of_the_terms_are_vectors(level):
+    """Each exponential of a loop is at least six packed products; what is left over is scalar."""
+    functions = functions_at(level, "cross_entropy_terms")
+    for name, loops in (("9term_sumsILb", 3), ("13term_gradientILb", 4)):
+        found = {n: body for n, body in functions if name in n and re.search(r"EfE[Ev]", n)}
+        assert len(found) == loops, sorted(found)
+        for mangled, body in found.items():
+            exponentials = 2 if "term_gradientILb1" in mangled else 1
+            assert len(re.findall(r"\sv\w*fmadd\d*ps\s", body)) >= 6 * exponentials, mangled

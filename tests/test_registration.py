@@ -53,6 +53,7 @@ def base_name(name):
 
 def test_the_operators_are_these():
     assert operators() == [
+        "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
         "_masked_cross_entropy_scale_gradient_",
@@ -61,6 +62,7 @@ def test_the_operators_are_these():
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
+        "cross_entropy_terms",
         "interval_block_lists",
         "masked_cross_entropy",
         "masked_squared_error",

@@ -15,26 +15,12 @@ namespace masked_loss_ext {
 // A gradient of as many rows is cut by rows alone, so that chunks lie one after another in the output.
 constexpr int64_t kManyRows = 64;
 
-inline void check_temperature(const char* op, const std::optional<Tensor>& temperature) {
-  if (!temperature) return;
-  const double value = read_number(*temperature);
-  if (!(value > 0)) fail(op, ": temperature must be positive, got ", value);
-}
-
-// The row's index as a tensor's: [i, j].
 [[noreturn]] inline void refuse_label(const CrossEntropyProblem& q, const Tensor& logits, int64_t row) {
-  std::string index;
-  int64_t rest = row;
-  for (int64_t d = logits.dim() - 2; d >= 0; --d) {
-    int64_t i = rest % logits.size(d);
-    rest /= logits.size(d);
-    if (d == logits.dim() - 2) i += q.counted.shift;
-    index = std::to_string(i) + (index.empty() ? "" : ", " + index);
-  }
   const int64_t label = read_integer(q.counted.target, row + q.counted.shift);
   std::ostringstream text;
-  text << "masked_cross_entropy: target at row [" << index << "] must be in [0, " << q.counted.classes
-       << ") or ignore_index " << q.counted.ignore_index << ", got " << label;
+  text << "masked_cross_entropy: target at row " << row_index(logits, row, q.counted.shift)
+       << " must be in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
+       << ", got " << label;
   throw std::out_of_range(text.str());
 }
 

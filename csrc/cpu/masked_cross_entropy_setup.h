@@ -59,6 +59,25 @@ inline CrossEntropyProblem problem_of(const CrossEntropyInputs& in, const RowInp
   return q;
 }
 
+inline void check_temperature(const char* op, const std::optional<Tensor>& temperature) {
+  if (!temperature) return;
+  const double value = read_number(*temperature);
+  if (!(value > 0)) fail(op, ": temperature must be positive, got ", value);
+}
+
+// Where the label of a row stands in its tensor: [i, j].
+inline std::string row_index(const Tensor& logits, int64_t row, int64_t shift) {
+  std::string index;
+  int64_t rest = row;
+  for (int64_t d = logits.dim() - 2; d >= 0; --d) {
+    int64_t i = rest % logits.size(d);
+    rest /= logits.size(d);
+    if (d == logits.dim() - 2) i += shift;
+    index = std::to_string(i) + (index.empty() ? "" : ", " + index);
+  }
+  return "[" + index + "]";
+}
+
 // An output that is made, or nothing.
 inline Array array_where(bool made, const Tensor& tensor) { return made ? array_of(tensor) : Array{}; }
 

@@ -14,6 +14,7 @@ from .cross_entropy import (
     multi_token_prediction_loss,
     row_statistics,
 )
+from .cross_entropy_terms import CrossEntropyTerms, cross_entropy_terms
 from .padding import lengths_to_mask, map_mask_to_latent, pad_latents_for_multi_res, unpad
 from .squared_error import (
     accumulate_dtype,
@@ -32,11 +33,13 @@ from .squared_error import (
 )
 
 __all__ = [
+    "CrossEntropyTerms",
     "RowStatistics",
     "accumulate_dtype",
     "align_leading",
     "attention",
     "compute_loss_multi_resolution",
+    "cross_entropy_terms",
     "factors",
     "lengths_to_mask",
     "map_mask_to_latent",

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What cross_entropy_terms on CUDA does a thread per row, in double: the terms from the sums; in the
+// backward the coefficients of a row before it is written, and its single entries after.
+#pragma once
+
+#include "cross_entropy_terms.h"
+#include "cuda/cross_entropy_terms_forward.cuh"
+
+namespace masked_loss_ext::cuda {
+
+struct TermParams {
+  TermRows rows;
+  TermArrays terms;  // results, or their gradients
+  double* sums;      // [rows, kTermSums]
+  bool unscaled;     // the terms at temperature 1 are asked for
+};
+
+// One row's memory, see cross_entropy_terms.h. A: the type of the terms.
+template <class A>
+struct DeviceTermAccess {
+  using Reader = DeviceElements;
+  const Array& logits;
+  const Array& grad_logits;
+  int64_t from, to;  // where the row begins in the one and in the other
+
+  __device__ __forceinline__ double logit(int64_t c) const { return load<double>(logits, from + c); }
+  __device__ __forceinline__ double read(const Array& array, int64_t i) const {
+    return array.data != nullptr ? double(static_cast<const A*>(array.data)[i]) : 0.0;
+  }
+  __device__ __forceinline__ void write(const Array& array, int64_t i, double value) const {
+    if (array.data != nullptr) static_cast<A*>(array.data)[i] = A(value);
+  }
+  __device__ __forceinline__ void store(int64_t c, double gradient) const {
+    switch (grad_logits.kind) {
+      case Kind::kDouble: static_cast<double*>(grad_logits.data)[to + c] = gradient; break;
+      case Kind::kHalf:
+        static_cast<c10::Half*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
+        break;
+      case Kind::kBFloat16:
+        static_cast<c10::BFloat16*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
+        break;
+      default: static_cast<float*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
+    }
+  }
+};
+
+// Of one row. All parts are scaled to the largest maximum at once. Returns the sum of s - max.
+__device__ __forceinline__ double merge_term_parts(const TermPart* parts, int64_t count, double scale,
+                                                   double classes, const TermParams& p, bool scaled,
+                                                   TermSums& r) {
+  double largest = -INFINITY;
+  for (int64_t i = 0; i < count; ++i) largest = max(largest, parts[i].max);
+  RowSums<double> total;
+  double scaled_sum = 0, plain = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    RowSums<double> part;
+    part.max = parts[i].max;
+    part.sum = parts[i].sum;
+    part.distance = parts[i].distance;
+    const double below = parts[i].max - largest;
+    rescale(part, largest, exp(below));
+    total.sum += part.sum;
+    total.distance += part.distance;
+    scaled_sum += below < 0 && below > -INFINITY ? parts[i].scaled * exp(below * scale) : parts[i].scaled;
+    plain += parts[i].plain;
+  }
+  r.max = largest;
+  if (p.unscaled) {
+    r.log_sum = log(total.sum);
+    r.entropy = largest == -INFINITY ? double(NAN) : r.log_sum - total.distance / total.sum;
+  }
+  r.log_sum_scaled = scaled ? log(scaled_sum) : r.log_sum;
+  return plain - classes * (largest == -INFINITY ? 0.0 : largest);
+}
+
+// grid: ceil(rows / block); block: kThreads. scaled: the parts hold sums at T apart from those at 1.
+template <class A>
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_rows_kernel(CrossEntropyParams q, TermParams p,
+                                    const TermPart* parts,  // [rows, q.parts]
+                                    bool scaled) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.rows.rows) return;
+  const int64_t label = label_at(q, row);
+  const int64_t from = label >= 0 ? offset_at(q.layout, kPrediction, row) : 0;
+  const DeviceTermAccess<A> access{q.logits, q.logits, from, 0};
+  TermSums r;
+  if (label >= 0) {
+    const double scale = scale_of<double>(q), classes = double(q.rows.classes);
+    const double below = merge_term_parts(parts + row * q.parts, q.parts, scale, classes, p, scaled, r);
+    put_terms(p.rows, p.terms, row, label, r, below / classes, scale, access);
+  } else {
+    fill_terms(p.rows, p.terms, row, label == kBadLabel ? double(NAN) : 0.0, access);
+  }
+  put_term_sums(p.sums, row, r);
+}
+
+// Coefficients of a row in the type of the loop; see TermLoop of the CPU. both: two exponentials.
+template <class A>
+struct TermGradient {
+  A scaled, plain, entropy_scale, entropy, mean, base, scale, log_sum_scaled, log_sum;
+  int64_t label;
+  bool both;
+};
+
+template <class A>
+__device__ __forceinline__ TermGradient<A> gradient_of(const TermRow& r) {
+  double scaled = r.k.scaled, plain = r.k.plain, log_sum = r.sums.log_sum, scale = r.scale;
+  const bool entropy = r.k.entropy_scale != 0;
+  const bool both = scale != 1 && scaled != 0 && (plain != 0 || entropy);
+  if (scale == 1) {
+    plain += scaled;
+    log_sum = r.sums.log_sum_scaled;
+  } else if (!both && scaled != 0) {
+    plain = scaled;
+    log_sum = r.sums.log_sum_scaled;
+  } else if (!both) {
+    scale = 1;
+  }
+  return {A(scaled),     A(plain), A(r.k.entropy_scale),     A(r.k.entropy), A(r.k.mean),
+          A(r.sums.max), A(scale), A(r.sums.log_sum_scaled), A(log_sum),     r.label,
+          both};
+}
+
+template <class A>
+__device__ __forceinline__ TermRow term_row(const CrossEntropyParams& q, const TermParams& p,
+                                            int64_t row, int64_t label) {
+  TermRow r;
+  r.row = row;
+  r.label = label;
+  r.scale = scale_of<double>(q);
+  r.sums = term_sums_at(p.sums, row);
+  return r;
+}
+
+// grid: ceil(rows / block); block: kThreads.
+template <class A>
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_coefficients_kernel(CrossEntropyParams q, TermParams p,
+                                            TermGradient<A>* gradients)  // [rows]
+{
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.rows.rows) return;
+  const int64_t label = label_at(q, row);
+  TermGradient<A> gradient = {};
+  gradient.label = label;
+  if (label >= 0) {
+    TermRow r = term_row<A>(q, p, row, label);
+    const DeviceTermAccess<A> access{q.logits, q.logits, offset_at(q.layout, kPrediction, row), 0};
+    set_coefficients(p.rows, p.terms, r, access);
+    gradient = gradient_of<A>(r);
+    // Nothing but -inf: there is no gradient.
+    if (r.sums.log_sum_scaled == -INFINITY) gradient.label = kNotCounted;
+  }
+  gradients[row] = gradient;
+}
+
+// After the rows are written. grid: ceil(rows / block); block: kThreads.
+template <class A>
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_cells_kernel(CrossEntropyParams q, TermParams p,
+                                     Array grad_logits)  // [rows, V]
+{
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.rows.rows) return;
+  const int64_t label = label_at(q, row);
+  if (label < 0) return;
+  TermRow r = term_row<A>(q, p, row, label);
+  if (r.sums.log_sum_scaled == -INFINITY) return;
+  const DeviceTermAccess<A> access{q.logits, grad_logits, offset_at(q.layout, kPrediction, row),
+                                   offset_at(q.layout, kGrad, row)};
+  set_coefficients(p.rows, p.terms, r, access);
+  store_cells(p.rows, p.terms, r, access);
+}
+
+}  // namespace masked_loss_ext::cuda

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""cross_entropy_terms: the public function.
+
+The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms.h, fake and derivative
+in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
+"""
+
+import torch
+
+from .._checks import check_integers, check_not_additive, check_tensor, shape_text
+from ..reference import CrossEntropyTerms
+from .cross_entropy_terms_autograd import call, is_transformed
+from .masked_cross_entropy import _temperature
+from .masked_squared_error import _RARE_DTYPES
+
+_NAME = "cross_entropy_terms"
+
+
+def cross_entropy_terms(
+    logits,
+    target,
+    mask=None,
+    *,
+    temperature=None,
+    classes=None,
+    links=None,
+    ignore_index=-100,
+    unscaled=True,
+):
+    r"""What language-model losses are made of, per row, from one read of the logits.
+
+    A row counts where ``mask`` is on and its label :math:`y` is not ``ignore_index``; the others
+    are not read, all their terms are 0 and so is their gradient. With
+    :math:`p = \mathrm{softmax}(z)` of the logits and :math:`q = \mathrm{softmax}(z / T)`:
+
+    ==========================  ================================================================
+    ``scaled_log_prob``         :math:`\ln q_y`
+    ``scaled_mean_log_prob``    :math:`\frac{1}{V} \sum_j \ln q_j`, for label smoothing
+    ``log_prob``                :math:`\ln p_y`
+    ``entropy``                 :math:`-\sum_j p_j \ln p_j`, nats
+    ``class_log_prob``          :math:`\ln p_c` at each of ``classes``, 0 where one is negative
+    ``unlikelihood``            :math:`\sum_c -\ln(1 - p_c)` over the n-gram candidates
+    ``candidates``              how many they are; no gradient
+    ==========================  ================================================================
+
+    A candidate of position t is the label of u = context_before[t], context_before[u], ... until
+    -1, where it is not that of t and ngram_after[u] >= t: a class that would repeat an n-gram of
+    the same sequence. In :math:`-\ln(1 - p_c)` a log-probability above -2^-24 is taken for it, so
+    that it is at most 24 ln 2; there it is constant, with gradient 0.
+
+    >>> terms = cross_entropy_terms(logits, labels, temperature=0.8)
+    >>> log_q = (logits / 0.8).log_softmax(-1)
+    >>> torch.testing.assert_close(
+    ...     terms.scaled_log_prob, log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+    >>> torch.testing.assert_close(terms.scaled_mean_log_prob, log_q.mean(-1))
+
+    Args:
+        logits: ``[..., V]`` float16, bfloat16, float32 or float64; any strides, but where the last
+            dimension is not contiguous they are copied. A logit of -inf (a banned class) has
+            probability and gradient exactly 0.
+        target: ``[...]`` int64, int32, int16, int8 or uint8.
+        mask: ``[...]`` any dtype, on where not 0. None keeps all.
+        temperature: T > 0, a number or a 0-d tensor (that may change without recompilation); gets
+            no gradient. None: 1.
+        classes: ``[..., K]`` integers; negative where none is asked for.
+        links: (context_before, ngram_after), each ``[..., S]`` int32, as ``repetition_links``
+            returns them; the last dimension of target is then S.
+        ignore_index: label of rows that do not count.
+        unscaled: False leaves out all but the first two; classes and links must then be None.
+
+    Returns:
+        CrossEntropyTerms of tensors ``[...]`` (class_log_prob ``[..., K]``), float32 (float64 for
+        float64 logits); None what was not asked for.
+
+    Raises:
+        IndexError: a label outside [0, V) that is not ignore_index, or a class not below V (CPU; on
+            CUDA the terms of that row, or that class_log_prob, are NaN).
+        ValueError: a shape, dtype, device or option that does not fit.
+    """
+    try:
+        if logits.dim() > 0 and logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        if mask is not None and mask.dtype != torch.bool:
+            check_not_additive(_NAME, "mask", mask)
+            if mask.dtype in _RARE_DTYPES:
+                mask = mask != 0
+        context_before, ngram_after = (None, None) if links is None else links
+        args = (
+            logits,
+            target,
+            mask,
+            _temperature(_NAME, 1 if temperature is None else temperature, logits),
+            classes,
+            context_before,
+            ngram_after,
+            ignore_index,
+            unscaled,
+        )
+        if is_transformed():
+            _check_traced(*args)
+        results = call(args)
+    except Exception as error:  # a list has no .stride(), and what else there is
+        failure = error
+    else:
+        asked = (True, True, unscaled, unscaled, classes is not None, *(links is not None,) * 2)
+        return CrossEntropyTerms(
+            *(term if there else None for term, there in zip(results, asked, strict=True))
+        )
+    _check_types(logits, target, mask, classes, links)
+    if type(failure) in (ValueError, IndexError):
+        failure = type(failure)(str(failure).replace("_cross_entropy_terms_backward", _NAME))
+    raise failure
+
+
+def _check_types(logits, target, mask, classes, links):
+    check_tensor(_NAME, "logits", logits)
+    check_tensor(_NAME, "target", target)
+    for argument, tensor in {"mask": mask, "classes": classes}.items():
+        if tensor is not None:
+            check_tensor(_NAME, argument, tensor)
+    if links is None:
+        return
+    if not isinstance(links, (tuple, list)) or len(links) != 2:
+        raise TypeError(
+            f"{_NAME}: links must be a pair (context_before, ngram_after), got "
+            f"{type(links).__name__}"
+        )
+    for argument, tensor in zip(("context_before", "ngram_after"), links, strict=True):
+        check_tensor(_NAME, argument, tensor)
+
+
+def _check_traced(
+    logits, target, mask, _, classes, context_before, ngram_after, ignore_index, unscaled
+):
+    """Under torch.func plain PyTorch stands in for the operator, which checks all of it."""
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(f"{_NAME}: logits must be floating [..., V], got {logits.dtype}")
+    check_integers(_NAME, "target", target)
+    per_row = {
+        "target": target,
+        "mask": mask,
+        "context_before": context_before,
+        "ngram_after": ngram_after,
+    }
+    for argument, tensor in per_row.items():
+        if tensor is not None and tensor.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{_NAME}: {argument} must have the shape of logits {shape_text(logits)} without "
+                f"the last dimension, got {shape_text(tensor)}"
+            )
+    if classes is not None and classes.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"{_NAME}: classes must be [..., K] with the leading dimensions of logits "
+            f"{shape_text(logits)}, got {shape_text(classes)}"
+        )
+    if not unscaled and (classes is not None or context_before is not None):
+        raise ValueError(f"{_NAME}: classes and links must be None where unscaled is False")
