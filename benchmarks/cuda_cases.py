@@ -4,7 +4,8 @@
 forward_*    masked cross entropy, loss alone, bf16: a share of the bandwidth of one plain read of
              the rows that count, and ahead of torch.compile and of the kernels of others.
 backward_*   the same, backward alone: a share of a plain copy that moves as many bytes.
-train_*      both together, beside the others; no target.
+train_*      both together, beside the others; no target. Beside ours the form that makes the
+             gradient in the forward: a share of the same copy, which moves as much.
 tokens_*     masked squared error, forward and backward: a share of a plain copy of the bytes of the
              valid tokens, and twice as fast as torch.compile.
 plan_*       the block mask of 51 samples at 64k tokens, keep_k on the device: time alone.

@@ -10,6 +10,7 @@ import torch
 
 import masked_loss_ext as mle
 from masked_loss_ext.ops import block_mask as layer
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 from masked_loss_ext.ops import repetition
 
 
@@ -109,6 +110,33 @@ def statistics_alone(logits, target, mask):
     return found.lse.detach(), found.entropy.detach(), torch.autograd.grad(total, leaf)[0]
 
 
+def in_forward(logits, target, mask):
+    return mle.masked_cross_entropy(logits, target, mask, gradient_in_forward=True)
+
+
+def in_forward_in_place(logits, target, mask):
+    leaf = logits.detach().clone().requires_grad_(True)
+    loss = mle.masked_cross_entropy(
+        leaf * 1, target, mask, inplace_backward=True, gradient_in_forward=True
+    )
+    return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
+
+
+def terms(logits, target, mask):
+    leaf = logits.detach().requires_grad_(True)
+    classes = torch.stack([target.clamp(min=0), torch.full_like(target, -1)], -1)
+    found = cross_entropy_terms(
+        leaf,
+        target,
+        mask,
+        temperature=1.5,
+        classes=classes,
+        links=repetition.repetition_links(target),
+    )
+    total = sum(one.sum() for one in found if one.requires_grad)
+    return *(one.detach() for one in found), torch.autograd.grad(total, leaf)[0]
+
+
 # --- block masks ---------------------------------------------------------------------------------
 
 SEGMENTS = {
@@ -160,6 +188,12 @@ def links(tokens, valid):
 
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
+IN_FORWARD = (
+    "_masked_cross_entropy_with_gradient",
+    "_masked_cross_entropy_with_gradient_",
+    "_masked_cross_entropy_scale_gradient_",
+)
+TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
 TOKEN_LOSS = mle.AttentionMaskMseLoss(2.0, 1.0)
 
@@ -173,6 +207,9 @@ CALLS = [
     DeviceCall("cross entropy in place", IN_PLACE, rows(FP32), in_place),
     DeviceCall("cross entropy statistics", CROSS[:1], rows(FP32), statistics),
     DeviceCall("row statistics", CROSS, rows(BF16), statistics_alone),
+    DeviceCall("gradient in forward", IN_FORWARD[::2], rows(BF16), with_gradient(in_forward)),
+    DeviceCall("gradient in forward, in place", IN_FORWARD[1:], rows(FP32), in_forward_in_place),
+    DeviceCall("cross entropy terms", TERMS, rows(FP32), terms),
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),
