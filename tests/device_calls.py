@@ -10,8 +10,8 @@ import torch
 
 import masked_loss_ext as mle
 from masked_loss_ext.ops import block_mask as layer
-from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 from masked_loss_ext.ops import repetition
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
 
 @dataclass(frozen=True)
