@@ -8,8 +8,20 @@ import types
 import pytest
 import torch
 
+from benchmarks import (
+    BENCHMARKS,
+    CUDA_BENCHMARKS,
+    agreement,
+    cases_of,
+    contenders,
+    cuda_cases,
+    harness,
+    readme,
+    report,
+    rivals,
+    targets,
+)
 from benchmarks import __main__ as command
-from benchmarks import agreement, contenders, cuda_cases, harness, readme, report, rivals, targets
 
 NAMES = {
     "squared_error": ["tokens_c64", "tokens_c16"],
@@ -57,6 +69,14 @@ def not_compiled(monkeypatch):
 
 def quick_cases(benchmark):
     return cuda_cases.cases(benchmark, "cpu", quick=True)
+
+
+def test_a_gpu_has_cases_of_its_own():
+    assert tuple(cuda_cases.CASES) == tuple(NAMES) == CUDA_BENCHMARKS
+    assert set(CUDA_BENCHMARKS) <= set(BENCHMARKS)
+    names = [case.name for case in cases_of("cross_entropy", "cuda")]
+    assert names == NAMES["cross_entropy"]
+    assert command.parser().parse_args(["gpu", "--csv", "x.csv"]).device == "cuda"
 
 
 @pytest.mark.parametrize("benchmark", NAMES)
