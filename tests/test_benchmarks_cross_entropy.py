@@ -273,7 +273,7 @@ def test_all_runs_every_benchmark_with_the_same_switches(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit, match="failed: squared_error"):
         command.main(["all", "--quick", "--rounds", "2"])
-    names = ["squared_error", "cross_entropy", "block_mask"]
+    names = ["squared_error", "cross_entropy", "block_mask", "unified"]
     assert lines == [[name, "--quick", "--rounds", "2"] for name in names]
 
 

@@ -122,8 +122,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         hidden = self.layer_norm(hidden)
         losses = [
             masked_cross_entropy(
-                # As a matrix: of a slice of three dimensions F.linear would make the logits twice,
-                # without the bias and with it.
+                # As a matrix: of a slice of three dimensions F.linear adds the bias in a pass of
+                # its own over the logits, and under a compiler or tensor subclass to a copy.
                 self._logits(hidden[:, :-k].flatten(0, 1), k),
                 target_ids[:, k:].flatten(),
                 on.flatten(),

@@ -84,7 +84,7 @@ def print_samples(real: Texts, written: Written) -> None:
     greedy = {name: written[name, 0.0] for name in RUNS}
     counts = greedy[PLAIN].counts(TELLING)
     row = int((counts.windows - counts.distinct).argmax())
-    print(f'\nGreedy, where "{PLAIN}" repeats most; the first line is given:')
+    print(f'\nGreedy, where "{PLAIN}" repeats most; its first {real.prompt} bytes are given:')
     for name, texts in greedy.items():
         lines = texts.text(row).expandtabs(4).splitlines()
         print(f"\n  {name}:\n" + "\n".join(f"    {line}" for line in lines))
