@@ -8,12 +8,13 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint wheel clean
+.PHONY: help setup build demo test bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts language' is one act   ~ 4 min"
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 10 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 16 min"
+	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff and the repository's own checks                                  ~ 5 s"
 	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 1 min"
 	@echo "make wheel   dist/*.whl (abi3, compiled) and the source archive                    ~ 1 min"
@@ -54,6 +55,10 @@ test: build
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build
 	@$(PY) -m benchmarks $(if $(filter-out -%,$(firstword $(ARGS))),,all) $(ARGS)
+
+# Installs nothing: the Python of .venv where there is one, else PYTHON with what it has.
+gpu:
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu $(ARGS)
 
 lint: $(VENV)/packages
 	@$(VENV)/bin/ruff check --quiet .

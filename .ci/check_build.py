@@ -28,6 +28,7 @@ def check_cuda():
         return
     os.environ |= {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
     tools = _toolchain.find_toolchain()
+    # tools/kernels.py, and with it a test, compiles the same into this folder.
     library = _build.compile_library(tools, ROOT / "build" / "ci-cuda")
 
     import torch

@@ -1,5 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Measurements of masked_loss_ext beside the same formulas in PyTorch: ``python -m benchmarks``."""
 
+from __future__ import annotations
+
+import importlib
+
 BENCHMARKS = ("squared_error", "cross_entropy", "block_mask", "unified")
 """Every module of this package that offers ``cases(device, quick)``; each is a subcommand."""
+
+
+def cases_of(benchmark: str, device: str, quick: bool = False) -> list:
+    """On a GPU other shapes are measured, beside other targets."""
+    if device.startswith("cuda"):
+        return importlib.import_module("benchmarks.cuda_cases").cases(benchmark, device, quick)
+    return importlib.import_module(f"benchmarks.{benchmark}").cases(device, quick)

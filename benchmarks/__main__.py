@@ -9,12 +9,12 @@ import importlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-from . import BENCHMARKS, agreement, harness, machine, memory, readme, report
+from . import BENCHMARKS, agreement, cases_of, harness, machine, memory, readme, report, targets
 
 ROUNDS, QUICK_ROUNDS = 40, 3
 LEVELS = ("avx512", "avx2", "default")
@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--contenders", nargs="+", metavar="NAME", help="ours and these")
         add_switches(one)
     add_switches(commands.add_parser("all", help="every benchmark in turn, with these switches"))
+    gpu = commands.add_parser("gpu", help="each figure that has a target on a GPU, in one process")
+    gpu.add_argument("--csv", type=Path, required=True, help="written anew after every case")
+    add_switches(gpu)
+    gpu.set_defaults(device="cuda", cases=None, contenders=None)
     counts = commands.add_parser("compaction", help="what masking saves and what compaction does")
     counts.add_argument("--csv", type=Path, help="default: benchmarks/results/compaction.csv")
     tables = commands.add_parser("readme", help="make README.md's tables anew from the CSV files")
@@ -46,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def chosen_cases(module: ModuleType, wanted: argparse.Namespace) -> list[harness.Case]:
-    every = module.cases(wanted.device, wanted.quick)
+def chosen_cases(wanted: argparse.Namespace) -> list[harness.Case]:
+    every = cases_of(wanted.command, wanted.device, wanted.quick)
     names = [case.name for case in every]
     unknown = sorted(set(wanted.cases or ()) - set(names))
     if unknown:
@@ -148,21 +152,55 @@ def prepare(wanted: argparse.Namespace) -> None:
             sys.exit(f"--level: {error}")
 
 
-def run_benchmark(wanted: argparse.Namespace) -> None:
-    prepare(wanted)
-    module = importlib.import_module(f"benchmarks.{wanted.command}")
+def print_table(table: list[dict]) -> None:
+    print(report.case_table(table))
+    for line in targets.lines_of(table) if table[0]["device"] != "cpu" else ():
+        print(f"  {line}")
+    print(flush=True)
+
+
+def measure_all(wanted: argparse.Namespace) -> Iterator[list[dict]]:
+    """Every case of one benchmark: its tables, as soon as it is measured."""
+    level = machine.environment(wanted.device, wanted.threads)["capability"]
+    for case in chosen_cases(wanted):
+        elsewhere = case.level not in ("", level)
+        yield from (measure_at_level if elsewhere else measure_case)(case, wanted)
+        gc.collect()  # the data of a case may be in a cycle with what was compiled for it
+
+
+def print_setting(wanted: argparse.Namespace) -> None:
     setting = machine.environment(wanted.device, wanted.threads)
     print(", ".join(f"{key} {value}" for key, value in setting.items()), end="\n\n")
+
+
+def run_benchmark(wanted: argparse.Namespace) -> None:
+    prepare(wanted)
+    print_setting(wanted)
     rows = []
-    for case in chosen_cases(module, wanted):
-        elsewhere = case.level not in ("", setting["capability"])
-        for table in (measure_at_level if elsewhere else measure_case)(case, wanted):
-            rows += table
-            print(report.case_table(table), end="\n\n", flush=True)
-        gc.collect()  # the data of a case may be in a cycle with what was compiled for it
+    for table in measure_all(wanted):
+        rows += table
+        print_table(table)
     if (path := csv_path(wanted)) is not None:
         report.write_csv(path, rows)
         print(f"written: {path}")
+    end_refused(rows)
+
+
+def run_gpu(wanted: argparse.Namespace) -> None:
+    """All in one process, which starts once; a run that is ended early has written its figures."""
+    prepare(wanted)
+    print_setting(wanted)
+    rows = []
+    for name in BENCHMARKS:
+        for table in measure_all(argparse.Namespace(**{**vars(wanted), "command": name})):
+            rows += table
+            print_table(table)
+            report.write_csv(wanted.csv, rows)
+    print("\n".join(targets.lines_of(rows)))
+    end_refused(rows)
+
+
+def end_refused(rows: list[dict]) -> None:
     if refused := [f"{row['contender']} in {row['case']}" for row in rows if is_refused(row)]:
         sys.exit(f"refused, so not timed: {', '.join(refused)}")
 
@@ -186,6 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     if wanted.command == "compaction":
         counts = importlib.import_module("benchmarks.compaction")
         return counts.run(wanted.csv or counts.PATH)
+    if wanted.command == "gpu":
+        return run_gpu(wanted)
     if wanted.command != "readme":
         return run_benchmark(wanted)
     try:

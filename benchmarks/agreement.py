@@ -100,13 +100,13 @@ def check(contender: Contender, truth: tuple, problem: Problem) -> Agreement:
     errors = [relative_error(*pair) for pair in zip(results, true_results, strict=False)]
     loss_error = torch.tensor(errors).max().item()
     # "not <=" and not ">": a NaN is a refusal.
-    if not loss_error <= LOSS_TOLERANCE:
-        refusal = f"loss is off by {loss_error:.1e}, allowed {LOSS_TOLERANCE:.1e}"
+    if not loss_error <= (limit := LOSS_TOLERANCE + contender.slack):
+        refusal = f"loss is off by {loss_error:.1e}, allowed {limit:.1e}"
         return Agreement(loss_error, math.nan, refusal)
     if not gradients or gradients[0] is None:
         return Agreement(loss_error, math.nan)
     gradient_error = gradients_error(gradients, true_gradients, problem.gradient_unit)
-    limit = problem.gradient_tolerance + ROUNDING[gradients[0].dtype]
+    limit = problem.gradient_tolerance + ROUNDING[gradients[0].dtype] + contender.slack
     if not gradient_error <= limit:
         refusal = f"gradient is off by {gradient_error:.1e}, allowed {limit:.1e}"
         return Agreement(loss_error, gradient_error, refusal)

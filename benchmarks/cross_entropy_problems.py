@@ -65,13 +65,16 @@ def true_row_statistics(logits, mask):
     return mle.reference.row_statistics(logits, mask=mask)
 
 
-def row_data(shape: tuple[int, int], dtype: torch.dtype, ignored: float) -> tuple[Tensor, Tensor]:
+def row_data(
+    shape: tuple[int, int], dtype: torch.dtype, ignored: float, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Logits [N, V] and labels [N], exactly the share ``ignored`` of them IGNORED."""
     rows, classes = shape
-    generator = torch.Generator().manual_seed(SEED)
-    logits = torch.randn(shape, generator=generator).mul_(SPREAD).to(dtype)
-    target = torch.randint(classes, (rows,), generator=generator)
-    target[torch.randperm(rows, generator=generator)[: round(ignored * rows)]] = IGNORED
+    generator = torch.Generator(device).manual_seed(SEED)
+    made = {"generator": generator, "device": device}
+    logits = torch.randn(shape, **made).mul_(SPREAD).to(dtype)
+    target = torch.randint(classes, (rows,), **made)
+    target[torch.randperm(rows, **made)[: round(ignored * rows)]] = IGNORED
     return logits, target
 
 

@@ -7,6 +7,8 @@
 - A sample is the mean of as many calls as fill ``REGION_US``. Every call has its own clock
   readings, so that the gradient is dropped between calls outside the clock while each call still
   pays for the memory of the gradient it makes.
+- On CUDA the device waits until all calls of a sample are queued: between their events lies what
+  the device does, and nothing of the time that the host takes to launch it.
 - What no contender can beat (a plain copy of the same bytes, a read of what must be read) runs in
   the same rounds.
 """
@@ -26,6 +28,9 @@ from torch import Tensor
 
 REGION_US = 2000.0
 MAX_CALLS = 1000
+MOST_HOLD_US = 50_000.0  # a call that takes the host longer is not one that is measured this way
+CYCLES_PER_US = 2000  # of the fastest GPUs; a slower one waits longer, which does no harm
+PARTS = ("total", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Contender:
     role: str = "rival"  # or "floor", which ours cannot beat, or "information" for the reader
     prepare: Callable[..., object] | None = None  # on the same inputs, before a call, untimed
     skip: str = ""  # why it is not even attempted; the tables say so
+    bytes_moved: int = 0  # of a floor, where it differs from the problem's
+    slack: float = 0.0  # of others' kernels: what loss and gradient may be off by more
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class View:
     peak_shares: Mapping[str, float] = field(default_factory=dict)  # the most: base's peak / its
     time_limit_us: float | None = None  # the most: base's median
     names: Mapping[str, str] = field(default_factory=dict)  # contender -> what it is called here
+    part: str = "total"  # of PARTS: what of the contenders' calls; a floor is always whole
+    bytes_moved: int = 0  # by that part; 0: as the problem says
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,23 @@ class Samples:
     total_us: list[float] = field(default_factory=list)
     forward_us: list[float] = field(default_factory=list)
 
+    def part(self, name: str) -> Samples:
+        """The same samples, of ``name`` alone."""
+        if name == "total":
+            return self
+        pairs = zip(self.total_us, self.forward_us, strict=True)
+        forward = name == "forward"
+        chosen = [first if forward else total - first for total, first in pairs]
+        return Samples(self.calls_per_sample, chosen, list(self.forward_us))
+
 
 class HostClock:
     """For calls that have finished when they return."""
+
+    most_calls = MAX_CALLS
+
+    def hold(self, host_us: float) -> None:
+        pass
 
     def mark(self) -> int:
         return time.perf_counter_ns()
@@ -127,6 +150,12 @@ class HostClock:
 
 class CudaClock:
     """Events on the current stream; they can be read once ``finish`` has waited for the device."""
+
+    most_calls = 48  # the queue of launches has 1024 places; where it is full the host has to wait
+
+    def hold(self, host_us: float) -> None:
+        """Keep the device busy with nothing while the host queues for ``host_us``."""
+        torch.cuda._sleep(int(min(host_us, MOST_HOLD_US) * CYCLES_PER_US))
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -178,7 +207,9 @@ def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -
 def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tuple[float, float]:
     """Mean (total, forward) microseconds of a call."""
     # Warm caches: what the contender before left in them is no part of this one's time.
+    started = time.perf_counter()
     timed_call(contender, clock, calls)
+    clock.hold(2 * calls * (time.perf_counter() - started) * 1e6)
     marks = [timed_call(contender, clock, index) for index in range(calls)]
     clock.finish()
     total = sum(clock.elapsed_us(begin, end) for begin, _, end in marks)
@@ -186,8 +217,8 @@ def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tu
     return total / calls, forward / calls
 
 
-def calls_needed(call_us: float) -> int:
-    return max(1, min(MAX_CALLS, math.ceil(REGION_US / max(call_us, 1e-3))))
+def calls_needed(call_us: float, most: int = MAX_CALLS) -> int:
+    return max(1, min(most, math.ceil(REGION_US / max(call_us, 1e-3))))
 
 
 def interleave(
@@ -200,7 +231,7 @@ def interleave(
         call_us = sample(contender, clock, 1)[0]
         if call_us < 10 * REGION_US:  # a long call is one sample anyhow
             call_us = min(call_us, *(sample(contender, clock, 1)[0] for _ in range(2)))
-        results[contender.name] = Samples(calls_needed(call_us))
+        results[contender.name] = Samples(calls_needed(call_us, clock.most_calls))
     order, shuffle = list(contenders), random.Random(seed).shuffle
     gc.collect()
     gc.disable()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import importlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from . import cases_of
 from .agreement import run_once
 
 SMALLEST_GRADIENT = 1 << 20  # below this the pages that any call touches are most of the peak
@@ -98,8 +98,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
-    module = importlib.import_module(f"benchmarks.{wanted.benchmark}")
-    case = next(case for case in module.cases(wanted.device) if case.name == wanted.case)
+    every = cases_of(wanted.benchmark, wanted.device)
+    case = next(case for case in every if case.name == wanted.case)
     problem = case.make()
     every = [*problem.contenders, *problem.beside]
     contender = next(one for one in every if one.name == wanted.contender)

@@ -79,12 +79,30 @@ def role_of(contender: Contender, view: View) -> str:
     return "floor" if contender.name in view.limits else contender.role
 
 
+def rate_bytes(one: Contender, view: View, problem: Problem) -> int:
+    """What it reads and writes, where that is known; else 0."""
+    if one.bytes_moved:
+        return one.bytes_moved
+    if one.name == FILL:
+        return problem.gradient_bytes
+    return (view.bytes_moved or problem.bytes_moved) if one.name in (view.base, COPY) else 0
+
+
+def timed_parts(problem: Problem, view: View, timed: Mapping[str, Samples]) -> dict[str, Samples]:
+    """What the view is about; what cannot be cut in parts, a floor or a copy, stays whole."""
+    whole = {one.name for one in problem.beside}
+    return {
+        name: samples if name in whole else samples.part(view.part)
+        for name, samples in timed.items()
+    }
+
+
 def rate_of(one: Contender, view: View, problem: Problem, timed: Mapping[str, Samples]) -> dict:
     """GB/s of ours, of the copy and of the fill; of ours also what share that is of the copy's."""
-    if one.name not in timed or one.name not in (view.base, COPY, FILL) or not problem.bytes_moved:
+    moved = rate_bytes(one, view, problem)
+    if one.name not in timed or not moved:
         return {}
     median = summarize(timed[one.name].total_us).median
-    moved = problem.gradient_bytes if one.name == FILL else problem.bytes_moved
     rate = {"bytes_moved": moved, "gb_per_s": moved / median / 1e3}
     if one.name == view.base and COPY in timed:
         rate["of_copy"] = summarize(timed[COPY].total_us).median / median
@@ -126,6 +144,7 @@ def case_rows(
 ) -> list[dict[str, object]]:
     """A row for each contender of the view that was checked or timed, refused ones too."""
     rows = []
+    timed = timed_parts(problem, view, timed)
     for one in shown(problem, view):
         if one.name not in agreements and one.name not in timed and not one.skip:
             continue

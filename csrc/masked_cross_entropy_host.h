@@ -33,6 +33,14 @@ inline RowReduction parse_row_reduction(const char* op, const std::string& name)
   fail(op, ": reduction must be mean, sum or none, got ", name);
 }
 
+// Of the loss with its gradient: one gradient per row is known before the incoming ones only where those
+// are all one number.
+inline RowReduction scalar_reduction(const char* op, const std::string& name) {
+  const RowReduction reduction = parse_row_reduction(op, name);
+  if (reduction == RowReduction::kNone) fail(op, ": reduction must be mean or sum, got ", name);
+  return reduction;
+}
+
 // float64 where the logits are, else float32.
 inline ScalarType accumulate_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -76,6 +84,16 @@ inline void check_number(const char* op, const char* name, const std::optional<T
   check_mask_type(op, name, *tensor);
   if (tensor->dim() != 0) fail(op, ": ", name, " must be a number [], got ", shape_text(*tensor));
   check_same_device(op, name, *tensor, logits, "logits");
+}
+
+// What a gradient that is already there is multiplied with.
+inline void check_scaling(const char* op, const Tensor& grad_logits, const Tensor& grad_loss) {
+  check_logits(op, grad_logits);
+  check_number(op, "grad_loss", grad_loss, grad_logits);
+  if (grad_loss.scalar_type() != accumulate_type(grad_logits)) {
+    fail(op, ": grad_loss must have the dtype of the loss, got ",
+         torch::headeronly::toString(grad_loss.scalar_type()));
+  }
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const Tensor& logits) {

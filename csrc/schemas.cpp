@@ -116,6 +116,23 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
+  // Loss and gradient of the logits for an incoming gradient of 1, in one sweep; reduction mean or sum.
+  m.def(
+      "_masked_cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? mask=None, "
+      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
+      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
+      "SymInt shift=0, str reduction=\"mean\") -> (Tensor loss, Tensor grad_logits)");
+  // The same, with the gradient written over the logits. The caller bumps their version.
+  m.def(
+      "_masked_cross_entropy_with_gradient_(Tensor(a!) logits, Tensor target, Tensor? mask=None, "
+      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
+      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
+      "SymInt shift=0, str reduction=\"mean\") -> Tensor loss");
+  // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
+  // of 0 stays 0.
+  m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
   m.def(
       "cross_entropy_terms(Tensor logits, Tensor target, Tensor? mask=None, "
       "Tensor? temperature=None, Tensor? classes=None, Tensor? context_before=None, "

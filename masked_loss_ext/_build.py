@@ -43,6 +43,7 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cpu/masked_cross_entropy.cpp",
     "cpu/masked_cross_entropy_backward.cpp",
     "cpu/cross_entropy_terms.cpp",
+    "cpu/masked_cross_entropy_gradient.cpp",
     "cpu/block_mask.cpp",
     "cpu/block_mask_lists.cpp",
     "cpu/block_mask_rows.cpp",
@@ -55,6 +56,7 @@ CUDA_SOURCES = [
     "cuda/masked_cross_entropy.cu",
     "cuda/masked_cross_entropy_backward.cu",
     "cuda/cross_entropy_terms.cu",
+    "cuda/masked_cross_entropy_gradient.cu",
     "cuda/block_mask.cu",
     "cuda/repetition.cu",
 ]
@@ -71,7 +73,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # gcc vectorises few of the loops without it
     "-g0",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2"]  # two architectures at a time
+# Two architectures at a time; ptxas says what each kernel uses (python -m tools.kernels).
+NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2", "-Xptxas=-v"]
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]  # cudart's symbols stay inside
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
 SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 8, 70  # rough, for the progress message alone
@@ -150,7 +153,10 @@ def ninja_file(tools, output):
         libraries += [f"-L{tools.cudart_dir}", *(f"-l{name}" for name in CUDA_LIBRARIES)]
     lines = []
     for name, words in _compile_rules(tools, root).items():
-        lines += [f"rule {name}", f"  command = {_shell(words)}"]
+        command = _shell(words)
+        if name == "nvcc":  # what it says is kept, and said
+            command += " > $out.log 2>&1; status=$$?; cat $out.log; exit $$status"
+        lines += [f"rule {name}", f"  command = {command}"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
     objects = []
     for source in sources:

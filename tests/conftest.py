@@ -10,6 +10,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_report_header(config):
+    from gpu_device import missing
+
+    reason = missing()
+    return f"CUDA: kernels run under the simulator alone, {reason}" if reason else "CUDA: a GPU"
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Seed the generator and put the number of threads back."""

@@ -6,7 +6,7 @@ import re
 
 import torch
 from cuda_sim import ORDERS, Simulator, build, mirror_schemas
-from cuda_sim.build import ROOT
+from cuda_sim.build import COUNTING_FLAGS, ROOT
 
 import masked_loss_ext  # noqa: F401  its schemas are mirrored
 from masked_loss_ext._build import CUDA_SOURCES
@@ -15,20 +15,35 @@ ARGUMENTS = ("prediction", "target", "mask", "edit_mask", "weighting")
 READER = re.compile(r"(Direct|Any)Reader<(?:c10::)?([\w, ]+)>")
 
 
-@functools.cache
-def simulator():
+def _simulator(name, namespace, kernel_flags=()):
     """All .cu files in one library, and the schemas its operators are registered for."""
-    schemas = mirror_schemas()
-    sim = Simulator(build("product", [ROOT / "csrc" / name for name in CUDA_SOURCES]))
+    schemas = mirror_schemas(target=namespace)
+    sources = [ROOT / "csrc" / source for source in CUDA_SOURCES]
+    sim = Simulator(build(name, sources, kernel_flags=kernel_flags))
     sim.schemas = schemas  # must live as long
+    sim.ops = getattr(torch.ops, namespace)
     return sim
 
 
-class Uploader:
-    """Tensors for the simulated device."""
+@functools.cache
+def simulator():
+    return _simulator("product", "masked_loss_ext_sim")
 
-    def __init__(self):
-        self.sim = simulator()
+
+@functools.cache
+def counting_simulator():
+    """The same, slower: it tells how often each element of a tensor was read and written."""
+    namespace = "masked_loss_ext_counted"
+    flags = [*COUNTING_FLAGS, f"-DMASKED_LOSS_EXT_CUDA_LIBRARY={namespace}"]
+    return _simulator("counted", namespace, flags)
+
+
+class Uploader:
+    """Tensors for the simulated device, or for another that uploads and downloads them."""
+
+    def __init__(self, device=None):
+        self.sim = device or simulator()
+        self.ops = self.sim.ops
 
     def upload(self, tensor):
         """Tensors that lie on the device already stay as they are."""
@@ -43,10 +58,10 @@ class SimulatedOperator(Uploader):
     Inputs are read-only there, and a write to them ends the process. Outputs start as NaN or -1.
     """
 
-    def __init__(self):
-        super().__init__()
-        ops = torch.ops.masked_loss_ext_sim
-        self.forward, self.backward = ops.masked_squared_error, ops._masked_squared_error_backward
+    def __init__(self, device=None):
+        super().__init__(device)
+        self.forward = self.ops.masked_squared_error
+        self.backward = self.ops._masked_squared_error_backward
 
     def __call__(
         self,
@@ -91,6 +106,6 @@ class SimulatedOperator(Uploader):
 
 
 @functools.cache
-def simulated_operator():
+def simulated_operator(device=None):
     """One for all test files."""
-    return SimulatedOperator()
+    return SimulatedOperator(device)

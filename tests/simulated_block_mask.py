@@ -15,13 +15,13 @@ class SimulatedBlockMask(Uploader):
     """
 
     def __call__(self, name, *args, order=ORDERS[0]):
-        operator = getattr(torch.ops.masked_loss_ext_sim, name)
+        operator = getattr(self.ops, name)
         args = [self.upload(a) if isinstance(a, torch.Tensor) else a for a in args]
         with self.sim.order(order):
             return [self.sim.download(result) for result in operator(*args)]
 
 
 @functools.cache
-def simulated_block_mask():
+def simulated_block_mask(device=None):
     """One for all test files."""
-    return SimulatedBlockMask()
+    return SimulatedBlockMask(device)

@@ -27,12 +27,11 @@ class SimulatedCrossEntropy(Uploader):
     Inputs are read-only there, and a write to them ends the process; outputs start as NaN patterns.
     """
 
-    def __init__(self):
-        super().__init__()
-        ops = torch.ops.masked_loss_ext_sim
-        self.forward_op = ops.masked_cross_entropy
-        self.backward_op = ops._masked_cross_entropy_backward
-        self.overwriting_op = ops._masked_cross_entropy_backward_
+    def __init__(self, device=None):
+        super().__init__(device)
+        self.forward_op = self.ops.masked_cross_entropy
+        self.backward_op = self.ops._masked_cross_entropy_backward
+        self.overwriting_op = self.ops._masked_cross_entropy_backward_
 
     def number(self, value):
         return None if value is None else self.upload(torch.as_tensor(value, dtype=torch.float64))
@@ -84,9 +83,9 @@ class Call:
 
 
 @functools.cache
-def simulated_cross_entropy():
+def simulated_cross_entropy(device=None):
     """One for all test files."""
-    return SimulatedCrossEntropy()
+    return SimulatedCrossEntropy(device)
 
 
 def evaluate(dtype, logits, target, mask, upstream, options):
@@ -162,3 +161,57 @@ def check(op, logits, target, mask=None, *, upstream=None, **options):
     for name, grad in grads.items():
         assert over[name].equal(grad) or grad.isnan().any(), f"{what} in place {name}"
     return results
+
+
+class SimulatedSweep(Uploader):
+    """The operators that make the gradient with the loss, and what scales it afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        ops = torch.ops.masked_loss_ext_sim
+        self.fresh_op = ops._masked_cross_entropy_with_gradient
+        self.overwriting_op = ops._masked_cross_entropy_with_gradient_
+        self.scale_op = ops._masked_cross_entropy_scale_gradient_
+
+    def __call__(self, logits, target, mask=None, *, order=ORDERS[0], in_place=False, **options):
+        """(loss, gradient), on the device."""
+        call = Call(simulated_cross_entropy(), logits, target, mask, options)
+        inputs = list(call.tensors)
+        if in_place:
+            inputs[0] = self.sim.upload(self.sim.download(inputs[0]), writable=True)
+        with self.sim.order(order):
+            if in_place:
+                return self.overwriting_op(*inputs, *call.numbers()), inputs[0]
+            return self.fresh_op(*inputs, *call.numbers())
+
+    def scale(self, gradient, factor, order=ORDERS[0]):
+        """In place; gradient: on the device."""
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        with self.sim.order(order):
+            self.scale_op(gradient, self.upload(torch.tensor(factor, dtype=wide)))
+
+
+@functools.cache
+def simulated_sweep():
+    """One for all test files."""
+    return SimulatedSweep()
+
+
+def check_sweep(sweep, logits, target, mask=None, order=ORDERS[0], **options):
+    """Fresh and in place against the reference; returns loss and gradient."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    one = {"loss": torch.ones((), dtype=wide)}
+    truth = evaluate(torch.float64, logits, target, mask, one, options)
+    in_dtype = evaluate(wide, logits, target, mask, one, options)
+    what = f"{logits.dtype} {list(logits.shape)} {list(options)}"
+    lse = truth["lse"].abs().nan_to_num(0, 0, 0)
+    size = lse.max().item() if lse.numel() else 0.0
+    for in_place in (True, False):
+        results = sweep(logits, target, mask, order=order, in_place=in_place, **options)
+        loss, gradient = map(sweep.sim.download, results)
+        assert loss.dtype == wide and gradient.dtype == logits.dtype
+        name = f"{what} in place" if in_place else what
+        assert_close(loss, truth["loss"], in_dtype["loss"], f"{name} loss", size)
+        assert_close(gradient, truth["grad logits"], in_dtype["grad logits"], f"{name} gradient")
+    assert gradient.is_contiguous()
+    return loss, gradient

@@ -11,6 +11,9 @@ import masked_loss_ext as mle
 op = torch.ops.masked_loss_ext.masked_cross_entropy.default
 backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward.default
 inplace_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.default
+fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient.default
+inplace_fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_.default
+scale_op = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_.default
 CHECKED = ["v17", "both_weights_none", "segments_mean", "padded", "rank_1_none", "banned_sum"]
 SIZES = [(3, 5, 11), (4, 9, 30), (7, 11, 1030)]
 
@@ -81,6 +84,14 @@ def test_opcheck_backward(name, statistics):
     needs_weight = arguments[8] is not None
     torch.library.opcheck(backward_op, (*arguments, True, needs_weight))
     torch.library.opcheck(inplace_op, (*arguments, needs_weight))
+
+
+@pytest.mark.parametrize("name", ["v17", "segments_mean", "banned_sum"])
+def test_opcheck_with_gradient(name):
+    tensors, numbers = op_arguments(name)
+    for operator in (fused_op, inplace_fused_op):
+        torch.library.opcheck(operator, (*tensors, *numbers))
+    torch.library.opcheck(scale_op, (tensors[0], torch.tensor(0.5)))
 
 
 def batch(rows, tokens, classes, dtype=torch.float32):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA block-mask operators under the simulator: the same bits as on CPU."""
+"""The CUDA block-mask operators under the simulator, and on a GPU: the same bits as on CPU."""
 
 import random
 
@@ -15,6 +15,7 @@ from block_masks import (
 )
 from cuda_sim import ORDERS
 from cuda_sim.build import compiler
+from gpu_device import DEVICES, device_named
 
 from masked_loss_ext.ops import block_mask as layer
 
@@ -26,9 +27,9 @@ from simulated_block_mask import simulated_block_mask  # noqa: E402
 TILE = 2048  # kv-blocks that one block of threads counts at a time
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_block_mask()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_block_mask(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)

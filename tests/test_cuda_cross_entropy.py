@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""masked_cross_entropy's CUDA kernels under the simulator: every launch regime, dtype and option.
+"""masked_cross_entropy's CUDA kernels under the simulator, and on a GPU where there is one: every
+launch regime, dtype and option.
 
 In packs of 16 bytes per row: up to 256 a row belongs to 8 to 32 lanes (4 packs each), up to 512 to
 a block of 128 threads, beyond to one of 256; from 1025 on a row is cut where rows are few.
@@ -10,6 +11,7 @@ import torch
 from accuracy import assert_same_bits
 from cases import FLOATING
 from cuda_sim import ORDERS, compiler
+from gpu_device import DEVICES, device_named
 
 if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
@@ -46,9 +48,9 @@ LENGTHS += [(128, -1), (256, 0), (256, 1), (512, 0), (512, 1), (1024, 0), (1024,
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_cross_entropy()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_cross_entropy(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)

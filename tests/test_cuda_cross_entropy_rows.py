@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What single rows come to in the CUDA kernels of masked_cross_entropy, under the simulator: ties,
-banned classes, rows of nothing else, labels that are none.
+"""What single rows come to in the CUDA kernels of masked_cross_entropy, under the simulator and on
+a GPU where there is one: ties, banned classes, rows of nothing else, labels that are none.
 """
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from accuracy import assert_same_bits
 from cases import FLOATING
 from cuda_sim import compiler
+from gpu_device import DEVICES, device_named
 
 if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
@@ -18,9 +19,9 @@ from test_cuda_cross_entropy import OPTIONS, filled, make
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_cross_entropy()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_cross_entropy(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels under the simulator: every case, dtype and reduction by the accuracy rule.
+"""The CUDA kernels under the simulator, and on a GPU where there is one: every case, dtype and
+reduction by the accuracy rule.
 
 What each lane reads changes with the row's length (lanes per row, packs of 16 bytes and their tail,
 4096 columns to an item), with alignment and strides, and with the number of rows (2048 blocks).
@@ -10,6 +11,7 @@ import torch
 from accuracy import Expected, assert_all_accurate, assert_same_bits
 from cases import BY_NAME, CASES, FLOATING, REDUCTIONS, Case, make, stored_as
 from cuda_sim import ORDERS, compiler
+from gpu_device import DEVICES, device_named
 from test_masked_squared_error import grad_loss_for, loss_shape
 
 if compiler() is None:
@@ -41,9 +43,9 @@ POSITION = {case.name: i for i, case in enumerate(CASES + ROWS)}
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_operator()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_operator(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA repetition operators under the simulator: the same bits as on CPU."""
+"""The CUDA repetition operators under the simulator, and on a GPU: the same bits as on CPU."""
 
 import random
 
@@ -8,6 +8,7 @@ import torch
 from cases import MASK_DTYPES, stored_as
 from cuda_sim import ORDERS
 from cuda_sim.build import compiler
+from gpu_device import DEVICES, device_named
 from repetition_cases import both, colliding, periodic, random_case, same
 
 if compiler() is None:
@@ -18,9 +19,9 @@ from simulated_block_mask import simulated_block_mask as simulated_operators  # 
 THREADS = 256  # of the block that works on a row
 
 
-@pytest.fixture(scope="module")
-def op():
-    return simulated_operators()
+@pytest.fixture(scope="module", params=DEVICES)
+def op(request):
+    return simulated_operators(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +55,13 @@ def test_rows_longer_than_a_block_of_threads(op, size, order):
             same(simulated(op, *arguments, order=order), both(*arguments))
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("first", [0, 31, 32, THREADS - 1, THREADS, THREADS + 33])
-def test_runs_across_warps_and_tiles(op, first):
+def test_runs_across_warps_and_tiles(op, first, order):
     for length in (1, 2, 33, THREADS, 2 * THREADS + 1):
         tokens = torch.arange(4 * THREADS)[None] + 1
         tokens[:, first : first + length] = 0
-        counts = op("repetition_counts", tokens, None, 4)
+        counts = op("repetition_counts", tokens, None, 1, order=order)
         assert counts[3].tolist() == [length]
 
 

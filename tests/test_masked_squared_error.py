@@ -5,6 +5,7 @@ import pytest
 import torch
 from accuracy import Expected, assert_all_accurate, assert_same_bits, evaluate
 from cases import BY_NAME, CASES, FLOATING, REDUCTIONS, make
+from gpu_device import PLACES, at
 
 from masked_loss_ext.ops.masked_squared_error import masked_squared_error
 
@@ -36,14 +37,15 @@ def loss_shape(case, reduction):
     return {"none": case.shape, "token": case.shape[:-1]}.get(reduction, ())
 
 
+@pytest.mark.parametrize("place", PLACES)
 @every_case
 @every_dtype
-def test_agrees_with_reference(case, dtype):
+def test_agrees_with_reference(case, dtype, place):
     inputs = make(case, dtype)
     for reduction in reductions_of(case):
         options = {**WEIGHTS, "reduction": reduction}
         expected = Expected(inputs, **options)
-        actual = evaluate(masked_squared_error, inputs, **options)
+        actual = evaluate(at(place, masked_squared_error), inputs, **options)
         assert_all_accurate(actual, expected, f"{case.name} {reduction}")
 
 

@@ -29,6 +29,10 @@ def operators():
     return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith(NAMESPACE + "::")})
 
 
+def family(name):
+    return INTEGER.get(name) or base_name(name)
+
+
 TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_TENSORS]
 
 
@@ -41,8 +45,10 @@ def source_text(pattern):
 
 
 def base_name(name):
-    base = name.removeprefix("_").removesuffix("_").removesuffix("_backward")
-    return INTEGER.get(name, base)
+    name = name.removeprefix("_").removesuffix("_")
+    for step in ("_backward", "_with_gradient", "_scale_gradient"):
+        name = name.removesuffix(step)
+    return name
 
 
 def test_the_operators_are_these():
@@ -50,6 +56,9 @@ def test_the_operators_are_these():
         "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
+        "_masked_cross_entropy_scale_gradient_",
+        "_masked_cross_entropy_with_gradient",
+        "_masked_cross_entropy_with_gradient_",
         "_masked_squared_error_backward",
         "_version",
         "cpu_capability",
@@ -89,7 +98,7 @@ def test_cuda_kernel(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_one_name_in_every_layer(name):
-    base = base_name(name)
+    base = family(name)
     layers = [f"{base}.h", f"cpu/{base}.cpp", f"cuda/{base}.cu"]
     if name not in INTEGER:
         layers.append(f"cpu/{base}.inc")
@@ -101,7 +110,7 @@ def test_one_name_in_every_layer(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_every_operator_has_its_tests(name):
-    base = TESTED_IN.get(base_name(name), base_name(name))
+    base = TESTED_IN.get(family(name), family(name))
     assert (TESTS / f"test_{base}.py").is_file()
     called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
     for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
@@ -121,13 +130,14 @@ def test_each_schema_is_written_once():
 
 
 def test_inputs_are_declared_read_only():
-    """But for the logits of an operator that says by its name that it overwrites them."""
+    """But for what an operator overwrites that says so by its name."""
     for name in TENSOR_OPERATORS:
         schema = getattr(torch.ops.masked_loss_ext, name).default._schema
         assert schema.is_mutable == name.endswith("_")
         arguments = (*schema.arguments, *schema.returns)
         aliased = [a.name for a in arguments if a.alias_info is not None]
-        assert aliased == (["logits"] if name.endswith("_") else [])
+        overwritten = "grad_logits" if "scale" in name else "logits"
+        assert aliased == ([overwritten] if name.endswith("_") else [])
 
 
 def test_version():

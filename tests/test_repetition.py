@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """repetition_counts and repetition_links: worked by hand, then against the definition."""
 
+import doctest
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from repetition_cases import (
     same,
 )
 
+from masked_loss_ext.ops import repetition
 from masked_loss_ext.ops.repetition import repetition_counts, repetition_links
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "row_gaps", "misaligned")
@@ -104,6 +107,14 @@ def test_a_row_shorter_than_a_window():
         counts = counted([[1, 1, 2]], None, n)
         assert counts == {"pairs": [0], "windows": [0], "distinct": [0], "longest_run": [2]}
         assert linked([[1, 1, 2]], None, n) == [[[-1] * 3], [[3] * 3]]
+
+
+def test_docstring_examples():
+    runner = doctest.DocTestRunner(verbose=False)
+    names = {**vars(repetition), "Counter": Counter}
+    for test in doctest.DocTestFinder().find(repetition, globs=names):
+        runner.run(test)
+    assert runner.summarize().attempted >= 7 and runner.failures == 0
 
 
 # Against the definition

@@ -10,6 +10,7 @@ from plain_unified import Plain, balancing_term, load_balance, similarity
 from masked_loss_ext import UnifiedLoss
 from masked_loss_ext.reference import cross_entropy_terms as terms_of_reference
 from masked_loss_ext.unified import _read
+from masked_loss_ext.unified._penalties import unlikelihood
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 CE = math.log(4 / 3)  # of logits [ln 3, 0] and target 0: p = 3/4 and 1/4
@@ -128,6 +129,20 @@ def test_heads_on_paper():
     close(out["main_avg_confidence"], 0.6)
     names = ("main_primary_loss", "main_additional_loss", "main_confidence_reg")
     torch.testing.assert_close(out["total_loss"], sum(out[name] for name in names))
+
+
+@pytest.mark.parametrize("log_p", [-1e-7, -1e-6, -1e-3, -0.5, -0.8, -3.0, -11.0, -60.0, -math.inf])
+def test_unlikelihood_in_float32(log_p):
+    """Value and derivative p / (1 - p), near p = 1 and for small p."""
+    x = torch.tensor([log_p, 0.3], requires_grad=True)
+    rows = unlikelihood(x, torch.tensor([True, False]))
+    rows.sum().backward()
+    q = -math.expm1(x[0].item())
+    expected = torch.tensor([-math.log(q), 0.0]), torch.tensor([(1 - q) / q, 0.0])
+    if log_p < -1:
+        p = math.exp(log_p)
+        expected = torch.tensor([-math.log1p(-p), 0.0]), torch.tensor([p / (1 - p), 0.0])
+    torch.testing.assert_close((rows.detach(), x.grad), expected, rtol=1e-6, atol=0)
 
 
 # --- against the same, loop by loop, in float64 --------------------------------------------------

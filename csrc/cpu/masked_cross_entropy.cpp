@@ -1,24 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The forward of masked_cross_entropy on CPU: allocation, the final sums, the error for a bad label.
+// The forward of masked_cross_entropy on CPU: allocation and the final sums.
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
 #include <tuple>
 
 #include "allocate.h"
-#include "cpu/masked_cross_entropy_setup.h"
+#include "cpu/masked_cross_entropy_run.h"
 
 namespace masked_loss_ext {
 namespace {
-
-[[noreturn]] void refuse_label(const CrossEntropyProblem& q, const Tensor& logits, int64_t row) {
-  const int64_t label = read_integer(q.counted.target, row + q.counted.shift);
-  std::ostringstream text;
-  text << "masked_cross_entropy: target at row " << row_index(logits, row, q.counted.shift)
-       << " must be in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
-       << ", got " << label;
-  throw std::out_of_range(text.str());
-}
 
 struct ForwardOutputs {
   Tensor loss, lse, entropy, log_prob, hit, smooth_distance, denominator;
@@ -36,29 +26,6 @@ ForwardOutputs allocate_outputs(const Tensor& logits, RowReduction reduction, bo
           empty_tensor(logits, statistics && has_target ? rows : none, ScalarType::Bool),
           empty_tensor(logits, smooths && has_target ? rows : none, type),
           empty_tensor(logits, scalar, ScalarType::Double)};
-}
-
-ChunkTotals run_forward(CrossEntropyProblem& q) {
-  const CrossEntropyKernels& kernel = cross_entropy_kernels();
-  q.chunks = cut(q.counted, false);
-  const bool is_cut = q.chunks.pieces > 1;
-  const int64_t groups = (q.counted.rows + kRowsPerFinish - 1) / kRowsPerFinish;
-  std::vector<RowPart> parts(is_cut ? q.chunks.count : 0);
-  std::vector<ChunkTotals> totals(is_cut ? groups : q.chunks.count);
-  q.parts = is_cut ? parts.data() : nullptr;
-  q.totals = totals.data();
-  // Last chunk first: what the model wrote last is still in the cache, and what is read last here is
-  // what the backward, which goes upwards, reads first.
-  for_each_chunk(q.chunks.count,
-                 [&](int64_t i) { kernel.forward(q, q.chunks.count - 1 - i); });
-  if (is_cut) for_each_chunk(groups, [&](int64_t group) { kernel.finish(q, group); });
-  ChunkTotals all;
-  for (const ChunkTotals& t : totals) {
-    all.loss += t.loss;
-    all.denominator += t.denominator;
-    if (all.bad_row < 0) all.bad_row = t.bad_row;
-  }
-  return all;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_cross_entropy_forward_cpu(

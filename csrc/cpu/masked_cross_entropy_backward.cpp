@@ -5,13 +5,10 @@
 #include <tuple>
 
 #include "allocate.h"
-#include "cpu/masked_cross_entropy_setup.h"
+#include "cpu/masked_cross_entropy_run.h"
 
 namespace masked_loss_ext {
 namespace {
-
-// A gradient of as many rows is cut by rows alone, so that chunks lie one after another in the output.
-constexpr int64_t kManyRows = 64;
 
 struct BackwardInputs {
   const std::optional<Tensor>&grad_loss, &grad_lse, &grad_entropy, &grad_log_prob;
@@ -68,23 +65,6 @@ void set_gradients(CrossEntropyProblem& q, const BackwardInputs& b, const RowGra
   }
   const double denominator = read_number(b.denominator);
   q.grad_scale = denominator != 0 ? read_number(*g.loss) / denominator : 0;
-}
-
-void run_backward(CrossEntropyProblem& q, const Tensor* grad_logits, bool in_place) {
-  const CrossEntropyKernels& kernel = cross_entropy_kernels();
-  q.chunks = cut(q.counted, q.counted.rows >= kManyRows);
-  std::vector<TargetLogit> targets(q.chunks.pieces > 1 ? q.counted.rows : 0);
-  q.targets = targets.empty() ? nullptr : targets.data();
-  for (int64_t row = 0; q.targets != nullptr && row < q.counted.rows; ++row) {
-    kernel.read_target(q, row);
-  }
-  if (grad_logits == nullptr || in_place) {
-    return for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.backward(q, chunk); });
-  }
-  const int64_t bytes =
-      q.chunks.rows_per_chunk * q.chunks.cols_per_piece * grad_logits->element_size();
-  for_each_chunk_of_output(q.chunks.count, grad_logits->const_data_ptr(), bytes,
-                           [&](int64_t chunk) { kernel.backward(q, chunk); });
 }
 
 struct GradientOutputs {

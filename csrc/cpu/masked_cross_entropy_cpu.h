@@ -65,6 +65,9 @@ struct CrossEntropyKernels {
   void (*finish)(const CrossEntropyProblem&, int64_t group);  // of kRowsPerFinish rows that were cut
   void (*read_target)(const CrossEntropyProblem&, int64_t row);  // into targets
   void (*backward)(const CrossEntropyProblem&, int64_t chunk);
+  void (*count)(const CrossEntropyProblem&, int64_t chunk);  // of rows; into totals
+  void (*both)(const CrossEntropyProblem&, int64_t chunk);   // of whole rows
+  void (*scale)(const CrossEntropyProblem&, double factor, int64_t chunk);  // of grad_logits
 };
 
 extern const CrossEntropyKernels cross_entropy_default, cross_entropy_avx2, cross_entropy_avx512;

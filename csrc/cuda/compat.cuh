@@ -19,6 +19,7 @@ constexpr int kWarpSize = 32;
 #ifdef MASKED_LOSS_EXT_CUDA_SIM
 
 using cuda_sim::launch;
+using cuda_sim::launch_clusters;
 
 template <class T>
 T* dynamic_shared() {
@@ -30,10 +31,11 @@ T* dynamic_shared() {
 // What a block may use without asking; more must be allowed per kernel and per device.
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
-// Launches kernel(args...) and returns the launch's own error; arguments convert to the kernel's types.
+// Launches kernel(args...) with `cluster` neighbouring blocks in a cluster, where that is more than 1.
+// Returns the launch's own error; arguments convert to the kernel's types.
 template <class... Params, class... Args>
-cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t smem_bytes,
-                   void (*kernel)(Params...), Args&&... args) {
+cudaError_t launch_clusters(unsigned cluster, cudaStream_t stream, dim3 grid, dim3 block,
+                            size_t smem_bytes, void (*kernel)(Params...), Args&&... args) {
   if (smem_bytes > kDefaultSharedBytes) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
@@ -42,14 +44,26 @@ cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t smem_bytes
       return error;
     }
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t smem_bytes,
+                   void (*kernel)(Params...), Args&&... args) {
+  return launch_clusters(1, stream, grid, block, smem_bytes, kernel, std::forward<Args>(args)...);
 }
 
 // The block's dynamic shared memory, 16-byte aligned; its size is the launch's smem_bytes.

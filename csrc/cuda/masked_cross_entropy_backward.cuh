@@ -39,11 +39,13 @@ __device__ __forceinline__ double row_loss_gradient(const BackwardInputs<A>& in,
   return double(in.grad_loss[in.one_grad_loss ? 0 : row]) / denominator;
 }
 
+// label_u: u at the label, where there is one.
 template <class A>
 __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyParams& q,
                                                           const BackwardInputs<A>& in,
                                                           const RowResult& r, int64_t row,
-                                                          int64_t label, double loss_gradient) {
+                                                          int64_t label, double label_u,
+                                                          double loss_gradient) {
   RowGradients g;
   g.loss = label >= 0 ? loss_gradient * token_weight_at(q, row) : 0;
   g.lse = saved(in.grad_lse, row);
@@ -58,7 +60,7 @@ __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyPara
   out.probability = A(k.probability * per_z);
   out.entropy_scale = A(k.entropy_scale * per_z);
   out.entropy = A(k.entropy);
-  const RowBase b = base_of(r, label >= 0, label >= 0 ? unit_at<A>(q, row, label) : 0);
+  const RowBase b = base_of(r, label >= 0, label_u);
   out.base = A(b.base);
   out.offset = A(b.offset);
   out.smoothing = A(k.smoothing * per_z);
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     r.log_prob = saved(in.log_prob, row);
     r.smooth_distance = saved(in.smooth_distance, row);
     const double loss_gradient = row_loss_gradient(in, row);
-    gradient = row_gradient_of(q, in, r, row, label, loss_gradient);
+    const double label_u = label >= 0 ? unit_at<A>(q, row, label) : 0;
+    gradient = row_gradient_of(q, in, r, row, label, label_u, loss_gradient);
     if (in.grad_token_weight != nullptr && label >= 0) {
       token_weight_gradient =
           loss_gradient * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
@@ -169,21 +172,12 @@ struct GradientWriter {
     }
   }
 
-  // Packs lie on 16-byte boundaries of `out`; those of `row` may differ.
-  __device__ __forceinline__ Vector<T> load(int64_t col, bool aligned) const {
-    if (aligned) return load_pack(row + col);
-    Vector<T> pack;
-#pragma unroll
-    for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = row[col + j];
-    return pack;
-  }
-
   template <bool kAll>
   __device__ __forceinline__ void write_packs(int64_t col, int64_t step, int64_t end, bool aligned) {
     Vector<T> packs[kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (kAll || col + i * step < end) packs[i] = load(col + i * step, aligned);
+      if (kAll || col + i * step < end) packs[i] = load(row + col + i * step, aligned);
     }
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {

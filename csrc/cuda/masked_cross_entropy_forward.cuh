@@ -94,14 +94,11 @@ struct RowReader {
     }
   }
 
+  // Packs from `end` on are not there.
   template <bool kAll>
-  __device__ __forceinline__ void add_packs(int64_t col, int64_t step, int64_t end) {
+  __device__ __forceinline__ void add_packs(const Vector<T> (&packs)[kPacks], int64_t col, int64_t step,
+                                            int64_t end) {
     constexpr int kVector = kVectorOf<T>;
-    Vector<T> packs[kPacks];
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (kAll || col + i * step < end) packs[i] = load_pack(row + col + i * step);
-    }
     A u[kPacks][kVector];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -127,7 +124,13 @@ struct RowReader {
     // The first of the single ones is under way while the packs are added.
     const A early = lane < s.single_columns ? widen(row[s.single(lane)]) : A(0);
     for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
-      add_packs<decltype(all)::value>(col, step, s.end);
+      constexpr bool kAll = decltype(all)::value;
+      Vector<T> packs[kPacks];
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        if (kAll || col + i * step < s.end) packs[i] = load_pack(row + col + i * step);
+      }
+      add_packs<kAll>(packs, col, step, s.end);
     });
     for (int i = lane; i < s.single_columns; i += team) {
       add_single(i == lane ? early : widen(row[s.single(i)]), s.single(i));
@@ -151,6 +154,34 @@ __device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponentia
   return share;
 }
 
+// Over the block; valid in its first warp. Every thread calls it.
+template <bool kFull, class A>
+__device__ __forceinline__ RowShare<A> block_merge(RowShare<A> share, Exponential<A> exponential) {
+  __shared__ A warp_max[kMaxWarps], warp_sum[kMaxWarps], warp_distance[kMaxWarps];
+  __shared__ A warp_before[kMaxWarps];
+  __shared__ double warp_weighted[kMaxWarps];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  share = group_merge<kFull>(share, exponential, kWarpSize);
+  if (lane == 0) {
+    warp_max[warp] = share.sums.max;
+    warp_sum[warp] = share.sums.sum;
+    warp_distance[warp] = share.sums.distance;
+    warp_before[warp] = share.sums.before;
+    warp_weighted[warp] = share.weighted;
+  }
+  __syncthreads();
+  if (warp > 0) return share;
+  RowShare<A> other;
+  if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
+    other.sums.max = warp_max[lane];
+    other.sums.sum = warp_sum[lane];
+    other.sums.distance = warp_distance[lane];
+    other.sums.before = warp_before[lane];
+    other.weighted = warp_weighted[lane];
+  }
+  return group_merge<kFull>(other, exponential, kWarpSize);
+}
+
 // block: a multiple of q.team; as many blocks as q.parts of all rows need. Writes parts[row][part] of
 // rows whose logits are needed, and nothing of others.
 template <class T, bool kFull>
@@ -170,31 +201,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     reader.read(stretch_of(q, reader.row, item.part), item.lane, q.team);
     share = reader.share;
   }
-  share = group_merge<kFull>(share, exponential, min(q.team, kWarpSize));
-  if (q.team > kWarpSize) {
-    __shared__ A warp_max[kMaxWarps], warp_sum[kMaxWarps], warp_distance[kMaxWarps];
-    __shared__ A warp_before[kMaxWarps];
-    __shared__ double warp_weighted[kMaxWarps];
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    if (lane == 0) {
-      warp_max[warp] = share.sums.max;
-      warp_sum[warp] = share.sums.sum;
-      warp_distance[warp] = share.sums.distance;
-      warp_before[warp] = share.sums.before;
-      warp_weighted[warp] = share.weighted;
-    }
-    __syncthreads();
-    if (warp > 0) return;
-    RowShare<A> other;
-    if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
-      other.sums.max = warp_max[lane];
-      other.sums.sum = warp_sum[lane];
-      other.sums.distance = warp_distance[lane];
-      other.sums.before = warp_before[lane];
-      other.weighted = warp_weighted[lane];
-    }
-    share = group_merge<kFull>(other, exponential, kWarpSize);
-  }
+  share = q.team > kWarpSize ? block_merge<kFull>(share, exponential)
+                             : group_merge<kFull>(share, exponential, q.team);
   if (!read || item.lane != 0) return;
   RowSums<double> out;
   out.max = share.sums.max;

@@ -19,9 +19,9 @@ namespace masked_loss_ext::cuda {
 constexpr int kThreads = 256;      // of the largest block
 // Resident per multiprocessor: 128 registers a thread. Left to itself ptxas takes 64 and spills.
 constexpr int kBlocksAtLeast = 2;
-// Loads in flight per thread. What full kernels do with 8 halves or with doubles needs the registers.
+// Loads in flight per thread. What full kernels do with 8 halves, and all with doubles, needs the registers.
 template <class T, bool kFull>
-constexpr int kPacksAtOnce = kFull && sizeof(T) != 4 ? 2 : 4;
+constexpr int kPacksAtOnce = (kFull && sizeof(T) != 4) || sizeof(T) == 8 ? 2 : 4;
 
 struct CrossEntropyParams {
   CountedRows rows;
@@ -127,15 +127,19 @@ struct RowItem {
   bool exists;
 };
 
-__device__ __forceinline__ RowItem item_of(const CrossEntropyParams& q) {
+__device__ __forceinline__ RowItem item_at(const CrossEntropyParams& q, int64_t index) {
   const unsigned team = static_cast<unsigned>(q.team);
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / team) + threadIdx.x / team;
   RowItem item;
   item.row = q.parts == 1 ? index : index / q.parts;
   item.part = index - item.row * q.parts;
   item.lane = static_cast<int>(threadIdx.x & (team - 1));
   item.exists = item.row < q.rows.rows;
   return item;
+}
+
+__device__ __forceinline__ RowItem item_of(const CrossEntropyParams& q) {
+  const unsigned team = static_cast<unsigned>(q.team);
+  return item_at(q, int64_t(blockIdx.x) * (blockDim.x / team) + threadIdx.x / team);
 }
 
 // The columns of one part: packs from `begin` to `end`, and single ones before the first and behind the
@@ -189,6 +193,16 @@ using Vector = Pack<T, kVectorOf<T>>;
 template <class T>
 __device__ __forceinline__ Vector<T> load_pack(const T* at) {
   return *reinterpret_cast<const Vector<T>*>(at);
+}
+
+// The same where packs lie on the boundaries of another array, and on those of this one if `aligned`.
+template <class T>
+__device__ __forceinline__ Vector<T> load(const T* at, bool aligned) {
+  if (aligned) return load_pack(at);
+  Vector<T> pack;
+#pragma unroll
+  for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = at[j];
+  return pack;
 }
 
 // grid: 1; block: kThreads.

@@ -102,8 +102,27 @@ __device__ __forceinline__ void finish(const RowOutputs<A>& out, Totals totals) 
   *out.loss = A(loss);
 }
 
-// grid: ceil(rows / block), at least 1; block: kThreads. One block finishes by itself, more leave their
-// totals to cross_entropy_finish_kernel.
+__device__ __forceinline__ Totals totals_of(const CrossEntropyParams& q, int64_t label, double loss) {
+  Totals row = {loss, 0, label == kBadLabel};
+  if (label == kNotCounted) return row;
+  const bool unknown = label == kBadLabel && q.weight.data != nullptr;
+  row.denominator = unknown ? 0 : weight_at(q, label);
+  return row;
+}
+
+// One block finishes by itself, more leave their totals to cross_entropy_finish_kernel.
+template <class A>
+__device__ __forceinline__ void leave(const RowOutputs<A>& out, Totals mine, Totals* totals) {
+  mine = block_totals(mine);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    finish(out, mine);
+  } else {
+    totals[blockIdx.x] = mine;
+  }
+}
+
+// grid: ceil(rows / block), at least 1; block: kThreads.
 template <class A>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_rows_kernel(CrossEntropyParams q, RowOutputs<A> out,
@@ -116,20 +135,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     const int64_t label = label_at(q, row);
     const RowResult r = result_of(q, out, parts, row, label);
     write_row(out, r, row);
-    mine.loss = r.loss;
-    mine.bad = label == kBadLabel;
-    if (label != kNotCounted) {
-      const bool unknown = label == kBadLabel && q.weight.data != nullptr;
-      mine.denominator = unknown ? 0 : weight_at(q, label);
-    }
+    mine = totals_of(q, label, r.loss);
   }
-  mine = block_totals(mine);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    finish(out, mine);
-  } else {
-    totals[blockIdx.x] = mine;
-  }
+  leave(out, mine, totals);
 }
 
 // grid: 1; block: kThreads.

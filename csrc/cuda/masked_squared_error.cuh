@@ -9,6 +9,9 @@
 
 namespace masked_loss_ext::cuda {
 
+// Per multiprocessor: 80 registers a thread. Left to itself ptxas takes 64 and spills.
+constexpr int kResidentBlocks = 3;
+
 // One thread's share of the loss. Sums over packs are double, here and per row: thousands of additions
 // one after another would lose digits in float, and one double addition per pack hides behind its loads.
 struct Share {
@@ -52,7 +55,8 @@ __device__ __forceinline__ void forward_item(const SquaredErrorParams& q, const 
 
 // grid: any; block: kThreads. Writes partial_sum and partial_count of each block.
 template <class Reader, class Tail>
-__global__ void __launch_bounds__(kThreads) squared_error_forward_kernel(SquaredErrorParams q) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    squared_error_forward_kernel(SquaredErrorParams q) {
   using A = typename Reader::A;
   __shared__ double sums[kMaxWarps];
   __shared__ int64_t counts[kMaxWarps];
@@ -132,7 +136,8 @@ __device__ __forceinline__ void weighting_gradient_item(const SquaredErrorParams
 
 // grid: any; block: kThreads. Writes each needed gradient once, 0 where the mask is off.
 template <class Reader, class Tail>
-__global__ void __launch_bounds__(kThreads) squared_error_backward_kernel(SquaredErrorParams q) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    squared_error_backward_kernel(SquaredErrorParams q) {
   using A = typename Reader::A;
   const A scale = backward_scale<A>(q);
   const Factors use = {true, true};

@@ -61,6 +61,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             causal language model. mask, ignore_index and token_weight are those of the target.
         reduction: "mean", "sum" or "none" (``[...]``).
         inplace_backward: write the gradient over the logits.
+        gradient_in_forward: make the gradient together with the loss, reading the logits once less;
+            what that takes is told at ``masked_cross_entropy``.
         return_stats: return (loss, ``RowStatistics``).
     """
 
@@ -77,6 +79,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         shift=0,
         reduction="mean",
         inplace_backward=False,
+        gradient_in_forward=False,
         return_stats=False,
     ):
         super().__init__()
@@ -109,6 +112,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         self.shift = shift
         self.reduction = reduction
         self.inplace_backward = inplace_backward
+        self.gradient_in_forward = gradient_in_forward
         self.return_stats = return_stats
 
     def forward(
@@ -143,6 +147,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace_backward=self.inplace_backward,
+            gradient_in_forward=self.gradient_in_forward,
             return_stats=self.return_stats,
         )
 
@@ -169,6 +174,7 @@ _DEFAULTS = {
     "shift": 0,
     "reduction": "mean",
     "inplace_backward": False,
+    "gradient_in_forward": False,
     "return_stats": False,
 }
 

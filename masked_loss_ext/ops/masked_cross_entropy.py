@@ -19,6 +19,7 @@ from .._checks import (
 )
 from ..reference import RowStatistics
 from .masked_cross_entropy_autograd import call
+from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
 from .masked_squared_error import _RARE_DTYPES, _functorch_is_active
 
 
@@ -40,6 +41,7 @@ def masked_cross_entropy(
     reduction="mean",
     normalizer=None,
     inplace_backward=False,
+    gradient_in_forward=False,
     return_stats=False,
 ):
     r"""Cross entropy of the rows that count, from one read of their logits.
@@ -94,6 +96,12 @@ def masked_cross_entropy(
         inplace_backward: write the gradient over the logits. Saves memory of their size; whoever
             else needs them afterwards gets PyTorch's error about modified variables. Ignored under
             torch.compile, torch.func and create_graph.
+        gradient_in_forward: make the gradient in the sweep that makes the loss: one read of the
+            logits less. For "mean" and "sum" without return_stats. The gradient's memory is taken
+            from the forward on; one backward, without create_graph, which multiplies by what comes
+            in unless that is 1 (so divide by ``normalizer``; not for float16 under a loss scaler).
+            With inplace_backward the forward already overwrites the logits: gone also for metrics.
+            Ignored without gradients, with one of token_weight, under torch.compile, torch.func.
         return_stats: also return RowStatistics(lse, entropy, log_prob, hit), each ``[...]``,
             differentiable (but hit), from the same read.
 
@@ -122,7 +130,9 @@ def masked_cross_entropy(
         return_stats,
     )
     tensors = (logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer)
-    results = _call("masked_cross_entropy", tensors, args, inplace_backward)
+    if gradient_in_forward:
+        check_scalar_loss(reduction, return_stats)
+    results = _call("masked_cross_entropy", tensors, args, inplace_backward, gradient_in_forward)
     return (results[0], RowStatistics(*results[1:])) if return_stats else results[0]
 
 
@@ -151,13 +161,13 @@ def row_statistics(
     name = "row_statistics"
     args = (ignore_index, 0.0, _softcap(name, softcap), 0.0, 0.0, 0, "sum", True)
     tensors = (logits, target, mask, None, None, None, temperature, None)
-    _, lse, entropy, log_prob, hit = _call(name, tensors, args, False)
+    _, lse, entropy, log_prob, hit = _call(name, tensors, args)
     if target is None:
         log_prob = hit = None
     return RowStatistics(lse, entropy, log_prob, hit)
 
 
-def _call(name, tensors, options, inplace_backward):
+def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
     try:
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         if logits.dim() > 0 and logits.stride(-1) != 1:
@@ -184,7 +194,8 @@ def _call(name, tensors, options, inplace_backward):
             _check_overwritable(name, logits)
         if _functorch_is_active():
             _check_traced(name, args)
-        return call(args, inplace_backward)
+        way = call_with_gradient if gradient_in_forward else call
+        return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     _check_types(name, *tensors[:6])

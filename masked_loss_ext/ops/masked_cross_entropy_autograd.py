@@ -101,18 +101,22 @@ def _overwriting_fake(*args):
     return _backward_fake(*args[:23], False, args[23])[1]
 
 
-@torch.library.impl("masked_loss_ext::_masked_cross_entropy_backward_", "Autograd")
-def _refuse_derivative(*args):
-    """What is overwritten has no derivative; without this one would be lost in silence."""
-    if torch.is_grad_enabled() and any(
-        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
-    ):
-        raise RuntimeError(
-            "_masked_cross_entropy_backward_ overwrites the logits and has no derivative; call "
-            "masked_cross_entropy(inplace_backward=True), or this under torch.no_grad()"
-        )
-    with _below_autograd():
-        return _overwriting_op(*args)
+def refuse_derivative(op, instead):
+    """For an operator without one: else the derivative would be lost in silence."""
+
+    def refuse(*args):
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+        ):
+            name = op._schema.name.partition("::")[2]
+            raise RuntimeError(f"{name} has no derivative; call {instead}, or this under no_grad()")
+        with _below_autograd():
+            return op(*args)
+
+    torch.library.impl(op._schema.name, "Autograd", refuse)
+
+
+refuse_derivative(_overwriting_op, "masked_cross_entropy(inplace_backward=True)")
 
 
 def _backward_arguments(grads, saved, options):

@@ -31,7 +31,7 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
               = \sum_{\text{distinct}} c (c - 1) / 2
 
     where c is how often an n-gram occurs. Exact: tokens are compared, a hash never decides alone.
-    Without ``valid``, ``Counter(zip(*(row[i:] for i in range(n))))`` of each row's list has the c.
+    Without ``valid``, ``Counter(zip(*(row[i:] for i in range(n))))`` of a row's list holds the c.
 
     Args:
         tokens: ``[B, S]`` uint8, int8, int16, int32 or int64, any strides.
@@ -47,6 +47,15 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
     Raises:
         ValueError: tokens that are not integers or not ``[B, S]``, valid of another shape or
             device, ngram_size below 1.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 1, 1, 1, 2]])
+        >>> [count.item() for count in repetition_counts(tokens, ngram_size=2)]
+        [3, 4, 2, 4]
+        >>> row = tokens[0].tolist()
+        >>> seen = Counter(zip(*(row[i:] for i in range(2))))
+        >>> sum(c * (c - 1) // 2 for c in seen.values()), sum(seen.values()), len(seen)
+        (3, 4, 2)
     """
     return RepetitionCounts(*_counts_op(tokens, valid, ngram_size))
 
@@ -70,6 +79,14 @@ def repetition_links(tokens, valid=None, ngram_size=4):
 
     Raises:
         ValueError: as :func:`repetition_counts`.
+
+    Example:
+        >>> tokens = torch.tensor([[7, 8, 7, 9, 7, 8]])
+        >>> context_before, ngram_after = repetition_links(tokens, ngram_size=2)
+        >>> context_before  # before 9 and the last 8 stood a 7, as before the 8 at 1 and the 9
+        tensor([[-1, -1, -1,  1, -1,  3]], dtype=torch.int32)
+        >>> ngram_after  # 7 8 ends at 1 and at 5
+        tensor([[6, 5, 6, 6, 6, 6]], dtype=torch.int32)
     """
     return _links_op(tokens, valid, ngram_size)
 

@@ -4,6 +4,8 @@
 Per row a class that is not asked for is -1, as cross_entropy_terms takes it.
 """
 
+import math
+
 import torch
 
 from .._checks import check_choice
@@ -11,6 +13,7 @@ from ..reference.cross_entropy_terms import LARGEST_LOG_PROB
 from ._rows import masked_mean, reduced
 
 PENALTY_ON = ("targets", "model")
+_HALF = -math.log(2)
 
 
 def check_penalty_on(name, penalty_on):
@@ -20,8 +23,11 @@ def check_penalty_on(name, penalty_on):
 def unlikelihood(log_prob, asked):
     """-log(1 - p) where asked for, 0 elsewhere; finite for p = 1."""
     bounded = torch.where(asked, log_prob, -1.0).clamp(max=LARGEST_LOG_PROB)
-    # Not log(-expm1): the derivative of expm1 is computed as (p - 1) + 1, which loses a small p.
-    return torch.where(asked, -torch.log1p(-bounded.exp()), 0)
+    # Near p = 1 the difference 1 - exp loses what expm1 keeps; below, the derivative of expm1,
+    # computed as (p - 1) + 1, loses a small p.
+    likely = torch.log(-torch.expm1(bounded))
+    unlikely = torch.log1p(-bounded.exp())
+    return torch.where(asked, -torch.where(bounded > _HALF, likely, unlikely), 0)
 
 
 def mean_unlikelihood(log_prob, asked):

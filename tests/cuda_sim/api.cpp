@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "accesses.h"
 #include "device_memory.h"
 #include "scheduler.h"
 
@@ -57,3 +58,7 @@ CUDA_SIM_API int cuda_sim_set_order(const char* text) {
   return cuda_sim::Order::parse(text, &cuda_sim::order());
 }
 CUDA_SIM_API const char* cuda_sim_launches() { return cuda_sim::launch_log().c_str(); }
+CUDA_SIM_API void cuda_sim_set_counting(int on) { cuda_sim::set_counting(on != 0); }
+CUDA_SIM_API void cuda_sim_counts(const void* data, size_t bytes, uint16_t* reads, uint16_t* writes) {
+  cuda_sim::read_counts(data, bytes, reads, writes);
+}

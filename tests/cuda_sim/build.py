@@ -18,6 +18,7 @@ TORCH = Path(torch.__file__).resolve().parent
 RUNTIME = [
     HERE / f
     for f in (
+        "accesses.cpp",
         "api.cpp",
         "device_memory.cpp",
         "faults.cpp",
@@ -46,6 +47,8 @@ KERNEL_FLAGS = [
     "-fsanitize-undefined-trap-on-error",
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
 ]
+# Puts a call before every access; accesses.cpp has the functions that are called.
+COUNTING_FLAGS = ["-fsanitize=thread"]
 
 
 def compiler():
@@ -92,7 +95,7 @@ def _make(command, target):
     return target
 
 
-def build(name, sources, runtime_flags=()):
+def build(name, sources, runtime_flags=(), kernel_flags=()):
     """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
     cxx = compiler()
     if cxx is None:
@@ -108,7 +111,8 @@ def build(name, sources, runtime_flags=()):
         if source in RUNTIME:
             headers, extra = "", runtime_flags
         else:
-            headers, extra = csrc_headers, KERNEL_FLAGS if source.suffix == ".cu" else []
+            is_kernel = source.suffix == ".cu"
+            headers, extra = csrc_headers, [*KERNEL_FLAGS, *kernel_flags] if is_kernel else []
         command = [cxx, *FLAGS, *extra, *includes, "-c", source]
         key = _digest(common, headers, *command, source.read_text())
         return _make(command, cache / f"{source.stem}-{key}.o")

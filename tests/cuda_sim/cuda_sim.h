@@ -65,4 +65,12 @@ cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_byt
   return run_launch(request);
 }
 
+// Clusters are not simulated: none may be asked for.
+template <class... Params, class... Args>
+cudaError_t launch_clusters(unsigned cluster, cudaStream_t stream, dim3 grid, dim3 block,
+                            size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
+  if (cluster != 1) return cudaErrorInvalidConfiguration;
+  return launch(stream, grid, block, shared_bytes, kernel, std::forward<Args>(args)...);
+}
+
 }  // namespace cuda_sim

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "device_memory.h"
 
+#include "accesses.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -121,6 +123,7 @@ void DeviceMemory::release_all() {
 }
 
 void DeviceMemory::open() {
+  forget_last_buffer();
   for (const Buffer& b : buffers_)
     if (b.live && b.kind == BufferKind::kGlobal)
       b.protect(b.writable ? PROT_READ | PROT_WRITE : PROT_READ);

@@ -108,6 +108,25 @@ class Simulator:
         """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each."""
         return self._c.cuda_sim_launches().decode().splitlines()
 
+    @contextlib.contextmanager
+    def counting(self):
+        """accesses() tells of what happens within; for a library built with COUNTING_FLAGS."""
+        self._c.cuda_sim_set_counting(1)
+        yield self
+        self._c.cuda_sim_set_counting(0)
+
+    def accesses(self, tensor):
+        """(reads, writes): how often each element of a contiguous tensor was, since counting()
+        began. An element of which only a part was accessed counts as one that was.
+        """
+        assert tensor.is_contiguous()
+        counts = [torch.zeros(tensor.nbytes, dtype=torch.int16) for _ in range(2)]
+        pointers = [ctypes.c_void_p(one.data_ptr()) for one in counts]
+        data = ctypes.c_void_p(tensor.data_ptr())
+        self._c.cuda_sim_counts(data, ctypes.c_size_t(tensor.nbytes), *pointers)
+        shape = (*tensor.shape, tensor.element_size())
+        return tuple(one.view(shape).amax(-1) for one in counts)
+
 
 def _on_storage(storage, like):
     tensor = torch.empty(0, dtype=like.dtype)
