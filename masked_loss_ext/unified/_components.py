@@ -148,11 +148,13 @@ def experts(loss, out, batch, given, update_state):
     outputs_mask = None
     if given.outputs is not None and len(given.outputs) > 0:
         outputs_mask = _row_mask(batch.valid, given.outputs[0])
+    similarity = None
     if loss.diversity_loss is not None:
-        out["diversity_loss"] = loss.diversity_loss(given.outputs, attention_mask=outputs_mask)
+        similarity = loss.diversity_loss.similarity(given.outputs, outputs_mask)
+        out["diversity_loss"] = loss.diversity_loss.diversity_weight * similarity
         total = total + out["diversity_loss"]
     if loss.auxiliary_loss is not None:
-        for name, value in _auxiliary(loss, batch, given, outputs_mask).items():
+        for name, value in _auxiliary(loss, batch, given, outputs_mask, similarity).items():
             out[f"aux_{name}"] = value
             total = total + value
     return total
@@ -173,8 +175,12 @@ def _balancing(balancer, out, batch, given, update_state):
     return parts["balancing_term"]
 
 
-def _auxiliary(loss, batch, given, outputs_mask):
-    """In two calls: gate and outputs may differ in rows, and so in their masks."""
+def _auxiliary(loss, batch, given, outputs_mask, similarity):
+    """In two parts: gate and outputs may differ in rows, and so in their masks.
+
+    ``similarity`` is that of the outputs where it is known already: it costs as much as all that
+    is not the row pass together.
+    """
     losses = {}
     if given.gate_logits is not None:
         losses = loss.auxiliary_loss(
@@ -184,8 +190,10 @@ def _auxiliary(loss, batch, given, outputs_mask):
             attention_mask=_row_mask(batch.valid, given.gate_logits),
         )
     if given.outputs is not None:
-        similarity = loss.auxiliary_loss(expert_outputs=given.outputs, attention_mask=outputs_mask)
-        losses = {**losses, **similarity}
+        auxiliary = loss.auxiliary_loss
+        if similarity is None:
+            similarity = auxiliary.diversity.similarity(given.outputs, outputs_mask)
+        losses["expert_diversity"] = auxiliary.expert_diversity_weight * similarity
     return losses
 
 

@@ -54,6 +54,10 @@ class DiversityLoss(torch.nn.Module):
         Raises:
             ValueError: no expert at all, or outputs that differ in shape.
         """
+        return self.diversity_weight * self.similarity(expert_outputs, attention_mask)
+
+    def similarity(self, expert_outputs, attention_mask=None):
+        """The loss without its weight."""
         _check_experts(expert_outputs)
         if len(expert_outputs) < 2:
             return attached_zero(expert_outputs[0])
@@ -64,10 +68,10 @@ class DiversityLoss(torch.nn.Module):
             stacked = torch.stack([x.reshape(-1, first.shape[-1]) for x in expert_outputs])
         stacked = cleaned(stacked.reshape(len(expert_outputs), -1, first.shape[-1]), valid)
         if self.similarity_metric == "l2":
-            return self.diversity_weight * _closeness(stacked, valid)
+            return _closeness(stacked, valid)
         if self.similarity_metric == "cosine":
             stacked = torch.nn.functional.normalize(stacked, dim=-1, eps=_EPS)
-        return self.diversity_weight * _mean_product(stacked, valid)
+        return _mean_product(stacked, valid)
 
     def extra_repr(self):
         return (
@@ -80,7 +84,7 @@ def _mean_product(stacked, valid):
     """Mean over pairs and rows of the products of ``[E, N, H]``, rows that do not count being 0.
 
     Each expert meets the sum of those before it: E products instead of E (E - 1) / 2, and none of
-    the cancellation of (|sum|^2 - sum of |x|^2) / 2.
+    the cancellation of (|sum|^2 - sum of |x|^2) / 2. No matrix product: autocast would round it.
     """
     experts = stacked.shape[0]
     before = stacked.cumsum(0)[:-1]
