@@ -94,7 +94,8 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
     if neighbours.crowded(wanted.threads):
         others = f"{neighbours.other_cores:.2f} cores busy with other programs"
         print(f"! {others} while {case.name} was timed: the figures are not sound", file=sys.stderr)
-    weighed = [one.name for one in timed if one.weigh]
+    information = [one for one in problem.beside if one.role == "information"]
+    weighed = [one.name for one in [*timed, *information] if one.weigh]
     peaks = {} if wanted.quick else peaks_of(case, problem, weighed, wanted)
     setting = {"other_cores": neighbours.other_cores}
     setting |= machine.environment(wanted.device, wanted.threads)

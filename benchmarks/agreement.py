@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .harness import Contender, Problem
+from .harness import Contender, Problem, drop_gradients
 
 LOSS_TOLERANCE = 1e-5  # one long fp32 sum, or a few: arithmetic is fp32 inside for both dtypes
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}  # of the gradient, at the end
@@ -43,30 +43,43 @@ def results_of(returned: Tensor | tuple | None) -> list[Tensor]:
     return [] if returned is None else [returned]
 
 
-def run_once(contender: Contender, index: int = 0) -> tuple[list[Tensor], Tensor | None]:
-    """Results and gradient of one call, the gradient taken away from the input."""
+def run_once(contender: Contender, index: int = 0) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Results of one call and the gradients of the inputs that require one, taken from them."""
     inputs = contender.inputs[index % len(contender.inputs)]
-    inputs[0].grad = None
+    drop_gradients(inputs)
     if contender.prepare is not None:
         contender.prepare(*inputs)
     results = results_of(contender.call(*inputs))
-    if inputs[0].requires_grad:
+    if any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
         results[0].backward()
-    gradient, inputs[0].grad = inputs[0].grad, None
-    return [result.detach() for result in results], gradient
+    return [result.detach() for result in results], drop_gradients(inputs)
 
 
-def truth_of(problem: Problem) -> tuple[list[Tensor], Tensor | None]:
-    """Results and gradient of the reference, in float64, from our contender's data."""
+def truth_of(problem: Problem) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Results and gradients of the reference, in float64, from our contender's data."""
 
     def widen(value):
         wide = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().double() if wide else value
+        return value.detach().double().requires_grad_(value.requires_grad) if wide else value
 
-    inputs = problem.contenders[0].inputs[0]
-    leaf, *rest = (widen(value) for value in inputs)
-    leaf.requires_grad_(inputs[0].requires_grad)
-    return run_once(Contender("reference", problem.reference, [(leaf, *rest)]))
+    inputs = tuple(widen(value) for value in problem.contenders[0].inputs[0])
+    return run_once(Contender("reference", problem.reference, [inputs]))
+
+
+def gradients_error(
+    gradients: list[Tensor | None], truths: list[Tensor | None], unit: float
+) -> float:
+    """The largest; ``unit`` is that of the first, as harness.Problem says."""
+    errors = []
+    for place, (gradient, truth) in enumerate(zip(gradients, truths, strict=True)):
+        if gradient is not None:
+            one = truth.abs().max().item() if place and truth.numel() else unit
+            errors.append(relative_error(gradient, truth, one))
+    return torch.tensor(errors).max().item()
+
+
+def shapes_of(tensors: list[Tensor | None]) -> list[tuple | None]:
+    return [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
 
 
 def check(contender: Contender, truth: tuple, problem: Problem) -> Agreement:
@@ -75,29 +88,25 @@ def check(contender: Contender, truth: tuple, problem: Problem) -> Agreement:
     A contender may return less than the reference: the loss without the statistics.
     """
     try:
-        results, gradient = run_once(contender)
+        results, gradients = run_once(contender)
     except Exception as error:  # the other contenders of the case must still be measured
         first_line = (str(error).splitlines() or ["no message"])[0]
         return Agreement(math.nan, math.nan, f"{type(error).__name__}: {first_line}")
-    true_results, true_gradient = truth
-    shapes = [tuple(result.shape) for result in results]
-    if shapes != [tuple(result.shape) for result in true_results[: len(shapes)]]:
+    true_results, true_gradients = truth
+    if (shapes := shapes_of(results)) != shapes_of(true_results[: len(results)]):
         return Agreement(math.nan, math.nan, f"results of shapes {shapes}")
-    if (gradient is None) != (true_gradient is None) or (
-        gradient is not None and gradient.shape != true_gradient.shape
-    ):
-        got = None if gradient is None else tuple(gradient.shape)
-        return Agreement(math.nan, math.nan, f"gradient of shape {got}")
+    if (shapes := shapes_of(gradients)) != shapes_of(true_gradients):
+        return Agreement(math.nan, math.nan, f"gradients of shapes {shapes}")
     errors = [relative_error(*pair) for pair in zip(results, true_results, strict=False)]
     loss_error = torch.tensor(errors).max().item()
     # "not <=" and not ">": a NaN is a refusal.
     if not loss_error <= (limit := LOSS_TOLERANCE + contender.slack):
         refusal = f"loss is off by {loss_error:.1e}, allowed {limit:.1e}"
         return Agreement(loss_error, math.nan, refusal)
-    if gradient is None:
+    if not gradients or gradients[0] is None:
         return Agreement(loss_error, math.nan)
-    gradient_error = relative_error(gradient, true_gradient, problem.gradient_unit)
-    limit = problem.gradient_tolerance + ROUNDING[gradient.dtype] + contender.slack
+    gradient_error = gradients_error(gradients, true_gradients, problem.gradient_unit)
+    limit = problem.gradient_tolerance + ROUNDING[gradients[0].dtype] + contender.slack
     if not gradient_error <= limit:
         refusal = f"gradient is off by {gradient_error:.1e}, allowed {limit:.1e}"
         return Agreement(loss_error, gradient_error, refusal)

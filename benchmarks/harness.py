@@ -35,8 +35,9 @@ PARTS = ("total", "forward", "backward")
 
 @dataclass(frozen=True)
 class Contender:
-    """``call(*inputs[i])`` gives the loss, or several results with the loss first. Where the first
-    tensor of the inputs requires a gradient, the backward pass is part of the call.
+    """``call(*inputs[i])`` gives the loss, or several results with the loss first. Where the loss
+    requires a gradient, the backward pass is part of the call. Where inputs do, the first is the
+    one whose gradient is large.
 
     Several tuples hold equal problems in different memory, so that on CUDA the data of one call is
     not in the L2 cache because the call before left it there.
@@ -45,7 +46,7 @@ class Contender:
     name: str
     call: Callable[..., Tensor | tuple]
     inputs: Sequence[tuple]
-    weigh: bool = True  # False: its peak memory says nothing beside the case's gradient
+    weigh: bool = True  # False: its peak memory says nothing; that of a floor is never asked
     role: str = "rival"  # or "floor", which ours cannot beat, or "information" for the reader
     prepare: Callable[..., object] | None = None  # on the same inputs, before a call, untimed
     skip: str = ""  # why it is not even attempted; the tables say so
@@ -61,9 +62,11 @@ class Problem:
     reference: Callable[..., Tensor | tuple]  # the same call on float64 inputs
     bytes_moved: int  # what must be read and written, forward and backward
     gradient_bytes: int  # where there is no backward pass: what the gradient would have; 0: none
-    beside: Sequence[Contender] = ()  # floors and information: timed, neither checked nor weighed
+    beside: Sequence[Contender] = ()  # floors and information: timed, not checked
     gradient_tolerance: float = 2e-6  # relative, of an element: about six fp32 roundings
-    gradient_unit: float = 0.0  # an element smaller than this may be off by the same as one of it
+    # An element of the first input's gradient that is smaller than this may be off by the same as
+    # one of it; in the gradient of a further input the largest element is the unit.
+    gradient_unit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class View:
     limits: Mapping[str, float | None] = field(default_factory=dict)  # the most: base's time / its
     peak_limit: float | None = None  # the most: base's peak memory / gradient
     peak_limit_bytes: int | None = None  # the most: base's peak memory
+    peak_shares: Mapping[str, float] = field(default_factory=dict)  # the most: base's peak / its
     time_limit_us: float | None = None  # the most: base's median
     names: Mapping[str, str] = field(default_factory=dict)  # contender -> what it is called here
     part: str = "total"  # of PARTS: what of the contenders' calls; a floor is always whole
@@ -176,6 +180,15 @@ def summarize(samples: Sequence[float]) -> Summary:
     return Summary(median, min(samples), third - first)
 
 
+def drop_gradients(inputs: tuple) -> list[Tensor | None]:
+    """Those of the inputs that require one, taken away from them."""
+    leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return gradients
+
+
 def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -> tuple:
     inputs = contender.inputs[index % len(contender.inputs)]
     if contender.prepare is not None:
@@ -187,7 +200,7 @@ def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -
     if loss.requires_grad:
         loss.backward()
     end = clock.mark()
-    inputs[0].grad = None
+    drop_gradients(inputs)
     return begin, middle, end
 
 

@@ -101,7 +101,8 @@ def main() -> None:
     every = cases_of(wanted.benchmark, wanted.device)
     case = next(case for case in every if case.name == wanted.case)
     problem = case.make()
-    contender = next(one for one in problem.contenders if one.name == wanted.contender)
+    every = [*problem.contenders, *problem.beside]
+    contender = next(one for one in every if one.name == wanted.contender)
     peak = peak_extra_bytes(lambda: run_once(contender), wanted.device)
     print(json.dumps({"peak_extra_bytes": peak, "gradient_bytes": problem.gradient_bytes}))
 

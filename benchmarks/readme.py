@@ -57,6 +57,13 @@ def peak_text(row: Mapping[str, str]) -> str:
     return number_text(row["peak_over_gradient"], form) + wanted
 
 
+def share_text(row: Mapping[str, str]) -> str:
+    """What ours needs of this contender's peak memory."""
+    wanted = number_text(row.get("peak_share_limit"), " (aim at most {:g})")
+    share = number_text(row.get("peak_share"), "{:.2f} of ")
+    return f"{share}{row['contender']}'s{wanted}" if share else ""
+
+
 def time_aim_text(row: Mapping[str, str]) -> str:
     limit = row.get("time_limit_us")  # not in the figures of older runs
     return f" (aim at most {float(limit) / 1e3:g} ms)" if limit else ""
@@ -85,7 +92,9 @@ def case_cells(rows: Rows) -> dict[str, str]:
         "times faster than": listed(rows, "rival", against_text),
         "times as long as": listed(rows, "floor", floor_text),
         "GB/s": number_text(ours["gb_per_s"], "{:.1f}") + copy,
-        "peak memory / gradient": peak_text(ours),
+        "peak memory / gradient": ", ".join(
+            filter(None, (peak_text(ours), *map(share_text, rows)))
+        ),
         "peak memory": size_texts(rows),
     }
 

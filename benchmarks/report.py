@@ -19,7 +19,7 @@ COLUMNS = (
     "bytes_moved", "gb_per_s", "of_copy",
     "loss_error", "gradient_error",
     "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_limit_bytes",
-    "peak_met", "time_limit_us", "time_met",
+    "peak_share", "peak_share_limit", "peak_met", "time_limit_us", "time_met",
     "other_cores", "device", "processor", "capability", "threads",
     "torch", "masked_loss_ext", "date",
 )  # fmt: skip
@@ -119,6 +119,10 @@ def peak_of(one: Contender, view: View, problem: Problem, peaks: Mapping[str, in
             found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
     if one.name == view.base and (limit := view.peak_limit_bytes) is not None:
         found |= {"peak_limit_bytes": limit, "peak_met": verdict(peak <= limit)}
+    if one.name in view.peak_shares and view.base in peaks:
+        share, limit = peaks[view.base] / peak, view.peak_shares[one.name]
+        found |= {"peak_share": share, "peak_share_limit": limit}
+        found |= {"peak_met": verdict(share <= limit)}
     return found
 
 
@@ -212,7 +216,7 @@ def number_text(value: object, form: str) -> str:
 
 HEAD = ("contender", "median", "(aim)", "min", "iqr", "forward", "x ours", "(minima)", "ours x it",
         "target", "met", "GB/s", "of copy", "peak/grad", "peak", "(limit)",
-        "grad error")  # fmt: skip
+        "ours / peak", "grad error")  # fmt: skip
 
 
 def aim_text(limit: str, met: object) -> str:
@@ -238,8 +242,11 @@ def table_line(row: Mapping[str, object]) -> tuple[str, ...]:
         "" if row.get("peak_over_gradient") else size_text(row.get("peak_extra_bytes")),
         aim_text(
             number_text(row.get("peak_limit"), "{:g}") or size_text(row.get("peak_limit_bytes")),
-            row.get("peak_met"),
+            "" if row.get("peak_share") else row.get("peak_met"),
         ),
+        number_text(row.get("peak_share"), "{:.2f}")
+        + number_text(row.get("peak_share_limit"), " <= {:g} ")
+        + str((row.get("peak_share") and row.get("peak_met")) or ""),
         number_text(row.get("gradient_error"), "{:.1e}"),
     )
 

@@ -46,11 +46,14 @@ from .padding import (  # noqa: E402
     unpad,
 )
 from .reference import RowStatistics  # noqa: E402
+from .unified import MultiTokenPredictionLoss as HiddenStateMTPLoss  # noqa: E402
+from .unified import UnifiedLoss, create_unified_loss  # noqa: E402
 
 __all__ = [
     "AttentionMaskMseLoss",
     "AttentionMaskedNestedDropout",
     "ChannelInvariantTokenLoss",
+    "HiddenStateMTPLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
     "MaskedNestedDropout",
@@ -61,9 +64,11 @@ __all__ = [
     "RowIntervals",
     "RowStatistics",
     "SequenceUnpacker",
+    "UnifiedLoss",
     "__version__",
     "check_padding",
     "compute_loss_multi_resolution",
+    "create_unified_loss",
     "generate_nested_dropout_attention_mask",
     "generate_nested_dropout_mask_ids",
     "lengths_to_mask",

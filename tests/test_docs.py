@@ -15,14 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [
     "AttentionMaskMseLoss",
     "ChannelInvariantTokenLoss",
+    "HiddenStateMTPLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
     "MseLoss",
     "MultiTokenPredictionLoss",
     "PackedLayout",
     "RowIntervals",
+    "UnifiedLoss",
     "check_padding",
     "compute_loss_multi_resolution",
+    "create_unified_loss",
     "lengths_to_mask",
     "map_mask_to_latent",
     "mask_labels",
@@ -220,9 +223,16 @@ def test_usage_of_language_model_losses():
     assert list(loss_dict) == names and f"{loss_dict[names[-1]]:.4f}" == f"{total.item():.4f}"
 
 
+SIZES = {"HiddenStateMTPLoss": (7, 4), "UnifiedLoss": (7,)}  # that have no defaults
+
+
 def arguments(name):
     """What a loss module is called with."""
     s = samples()
+    if name == "HiddenStateMTPLoss":
+        return s["model_pred"], s["labels"]
+    if name == "UnifiedLoss":
+        return s["logits"], s["labels"]
     if name == "MaskedCrossEntropyLoss":
         return s["logits"], s["labels"]
     if name == "MultiTokenPredictionLoss":
@@ -234,10 +244,11 @@ def arguments(name):
 def test_modules_can_be_pickled_and_copied(name, tmp_path):
     import copy
 
-    module = getattr(mle, name)()
+    module = getattr(mle, name)(*SIZES.get(name, ()))
     torch.save(module, tmp_path / "loss.pt")
     loaded = torch.load(tmp_path / "loss.pt", weights_only=False)
+    copied = copy.deepcopy(module)
     expected = module(*arguments(name))
-    for other in (loaded, copy.deepcopy(module)):
+    for other in (loaded, copied):
         assert repr(other) == repr(module)
         torch.testing.assert_close(other(*arguments(name)), expected, rtol=0, atol=0)

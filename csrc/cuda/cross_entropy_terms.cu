@@ -47,10 +47,8 @@ void launch_cross_entropy_terms_forward(const char* op, const CrossEntropyParams
                                                           decltype(at_temperature)::value>;
       check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0, kernel, q, parts));
     });
-  });
-  with_loss_type(q, [&](auto value) {
     check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_rows_kernel<decltype(value)>, q, p, parts, scaled));
+                            cross_entropy_terms_rows_kernel<T>, q, p, parts, scaled));
   });
 }
 
@@ -64,15 +62,14 @@ void launch_cross_entropy_terms_backward(const char* op, const CrossEntropyParam
   const cudaStream_t stream = current_stream(grad_logits);
   with_logits_type(q, [&](auto value) {
     using T = decltype(value);
-    using A = accumulate_t<T>;
-    auto* gradients = static_cast<TermGradient<A>*>(buffer.mutable_data_ptr());
+    auto* gradients = static_cast<TermGradient<accumulate_t<T>>*>(buffer.mutable_data_ptr());
+    auto* grad = static_cast<T*>(grad_logits.mutable_data_ptr());
     check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_coefficients_kernel<A>, q, p, gradients));
+                            cross_entropy_terms_coefficients_kernel<T>, q, p, gradients));
     check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0,
-                            cross_entropy_terms_gradient_kernel<T>, q, gradients,
-                            static_cast<T*>(grad_logits.mutable_data_ptr())));
+                            cross_entropy_terms_gradient_kernel<T>, q, gradients, grad));
     check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_cells_kernel<A>, q, p, array_of(grad_logits)));
+                            cross_entropy_terms_cells_kernel<T>, q, p, grad));
   });
 }
 

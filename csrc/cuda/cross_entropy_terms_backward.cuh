@@ -19,7 +19,7 @@ struct TermWriter {
 
   __device__ TermWriter(const CrossEntropyParams& q, T* grad, const RowItem& item,
                         const TermGradient<A>& k)
-      : row(static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, item.row)),
+      : row(row_of<T>(q, item.row)),
         out(grad + offset_at(q.layout, kGrad, item.row)),
         k(k),
         exponential(A(1)) {}

@@ -15,34 +15,30 @@ struct TermParams {
   bool unscaled;     // the terms at temperature 1 are asked for
 };
 
-// One row's memory, see cross_entropy_terms.h. A: the type of the terms.
-template <class A>
+// One row's memory, see cross_entropy_terms.h.
+template <class T>
 struct DeviceTermAccess {
   using Reader = DeviceElements;
-  const Array& logits;
-  const Array& grad_logits;
-  int64_t from, to;  // where the row begins in the one and in the other
+  using A = accumulate_t<T>;
+  const T* row;  // [V]
+  T* gradient;   // [V], where it is written
 
-  __device__ __forceinline__ double logit(int64_t c) const { return load<double>(logits, from + c); }
+  __device__ __forceinline__ double logit(int64_t c) const { return double(widen(row[c])); }
   __device__ __forceinline__ double read(const Array& array, int64_t i) const {
     return array.data != nullptr ? double(static_cast<const A*>(array.data)[i]) : 0.0;
   }
   __device__ __forceinline__ void write(const Array& array, int64_t i, double value) const {
     if (array.data != nullptr) static_cast<A*>(array.data)[i] = A(value);
   }
-  __device__ __forceinline__ void store(int64_t c, double gradient) const {
-    switch (grad_logits.kind) {
-      case Kind::kDouble: static_cast<double*>(grad_logits.data)[to + c] = gradient; break;
-      case Kind::kHalf:
-        static_cast<c10::Half*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
-        break;
-      case Kind::kBFloat16:
-        static_cast<c10::BFloat16*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
-        break;
-      default: static_cast<float*>(grad_logits.data)[to + c] = static_cast<float>(gradient);
-    }
+  __device__ __forceinline__ void store(int64_t c, double value) const {
+    gradient[c] = static_cast<T>(A(value));
   }
 };
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const CrossEntropyParams& q, int64_t row) {
+  return static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row);
+}
 
 // Of one row. All parts are scaled to the largest maximum at once. Returns the sum of s - max.
 __device__ __forceinline__ double merge_term_parts(const TermPart* parts, int64_t count, double scale,
@@ -74,7 +70,7 @@ __device__ __forceinline__ double merge_term_parts(const TermPart* parts, int64_
 }
 
 // grid: ceil(rows / block); block: kThreads. scaled: the parts hold sums at T apart from those at 1.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_terms_rows_kernel(CrossEntropyParams q, TermParams p,
                                     const TermPart* parts,  // [rows, q.parts]
@@ -82,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= q.rows.rows) return;
   const int64_t label = label_at(q, row);
-  const int64_t from = label >= 0 ? offset_at(q.layout, kPrediction, row) : 0;
-  const DeviceTermAccess<A> access{q.logits, q.logits, from, 0};
+  const DeviceTermAccess<T> access{row_of<T>(q, row), nullptr};
   TermSums r;
   if (label >= 0) {
     const double scale = scale_of<double>(q), classes = double(q.rows.classes);
@@ -122,7 +117,6 @@ __device__ __forceinline__ TermGradient<A> gradient_of(const TermRow& r) {
           both};
 }
 
-template <class A>
 __device__ __forceinline__ TermRow term_row(const CrossEntropyParams& q, const TermParams& p,
                                             int64_t row, int64_t label) {
   TermRow r;
@@ -134,19 +128,20 @@ __device__ __forceinline__ TermRow term_row(const CrossEntropyParams& q, const T
 }
 
 // grid: ceil(rows / block); block: kThreads.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_terms_coefficients_kernel(CrossEntropyParams q, TermParams p,
-                                            TermGradient<A>* gradients)  // [rows]
+                                            TermGradient<accumulate_t<T>>* gradients)  // [rows]
 {
+  using A = accumulate_t<T>;
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= q.rows.rows) return;
   const int64_t label = label_at(q, row);
   TermGradient<A> gradient = {};
   gradient.label = label;
   if (label >= 0) {
-    TermRow r = term_row<A>(q, p, row, label);
-    const DeviceTermAccess<A> access{q.logits, q.logits, offset_at(q.layout, kPrediction, row), 0};
+    TermRow r = term_row(q, p, row, label);
+    const DeviceTermAccess<T> access{row_of<T>(q, row), nullptr};
     set_coefficients(p.rows, p.terms, r, access);
     gradient = gradient_of<A>(r);
     // Nothing but -inf: there is no gradient.
@@ -156,19 +151,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
 }
 
 // After the rows are written. grid: ceil(rows / block); block: kThreads.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_terms_cells_kernel(CrossEntropyParams q, TermParams p,
-                                     Array grad_logits)  // [rows, V]
+                                     T* grad_logits)  // [rows, V]
 {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= q.rows.rows) return;
   const int64_t label = label_at(q, row);
   if (label < 0) return;
-  TermRow r = term_row<A>(q, p, row, label);
+  TermRow r = term_row(q, p, row, label);
   if (r.sums.log_sum_scaled == -INFINITY) return;
-  const DeviceTermAccess<A> access{q.logits, grad_logits, offset_at(q.layout, kPrediction, row),
-                                   offset_at(q.layout, kGrad, row)};
+  const DeviceTermAccess<T> access{row_of<T>(q, row), grad_logits + offset_at(q.layout, kGrad, row)};
   set_coefficients(p.rows, p.terms, r, access);
   store_cells(p.rows, p.terms, r, access);
 }

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The unified loss and its parts, each of them usable alone."""
+
+from .adaptive_mtp import AdaptiveMTPLoss
+from .anti_repetition import AdaptiveAntiRepetitionLoss, AntiRepetitionLoss
+from .composite import AdaptiveLossScaling, CompositeLoss
+from .contrastive import ContrastiveLoss
+from .deepseek import DeepSeekLoss
+from .diversity import DiversityLoss
+from .hidden_state_mtp import MultiTokenPredictionLoss
+from .moe import AuxiliaryFreeMoEBalancer, AuxiliaryLoss
+from .repetition import NGramRepetitionPenalty, SequenceRepetitionDetector
+from .simple import ConsistencyLoss, FocalLoss, LabelSmoothingLoss, PerplexityLoss
+from .temperature import TemperatureScaledCrossEntropy
+from .unified_loss import UnifiedLoss, create_unified_loss
+
+__all__ = [
+    "AdaptiveAntiRepetitionLoss",
+    "AdaptiveLossScaling",
+    "AdaptiveMTPLoss",
+    "AntiRepetitionLoss",
+    "AuxiliaryFreeMoEBalancer",
+    "AuxiliaryLoss",
+    "CompositeLoss",
+    "ConsistencyLoss",
+    "ContrastiveLoss",
+    "DeepSeekLoss",
+    "DiversityLoss",
+    "FocalLoss",
+    "LabelSmoothingLoss",
+    "MultiTokenPredictionLoss",
+    "NGramRepetitionPenalty",
+    "PerplexityLoss",
+    "SequenceRepetitionDetector",
+    "TemperatureScaledCrossEntropy",
+    "UnifiedLoss",
+    "create_unified_loss",
+]

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The parts of a UnifiedLoss, made from its arguments (attributes of ``loss`` by now)."""
+
+from .._checks import check_choice, check_int, check_length
+from ._arguments import check_smoothing, require
+from ._penalties import check_penalty_on
+from .adaptive_mtp import AdaptiveMTPLoss
+from .diversity import DiversityLoss
+from .hidden_state_mtp import MultiTokenPredictionLoss
+from .moe import AuxiliaryFreeMoEBalancer, AuxiliaryLoss
+from .repetition import NGramRepetitionPenalty, SequenceRepetitionDetector
+from .simple import FocalLoss, LabelSmoothingLoss
+from .temperature import TemperatureScaledCrossEntropy
+
+PRIMARY = ("standard", "deepseek", "adaptive_mtp")
+MTP = ("deepseek", "adaptive")
+FOCAL_MODES = ("replace", "add", "report")
+
+
+def check_options(name, loss):
+    check_length(name, "vocab_size", loss.vocab_size)
+    require(name, "vocab_size", loss.vocab_size, loss.vocab_size > 0, "at least 1")
+    kinds = "unknown primary_loss_type: "
+    check_choice(name, "primary_loss_type", loss.primary_loss_type, PRIMARY, kinds)
+    check_choice(name, "mtp_type", loss.mtp_type, MTP, "unknown mtp_type: ")
+    check_choice(name, "focal_mode", loss.focal_mode, FOCAL_MODES)
+    check_penalty_on(name, loss.penalty_on)
+    check_smoothing(name, loss.label_smoothing)
+    check_int(name, "ignore_index", loss.ignore_index)
+    check_length(name, "min_sequence_length", loss.min_sequence_length)
+    for needs, what in (
+        (loss.use_mtp, "multi-token prediction"),
+        (loss.primary_loss_type == "adaptive_mtp", "adaptive_mtp loss"),
+    ):
+        if needs and loss.hidden_size is None:
+            raise ValueError(f"{name}: hidden_size required for {what}: pass hidden_size")
+    if loss.use_moe_balancing and loss.num_experts is None:
+        raise ValueError(f"{name}: num_experts required for MoE balancing: pass num_experts")
+    if loss.eos_token_id is not None and loss.penalty_on == "model":
+        inside = 0 <= loss.eos_token_id < loss.vocab_size
+        require(name, "eos_token_id", loss.eos_token_id, inside, f"in [0, {loss.vocab_size})")
+
+
+def main_loss(loss):
+    if loss.primary_loss_type == "adaptive_mtp":
+        return adaptive_mtp(loss, 1.0)
+    if loss.primary_loss_type == "standard":
+        return LabelSmoothingLoss(
+            loss.vocab_size, loss.label_smoothing, ignore_index=loss.ignore_index
+        )
+    return TemperatureScaledCrossEntropy(
+        loss.initial_temperature,
+        loss.adaptive_temperature,
+        loss.label_smoothing,
+        loss.vocab_size,
+        eos_token_id=loss.eos_token_id,
+        min_sequence_length=loss.min_sequence_length,
+        eos_penalty_weight=loss.eos_penalty_weight,
+        ignore_index=loss.ignore_index,
+        penalty_on=loss.penalty_on,
+    )
+
+
+def adaptive_mtp(loss, primary_loss_weight):
+    return AdaptiveMTPLoss(
+        loss.vocab_size,
+        primary_loss_weight,
+        loss.mtp_weight,
+        loss.confidence_reg_strength,
+        loss.use_confidence_weighting,
+        loss.label_smoothing,
+        loss.ignore_index,
+        detach_confidence=loss.detach_confidence,
+    )
+
+
+def mtp_loss(loss):
+    if not loss.use_mtp or loss.primary_loss_type == "adaptive_mtp":
+        return None
+    if loss.mtp_type == "adaptive":
+        return adaptive_mtp(loss, 0.0)
+    return MultiTokenPredictionLoss(
+        loss.vocab_size,
+        loss.hidden_size,
+        loss.num_future_tokens,
+        loss.mtp_weight,
+        ignore_index=loss.ignore_index,
+    )
+
+
+def ngram_penalty(loss):
+    if not loss.use_ngram_penalty:
+        return None
+    return NGramRepetitionPenalty(
+        loss.ngram_size,
+        loss.ngram_penalty_weight,
+        loss.vocab_size,
+        loss.ignore_index,
+        penalty_on=loss.penalty_on,
+    )
+
+
+def repetition_detector(loss):
+    if not loss.use_immediate_repetition_penalty:
+        return None
+    return SequenceRepetitionDetector(
+        loss.immediate_repetition_weight,
+        ignore_index=loss.ignore_index,
+        penalty_on=loss.penalty_on,
+    )
+
+
+def moe_balancer(loss):
+    if not loss.use_moe_balancing:
+        return None
+    return AuxiliaryFreeMoEBalancer(
+        loss.num_experts, gradient_balance_weight=loss.gradient_balance_weight
+    )
+
+
+def focal_loss(loss):
+    if not loss.use_focal_loss:
+        return None
+    return FocalLoss(loss.focal_alpha, loss.focal_gamma, ignore_index=loss.ignore_index)
+
+
+def diversity_loss(loss):
+    if not loss.use_diversity_loss:
+        return None
+    return DiversityLoss(diversity_weight=loss.diversity_weight)
+
+
+def auxiliary_loss(loss):
+    if not loss.use_auxiliary_loss:
+        return None
+    return AuxiliaryLoss(
+        loss.load_balancing_weight,
+        loss.router_z_weight,
+        normalize_topk=loss.normalize_topk,
+        clamp_router_z=loss.clamp_router_z,
+    )

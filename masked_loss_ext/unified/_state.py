@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When a module's own state moves on, and where it lives."""
+
+import torch
+
+# private, but what torch.utils.checkpoint itself asks: -1 unless a backward pass is running
+_running_backward = torch._C._current_graph_task_id
+
+
+def is_recomputing():
+    """Inside the second forward that activation checkpointing runs during backward."""
+    return not torch.compiler.is_compiling() and _running_backward() != -1
+
+
+def advances(module, update_state):
+    """Whether this forward may change buffers: training, wanted, and not a recomputation."""
+    return bool(update_state) and module.training and not is_recomputing()
+
+
+def follow_device(module, like):
+    """Move the module's own buffers to the device of ``like``, once: a loss is easily forgotten
+    when the model is moved."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.device == like.device:
+            continue
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(module).__name__}: {name} must be on the device of the logits "
+                f"({like.device}), got {buffer.device}: move the loss with .to() before compiling"
+            )
+        setattr(module, name, buffer.to(like.device))

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Cross entropy at a temperature that follows the spread of its own recent values."""
+
+import torch
+
+from .._checks import check_choice, check_int, check_length
+from ..ops.cross_entropy_terms import cross_entropy_terms
+from ._arguments import check_logits, check_smoothing, check_targets, require
+from ._penalties import check_penalty_on, eos_classes, eos_penalty
+from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
+from ._state import advances, follow_device, is_recomputing
+
+REDUCTIONS = ("mean", "sum", "none")
+_SLOTS = 100  # losses remembered
+_ENOUGH = 10  # of them before the temperature moves
+_NAME = "TemperatureScaledCrossEntropy"
+
+
+class TemperatureScaledCrossEntropy(torch.nn.Module):
+    r"""Smoothed cross entropy of logits / T, with T adapted during training.
+
+    .. math::
+        \ell_{bs} = -(1 - \varepsilon) \log p_y
+        - \tfrac{\varepsilon}{V - 1} \sum_{j \ne y} \log p_j, \quad
+        p = \mathrm{softmax}(z_{bs} / T), \qquad
+        L = \frac{\sum_{bs} a_{bs} \ell_{bs}}{\sum_{bs} a_{bs}}
+
+    with a = attention_mask on and target not ignore_index. Smoothing spreads over the *other*
+    classes: PyTorch's ``label_smoothing`` with :math:`\varepsilon V / (V - 1)`.
+
+    >>> loss_fn = TemperatureScaledCrossEntropy(0.8, label_smoothing=0.1, vocab_size=7)
+    >>> out = loss_fn(logits, labels, attention_mask)
+    >>> a = attention_mask.bool()
+    >>> expected = F.cross_entropy(logits[a] / 0.8, labels[a], label_smoothing=0.1 * 7 / 6)
+    >>> torch.testing.assert_close(out["loss"], expected)
+
+    **Temperature.** After each training call with reduction "mean" the loss is written into a ring
+    of 100. From the tenth on, with :math:`c` the (unbiased) standard deviation of the remembered
+    losses over their mean, T rises by adaptation_rate for :math:`c > 0.1`, falls by it for
+    :math:`c < 0.05`, and is clamped to temperature_bounds. Losses that are not finite, and batches
+    in which nothing counts, are not written and move nothing. A steady run walks T to its lower
+    bound: T rescales the objective that it is measured by, and inference does not know it.
+    Everything happens on the device. ``update_state=False`` (all micro-batches but one of a step)
+    changes no buffer, nor do evaluation and the recomputation of activation checkpointing, which
+    sees the T of the call that it repeats.
+
+    **EOS.** ``penalty_on="targets"`` adds eos_penalty_weight to rows whose target is eos_token_id
+    and whose column is below min_sequence_length: a constant of the data, without gradient.
+    ``penalty_on="model"`` penalises the model instead where the data goes on:
+    weight times the mean over early valid rows with another target of
+    :math:`-\log(1 - p_{eos})`, p at temperature 1.
+
+    Args:
+        initial_temperature: T > 0 at the start.
+        adaptive_temperature: adapt it.
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+        vocab_size: V; needed with label smoothing.
+        temperature_bounds: (lowest, highest) T.
+        adaptation_rate: what T moves by.
+        eos_token_id: None for no penalty.
+        min_sequence_length: columns in which an end is early.
+        eos_penalty_weight: weight of that.
+        ignore_index: targets that do not count.
+        penalty_on: "targets" or "model".
+
+    Buffers: ``temperature``, ``history_ptr`` and ``history_size``, [] each, ``loss_history``
+    ``[100]``.
+    """
+
+    def __init__(
+        self,
+        initial_temperature=1.0,
+        adaptive_temperature=True,
+        label_smoothing=0.1,
+        vocab_size=None,
+        temperature_bounds=(0.5, 2.0),
+        adaptation_rate=0.01,
+        eos_token_id=None,
+        min_sequence_length=20,
+        eos_penalty_weight=5.0,
+        *,
+        ignore_index=-100,
+        penalty_on="targets",
+    ):
+        super().__init__()
+        if label_smoothing > 0 and vocab_size is None:
+            raise ValueError(f"{_NAME}: vocab_size must be provided when label_smoothing > 0")
+        check_smoothing(_NAME, label_smoothing)
+        positive = initial_temperature > 0
+        require(_NAME, "initial_temperature", initial_temperature, positive, "positive")
+        low, high = temperature_bounds
+        ordered = 0 < low <= high
+        require(_NAME, "temperature_bounds", temperature_bounds, ordered, "0 < lowest <= highest")
+        check_int(_NAME, "ignore_index", ignore_index)
+        check_length(_NAME, "min_sequence_length", min_sequence_length)
+        check_penalty_on(_NAME, penalty_on)
+        self.initial_temperature = initial_temperature
+        self.adaptive_temperature = adaptive_temperature
+        self.label_smoothing = label_smoothing
+        self.vocab_size = vocab_size
+        self.temperature_bounds = (low, high)
+        self.adaptation_rate = adaptation_rate
+        self.eos_token_id = eos_token_id
+        self.min_sequence_length = min_sequence_length
+        self.eos_penalty_weight = eos_penalty_weight
+        self.ignore_index = ignore_index
+        self.penalty_on = penalty_on
+        self.register_buffer("temperature", torch.tensor(float(initial_temperature)))
+        self.register_buffer("loss_history", torch.zeros(_SLOTS))
+        self.register_buffer("history_ptr", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("history_size", torch.zeros((), dtype=torch.int64))
+        self._last_temperature = None  # of the last forward, for its recomputation
+
+    def forward(self, logits, targets, attention_mask=None, reduction="mean", *, update_state=True):
+        """The loss and what it was made with.
+
+        Args:
+            logits: ``[B, S, V]`` floating; position s is scored against targets[:, s].
+            targets: ``[B, S]`` integers.
+            attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
+            reduction: "mean" over the rows that count, "sum", or "none" (``[B * S]``).
+            update_state: let a training call move the temperature.
+
+        Returns:
+            dict: "loss" float32 (float64 for float64 logits), "temperature" [] after the update,
+            "label_smoothing".
+        """
+        check_choice(_NAME, "reduction", reduction, REDUCTIONS)
+        check_targets(_NAME, targets, attention_mask)
+        check_logits(_NAME, logits, targets, self.vocab_size)
+        targets = targets.long()
+        valid = valid_rows(targets, attention_mask, self.ignore_index)
+        classes = eos_classes(self, targets, valid)
+        terms = cross_entropy_terms(
+            logits,
+            targets,
+            valid,
+            temperature=self.temperature_for(logits),
+            classes=None if classes is None else classes.unsqueeze(-1),
+            ignore_index=self.ignore_index,
+            unscaled=classes is not None,
+        )
+        loss = smoothed_loss(
+            terms.scaled_log_prob,
+            terms.scaled_mean_log_prob,
+            self.label_smoothing,
+            logits.shape[-1],
+        )
+        asked = None if classes is None else terms.class_log_prob[..., 0]
+        loss = reduced(loss, valid, reduction)
+        loss = loss + eos_penalty(self, targets, valid, classes, asked, reduction)
+        if reduction == "mean" and advances(self, update_state):
+            self.record(loss, valid)
+        return {
+            "loss": loss.reshape(-1) if reduction == "none" else loss,
+            "temperature": self.temperature.detach().clone(),
+            "label_smoothing": self.label_smoothing,
+        }
+
+    # --- what UnifiedLoss, which reads the logits itself, calls --------------------------------
+
+    def temperature_for(self, logits):
+        """The T of this forward, a copy: the buffer moves on before backward runs."""
+        follow_device(self, logits)
+        if is_recomputing() and self._last_temperature is not None:
+            return self._last_temperature
+        temperature = self.temperature.detach().clone()
+        if not torch.compiler.is_compiling():
+            self._last_temperature = temperature
+        return temperature
+
+    @torch.no_grad()
+    def record(self, loss, valid):
+        """Remember the loss and move the temperature by the rule above."""
+        if not self.adaptive_temperature:
+            return
+        loss = loss.detach().to(self.loss_history.dtype)
+        counts = loss.isfinite() & valid.any()
+        slot = torch.arange(_SLOTS, device=loss.device)
+        history = torch.where((slot == self.history_ptr) & counts, loss, self.loss_history)
+        size = (self.history_size + counts).clamp(max=_SLOTS)
+        step = torch.where(counts & (size >= _ENOUGH), self._step(history, slot < size), 0.0)
+        low, high = self.temperature_bounds
+        self.temperature.copy_(
+            torch.where(step == 0, self.temperature, (self.temperature + step).clamp(low, high))
+        )
+        self.loss_history.copy_(history)
+        self.history_ptr.copy_((self.history_ptr + counts) % _SLOTS)
+        self.history_size.copy_(size)
+
+    def _step(self, history, used):
+        count = used.sum()
+        mean = masked_sum(history, used) / count.clamp(min=1)
+        squares = masked_sum((history - mean).square(), used)
+        spread = (squares / (count - 1).clamp(min=1)).sqrt() / mean
+        rate = self.adaptation_rate
+        step = torch.where(spread > 0.1, rate, torch.where(spread < 0.05, -rate, 0.0))
+        return torch.where(mean > 0, step, 0.0)
+
+    @torch.no_grad()
+    def reset_history(self):
+        """Forget the losses; the temperature stays."""
+        for buffer in (self.loss_history, self.history_ptr, self.history_size):
+            buffer.zero_()
+
+    def extra_repr(self):
+        text = f"label_smoothing={self.label_smoothing}, vocab_size={self.vocab_size}"
+        if self.eos_token_id is not None:
+            text += f", eos_token_id={self.eos_token_id}, penalty_on={self.penalty_on!r}"
+        return text

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What holds for every module of masked_loss_ext.unified: see unified_cases.CASES."""
+
+import copy
+import math
+
+import pytest
+import torch
+from unified_cases import CASES, batch, floating
+
+NAMES = [case.name for case in CASES]
+MASKED = [case for case in CASES if case.mask]
+
+
+def evaluate(case, entries, module=None):
+    """loss, gradients of the floating inputs and of the module's parameters, module."""
+    module = case.make() if module is None else module
+    inputs = floating(entries, case.takes.values())
+    for x in inputs:
+        x.requires_grad_()
+    loss = case(module, entries)
+    leaves = [*inputs, *module.parameters()]
+    return loss, torch.autograd.grad(loss, leaves, allow_unused=True), module
+
+
+def poison(case, entries, value):
+    """The batch with a value stored wherever the mask excludes, and labels out of every range."""
+    entries = {k: v for k, v in entries.items()}
+    for name in case.masked:
+        given = entries[name]
+        off = entries[case.mask] == 0
+        tensors = []
+        for x in given if isinstance(given, list) else [given]:
+            x = x.detach().clone()
+            x[off.reshape(x.shape[: x.dim() - 1])] = value
+            tensors.append(x)
+        entries[name] = tensors if isinstance(given, list) else tensors[0]
+    off = entries["attention_mask"] == 0
+    entries["targets"] = entries["targets"].masked_fill(off, 2**31 - 1)
+    entries["expert_indices"] = entries["expert_indices"].masked_fill(off[..., None], 2**31 - 1)
+    return entries
+
+
+def same(ours, theirs):
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", MASKED, ids=[case.name for case in MASKED])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_the_mask_excludes_is_not_read(case, value):
+    torch.manual_seed(1)
+    loss, grads, module = evaluate(case, batch())
+    fresh = case.make()
+    initial = copy.deepcopy(fresh.state_dict())
+    for name, parameter in module.named_parameters():
+        initial[name] = parameter.detach().clone()
+    fresh.load_state_dict(initial)
+    poisoned, poisoned_grads, _ = evaluate(case, poison(case, batch(), value), fresh)
+    assert loss.isfinite() and torch.equal(loss, poisoned)
+    for x, y in zip(grads, poisoned_grads, strict=True):
+        assert same(x, y)
+    assert any(g is not None and (g != 0).any() for g in grads), "the loss has a gradient"
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, dict(fresh.named_buffers())[name]), name
+
+
+EMPTY = [case for case in MASKED if case.empty_is_zero]
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=[case.name for case in EMPTY])
+@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (2, 1), (2, 0)], ids=str)
+def test_nothing_that_counts_is_0_attached_to_the_graph(case, shape):
+    entries = batch(*shape, mask=torch.zeros(shape, dtype=torch.bool))
+    loss, grads, _ = evaluate(case, entries)
+    assert loss.shape == () and loss == 0 and loss.requires_grad
+    assert all(g is None or (g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("case", MASKED, ids=[case.name for case in MASKED])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1), (1, 2), (2, 3)], ids=str)
+def test_short_rows_are_finite(case, shape):
+    loss, grads, _ = evaluate(case, batch(*shape, mask=torch.ones(shape)))
+    assert loss.isfinite() and all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_float32_out(case, dtype):
+    half = batch(dtype=dtype)
+    loss, grads, module = evaluate(case, half)
+    assert loss.dtype == torch.float32
+    for x, g in zip(floating(half, case.takes.values()), grads, strict=False):
+        assert g is None or g.dtype == dtype == x.dtype
+    wide = {
+        k: [x.detach().float() for x in v]
+        if isinstance(v, list)
+        else (v.detach().float() if v.is_floating_point() else v)
+        for k, v in half.items()
+    }
+    fresh = case.make()
+    fresh.load_state_dict(case.make().state_dict() | dict(module.named_parameters()))
+    torch.testing.assert_close(evaluate(case, wide, fresh)[0], loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_float64_all_through(case):
+    module = case.make().double()
+    assert evaluate(case, batch(dtype=torch.float64), module)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("case", MASKED, ids=[case.name for case in MASKED])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_masks_of_any_dtype(case, dtype):
+    entries = batch()
+    module = case.make()
+    other = {**entries, case.mask: entries[case.mask].to(dtype) * 3}
+    ours, theirs = case(copy.deepcopy(module), entries), case(copy.deepcopy(module), other)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_state_round_trip_and_copies(case, tmp_path):
+    """Three steps at once, or one, then a checkpoint or a copy, then two: the same bits."""
+    torch.manual_seed(0)
+    module = case.make().train()
+    start = copy.deepcopy(module)
+
+    def steps(module, seeds):
+        return [evaluate(case, batch(seed=seed), module)[0].detach() for seed in seeds]
+
+    expected = steps(module, (1, 2, 3))
+    first = steps(start, (1,))
+    torch.save(start.state_dict(), tmp_path / "state.pt")
+    resumed = case.make().train()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for again in (copy.deepcopy(start), resumed, start):
+        found = first + steps(again, (2, 3))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        for name, value in module.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_repr(case):
+    module = case.make()
+    assert type(module).__name__ in repr(module) and repr(module) == repr(copy.deepcopy(module))

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The whole unified loss in one graph: nothing breaks it, nothing asks the device for a number."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from unified_cases import BY_NAME, CLASSES, HIDDEN, batch, floating
+
+from masked_loss_ext import UnifiedLoss
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def leaves(case, entries):
+    return [x.requires_grad_() for x in floating(entries, case.takes.values())]
+
+
+def flat(result):
+    """Every tensor of a result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    values = result.values() if isinstance(result, dict) else result
+    return [t for v in values if isinstance(v, (torch.Tensor, dict, list)) for t in flat(v)]
+
+
+def check_same_steps(case, compiled, module, sizes, **keywords):
+    """Values, gradients and buffers of compiled and eager modules, step by step."""
+    eager = copy.deepcopy(module)
+    for seed, (rows, length) in enumerate(sizes):
+        found = []
+        for call in (compiled, eager):
+            entries = batch(rows, length, seed=seed)
+            owner = module if call is compiled else eager
+            inputs = [*leaves(case, entries), *owner.parameters()]
+            result = call(**case.inputs(entries), **keywords)
+            total = result["total_loss"] if isinstance(result, dict) else result
+            grads = torch.autograd.grad(total, inputs, allow_unused=True)
+            found.append((flat(result), grads))
+        for ours, theirs in zip(*found, strict=True):
+            for x, y in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(x, y)
+        for name, buffer in eager.named_buffers():
+            torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name,detailed", [("unified_everything", True), ("unified_model", False)])
+def test_everything_is_one_graph(name, detailed):
+    module = BY_NAME[name].make()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    sizes = [(3, 7), (3, 7)]  # the second step finds buffers that the first has moved
+    check_same_steps(BY_NAME[name], compiled, module, sizes, return_detailed=detailed)
+
+
+@pytest.mark.slow
+def test_defaults_through_inductor():
+    """Not everything: its C++ takes a minute to compile."""
+    case = BY_NAME["unified_defaults"]
+    module = case.make()
+    check_same_steps(case, torch.compile(module, fullgraph=True), module, [(3, 7), (3, 7)])
+
+
+def test_one_graph_over_changing_sizes():
+    case = BY_NAME["unified_standard"]
+    module = case.make()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    check_same_steps(case, compiled, module, [(3, 7), (4, 9), (5, 12)])
+
+
+def test_one_graph_while_the_temperature_moves():
+    """Numbers that change from step to step are tensors: nothing is compiled again."""
+    module = UnifiedLoss(CLASSES)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = set()
+    entries = batch()
+    for _ in range(14):  # the same loss each time: from the tenth on T falls
+        compiled(entries["logits"], entries["targets"], entries["attention_mask"])
+        found.add(module.main_loss.temperature.item())
+    assert len(found) == 6 and counters["stats"]["unique_graphs"] == 1
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Fails on operators that need data on the host: on a GPU each would wait for it."""
+
+    waiting = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.waiting, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+UNIFIED = [name for name in BY_NAME if name.startswith(("unified", "deepseek", "temperature"))]
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_nothing_waits_for_the_device(name):
+    case = BY_NAME[name]
+    module, entries = case.make(), batch()
+    leaves(case, entries)
+    with pytest.raises(AssertionError, match="waits for the device"), RefuseToWait():
+        torch.ones(()).item()
+    with RefuseToWait():
+        case(module, entries).backward()
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_runs_without_data(name):
+    case, mode = BY_NAME[name], FakeTensorMode()
+    entries = batch()
+
+    def fake(value):
+        if isinstance(value, list):
+            return [fake(x) for x in value]
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    with mode:
+        module = case.make()
+        entries = {k: fake(v) for k, v in entries.items()}
+        leaves(case, entries)
+        loss = case(module, entries)
+        loss.backward()
+    assert loss.shape == () and entries["logits"].grad.shape == (3, 7, CLASSES)
+
+
+def test_the_warning_stays_out_of_the_graph():
+    entries = batch()
+    loss_fn = UnifiedLoss(CLASSES, HIDDEN, use_mtp=True)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="eager")
+    out = compiled(entries["logits"], entries["targets"], return_detailed=True)
+    assert "hidden_states" in out["mtp_warning"]
