@@ -122,18 +122,6 @@ def statistics_alone(logits, target, mask):
     return found.lse.detach(), found.entropy.detach(), torch.autograd.grad(total, leaf)[0]
 
 
-def in_forward(logits, target, mask):
-    return mle.masked_cross_entropy(logits, target, mask, gradient_in_forward=True)
-
-
-def in_forward_in_place(logits, target, mask):
-    leaf = logits.detach().clone().requires_grad_(True)
-    loss = mle.masked_cross_entropy(
-        leaf * 1, target, mask, inplace_backward=True, gradient_in_forward=True
-    )
-    return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
-
-
 def repeating_rows(dtype):
     """Labels of four letters, with the links to what would repeat an n-gram of them."""
 
@@ -217,11 +205,6 @@ def links(tokens, valid):
 
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
-IN_FORWARD = (
-    "_masked_cross_entropy_with_gradient",
-    "_masked_cross_entropy_with_gradient_",
-    "_masked_cross_entropy_scale_gradient_",
-)
 TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
 SWEPT = (
@@ -246,8 +229,6 @@ CALLS = [
     DeviceCall("cross entropy terms", TERMS, repeating_rows(FP32), terms),
     DeviceCall("cross entropy terms bf16", TERMS, repeating_rows(BF16), terms),
     DeviceCall("cross entropy terms at 1", TERMS, repeating_rows(FP32), terms_at_1),
-    DeviceCall("gradient in forward", IN_FORWARD[::2], rows(BF16), with_gradient(in_forward)),
-    DeviceCall("gradient in forward, in place", IN_FORWARD[1:], rows(FP32), in_forward_in_place),
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),

@@ -49,8 +49,8 @@ def test_totals_of_pytest():
 
 def test_answers_to_the_questions():
     assert reading.questions_line(QUESTIONS) == (
-        "2 yes; second_device: not asked, one GPU here; capture[cross entropy]: NO; "
-        "failing_launch: NO"
+        "own_stream 1 yes; second_device not asked (one GPU here); "
+        "capture 1 yes, 1 NO (cross entropy); failing_launch 1 NO (it)"
     )
     assert reading.questions_line("") == "no answers"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 PYTEST_END = re.compile(r"^=*\s*((?:\d+ \w+(?:, )?)+) in ([\d.]+)s.*$", re.M)
 QUESTION = re.compile(
-    r"^\S*::(\w+)(?:\[(.*?)\])? (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*?)\))?", re.M
+    r"^\S*::(\w+)(?:\[(.*?)\])? (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*)\)\s+\[)?", re.M
 )
 ERRORS = re.compile(r"^=+ ERROR SUMMARY: (\d+) errors?", re.M)
 HAZARDS = re.compile(r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?", re.M)
@@ -32,16 +32,21 @@ def pytest_line(text: str) -> str:
 
 
 def questions_line(text: str) -> str:
-    """Answers by name; what is not a yes is named, a skipped one with its reason."""
-    answers = QUESTION.findall(text)
-    yes = sum(answer == "PASSED" for _, _, answer, _ in answers)
-    others = []
-    for name, case, answer, reason in answers:
-        if answer == "PASSED":
-            continue
-        what = name.removeprefix("test_") + (f"[{case}]" if case else "")
-        others.append(f"{what}: {'not asked, ' + reason if answer == 'SKIPPED' else 'NO'}")
-    return "; ".join([f"{yes} yes", *others]) if answers else "no answers"
+    """Answers question by question: how many yes, which are not, and why one was not asked."""
+    asked: dict[str, list[tuple[str, str, str]]] = {}
+    for name, *answer in QUESTION.findall(text):
+        asked.setdefault(name.removeprefix("test_"), []).append(tuple(answer))
+    return "; ".join(f"{name} {answers_text(them)}" for name, them in asked.items()) or "no answers"
+
+
+def answers_text(answers: Sequence[tuple[str, str, str]]) -> str:
+    yes = sum(answer == "PASSED" for _, answer, _ in answers)
+    no = [case or "it" for case, answer, _ in answers if answer in ("FAILED", "ERROR")]
+    reasons = dict.fromkeys(reason for _, answer, reason in answers if answer == "SKIPPED")
+    parts = [f"{yes} yes"] if yes else []
+    parts += [f"{len(no)} NO ({', '.join(no)})"] if no else []
+    parts += [f"not asked ({', '.join(reasons)})"] if reasons else []
+    return ", ".join(parts)
 
 
 def sanitizer_line(tool: str, text: str) -> str:

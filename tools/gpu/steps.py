@@ -95,7 +95,9 @@ def build_step() -> Step:
 
 def questions_step(has: Callable[[str], bool]) -> Step:
     about = "streams, graph capture, second device, a launch that fails"
-    return Step("questions", about, 40, [pytest_command(["-v", *QUESTIONS], has)])
+    ask = pytest_command(["-vvv", *QUESTIONS], has)
+    wide = {**ask.environment, "COLUMNS": "250"}  # or reasons are cut short
+    return Step("questions", about, 40, [Command(ask.line, wide, ask.missing)])
 
 
 def on_gpu(tests: Path) -> list[str]:

@@ -14,7 +14,7 @@ from .reading import Outcome
 from .steps import FIGURES, SANITIZERS
 
 LINES = 10
-WIDTH = 200
+WIDTH = 400
 
 
 def said(outcomes: Sequence[Outcome]) -> str:
