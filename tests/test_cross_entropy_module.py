@@ -149,7 +149,7 @@ def test_equals_torch_and_its_gradient():
 
 def test_gradient_of_the_whole_formula():
     logits, labels, mask = batch(torch.float64)
-    apart = ("inplace_backward", "gradient_in_forward")  # the second needs a call without statistics
+    apart = ("inplace_backward", "gradient_in_forward")  # the second allows no statistics
     keywords = {k: v for k, v in CONSTRUCTOR.items() if k not in apart}
     loss_fn = Loss(**keywords).double()
     token_weight = FORWARD["token_weight"].double().requires_grad_()
