@@ -91,6 +91,7 @@ CONSTRUCTOR = {
     "shift": 2,
     "reduction": "sum",
     "inplace_backward": True,
+    "gradient_in_forward": True,
     "return_stats": True,
 }
 FORWARD = {
@@ -123,7 +124,7 @@ def test_constructor_keyword(name):
     function = flat(mle.masked_cross_entropy(logits, labels, mask, **{name: value}))
     for ours, theirs in zip(module, function, strict=True):
         assert torch.equal(ours, theirs)
-    if name not in ("inplace_backward", "return_stats"):
+    if name not in ("inplace_backward", "gradient_in_forward", "return_stats"):
         assert not torch.equal(module[0], mle.masked_cross_entropy(logits, labels, mask))
 
 
@@ -148,7 +149,8 @@ def test_equals_torch_and_its_gradient():
 
 def test_gradient_of_the_whole_formula():
     logits, labels, mask = batch(torch.float64)
-    keywords = {k: v for k, v in CONSTRUCTOR.items() if k != "inplace_backward"}
+    apart = ("inplace_backward", "gradient_in_forward")  # the second allows no statistics
+    keywords = {k: v for k, v in CONSTRUCTOR.items() if k not in apart}
     loss_fn = Loss(**keywords).double()
     token_weight = FORWARD["token_weight"].double().requires_grad_()
 
