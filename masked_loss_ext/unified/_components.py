@@ -148,11 +148,18 @@ def experts(loss, out, batch, given, update_state):
     outputs_mask = None
     if given.outputs is not None and len(given.outputs) > 0:
         outputs_mask = _row_mask(batch.valid, given.outputs[0])
+    similarity = None  # computed once where two components want it
+    if loss.auxiliary_loss is not None and given.outputs is not None:
+        similarity = loss.auxiliary_loss.diversity(given.outputs, attention_mask=outputs_mask)
     if loss.diversity_loss is not None:
-        out["diversity_loss"] = loss.diversity_loss(given.outputs, attention_mask=outputs_mask)
-        total = total + out["diversity_loss"]
+        if similarity is None:
+            diversity = loss.diversity_loss(given.outputs, attention_mask=outputs_mask)
+        else:
+            diversity = loss.diversity_loss.diversity_weight * similarity
+        out["diversity_loss"] = diversity
+        total = total + diversity
     if loss.auxiliary_loss is not None:
-        for name, value in _auxiliary(loss, batch, given, outputs_mask).items():
+        for name, value in _auxiliary(loss, batch, given, similarity).items():
             out[f"aux_{name}"] = value
             total = total + value
     return total
@@ -173,8 +180,7 @@ def _balancing(balancer, out, batch, given, update_state):
     return parts["balancing_term"]
 
 
-def _auxiliary(loss, batch, given, outputs_mask):
-    """In two calls: gate and outputs may differ in rows, and so in their masks."""
+def _auxiliary(loss, batch, given, similarity):
     losses = {}
     if given.gate_logits is not None:
         losses = loss.auxiliary_loss(
@@ -183,9 +189,9 @@ def _auxiliary(loss, batch, given, outputs_mask):
             num_experts=loss.num_experts or given.gate_logits.shape[-1],
             attention_mask=_row_mask(batch.valid, given.gate_logits),
         )
-    if given.outputs is not None:
-        similarity = loss.auxiliary_loss(expert_outputs=given.outputs, attention_mask=outputs_mask)
-        losses = {**losses, **similarity}
+    if similarity is not None:
+        weight = loss.auxiliary_loss.expert_diversity_weight
+        losses = {**losses, "expert_diversity": weight * similarity}
     return losses
 
 
