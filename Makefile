@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: help setup build demo test bench gpu lint wheel clean
 
 help:
-	@echo "make demo    train on photographs and on texts; ARGS='--acts language' is one act   ~ 4 min"
+	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 10 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 16 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"

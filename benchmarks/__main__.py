@@ -14,7 +14,18 @@ from pathlib import Path
 
 import torch
 
-from . import BENCHMARKS, agreement, cases_of, harness, machine, memory, readme, report, targets
+from . import (
+    BENCHMARKS,
+    CUDA_BENCHMARKS,
+    agreement,
+    cases_of,
+    harness,
+    machine,
+    memory,
+    readme,
+    report,
+    targets,
+)
 
 ROUNDS, QUICK_ROUNDS = 40, 3
 LEVELS = ("avx512", "avx2", "default")
@@ -191,7 +202,7 @@ def run_gpu(wanted: argparse.Namespace) -> None:
     prepare(wanted)
     print_setting(wanted)
     rows = []
-    for name in BENCHMARKS:
+    for name in CUDA_BENCHMARKS:
         for table in measure_all(argparse.Namespace(**{**vars(wanted), "command": name})):
             rows += table
             print_table(table)

@@ -4,7 +4,9 @@
 forward_*    masked cross entropy, loss alone, bf16: a share of the bandwidth of one plain read of
              the rows that count, and ahead of torch.compile and of the kernels of others.
 backward_*   the same, backward alone: a share of a plain copy that moves as many bytes.
-train_*      both together, beside the others; no target.
+fused_*      both in one sweep, the gradient made in the forward: a share of the same copy, as it
+             moves as much.
+train_*      forward and backward one after the other, beside the others; no target.
 tokens_*     masked squared error, forward and backward: a share of a plain copy of the bytes of the
              valid tokens, and twice as fast as torch.compile.
 plan_*       the block mask of 51 samples at 64k tokens, keep_k on the device: time alone.
@@ -33,6 +35,7 @@ SIZES = (
     ("256k", (2048, 256000), (16, 4096)),
 )
 READ, COPIED, TOKENS_COPIED = 0.95, 0.90, 0.85  # shares of the bandwidth of a read or a copy
+FUSED = "ours in one sweep"
 OTHERS = ("compile", *rivals.NAMES)
 TOKEN_SHAPES = (
     ("tokens_c64", (32, 4096, 64), (4, 200, 64)),
@@ -80,9 +83,11 @@ def forward_problem(shape: tuple[int, int], ignored: float, device: str) -> Prob
 def train_problem(shape: tuple[int, int], ignored: float, device: str) -> Problem:
     """The copy moves what the backward does: it reads the rows that count and writes all."""
     problem, counted = row_problem(shape, ignored, device, gradient=True)
-    logits = problem.contenders[0].inputs[0][0]
-    moved = backward_bytes(logits.shape, int(counted.sum()))
-    return replace(problem, beside=[replace(plain_copy(moved, device), bytes_moved=moved)])
+    ours, *others = problem.contenders
+    fused = Contender(FUSED, problems.ours_in_forward, ours.inputs)
+    moved = backward_bytes(ours.inputs[0][0].shape, int(counted.sum()))
+    copy = replace(plain_copy(moved, device), bytes_moved=moved)
+    return replace(problem, contenders=[ours, fused, *others], beside=[copy])
 
 
 def backward_bytes(shape: Sequence[int], counted: int) -> int:
@@ -104,17 +109,12 @@ def forward_case(size: str, shape: tuple[int, int], ignored: float, device: str)
 
 def train_case(size: str, shape: tuple[int, int], ignored: float, device: str) -> Case:
     end = "_ignored_40" if ignored else ""
-    counted = shape[0] - round(ignored * shape[0])
+    moved = backward_bytes(shape, shape[0] - round(ignored * shape[0]))
+    text, beside_copy = ignored_text(ignored), {"beside": (COPY,), "limits": {COPY: 1 / COPIED}}
     views = [
-        View(f"train_{size}{end}", ignored_text(ignored), beside=OTHERS),
-        View(
-            f"backward_{size}{end}",
-            ignored_text(ignored),
-            beside=(COPY,),
-            limits={COPY: 1 / COPIED},
-            part="backward",
-            bytes_moved=backward_bytes(shape, counted),
-        ),
+        View(f"train_{size}{end}", text, beside=(FUSED, *OTHERS)),
+        View(f"backward_{size}{end}", text, part="backward", bytes_moved=moved, **beside_copy),
+        View(f"fused_{size}{end}", text, base=FUSED, bytes_moved=moved, **beside_copy),
     ]
     made = case_of(views[0], shape, BF16, lambda: train_problem(shape, ignored, device))
     return replace(made, views=views)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The measured tables of README.md, made from the CSV files in benchmarks/results.
 
-A table stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME.csv its source.
-Where that file is not there the README says so.
+A table stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME.csv its source;
+that of "gpu" is what `make gpu` wrote, a table for each GPU. Where there is none the README says
+so.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def rounds_text(rows: Rows) -> str:
     return " to ".join(str(one) for one in dict.fromkeys((rounds[0], rounds[-1])))
 
 
-def markdown_table(rows: Rows) -> str:
+def markdown_table(rows: Rows, command: str = "") -> str:
     first = rows[0]
     lines = [case_cells(group) for group in by_case(rows).values()]
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
@@ -114,9 +115,17 @@ def markdown_table(rows: Rows) -> str:
         "",
         f"Median of {rounds_text(rows)} rounds on {first['processor']} ({first['capability']}), "
         f"{first['threads']} threads, PyTorch {first['torch']}, {first['date']}. "
-        f"Reprint with `python -m benchmarks {first['benchmark']}`.",
+        f"Reprint with `{command or 'python -m benchmarks ' + first['benchmark']}`.",
     ]
     return "\n".join(text) + "\n"
+
+
+def tables_of(name: str, results: Path) -> list[str]:
+    if name == "gpu":
+        sources = sorted(results.glob("*/figures.csv"))
+        return [markdown_table(read_csv(source), "make gpu") for source in sources]
+    source = results / f"{name}.csv"
+    return [markdown_table(read_csv(source))] if source.exists() else []
 
 
 def regenerate(text: str, results: Path = RESULTS) -> str:
@@ -125,9 +134,8 @@ def regenerate(text: str, results: Path = RESULTS) -> str:
         raise ValueError("no '<!-- benchmark NAME -->' ... '<!-- /benchmark -->' found")
 
     def fresh(span: re.Match) -> str:
-        source = results / f"{span['name']}.csv"
-        table = markdown_table(read_csv(source)) if source.exists() else NO_FIGURES
-        return span["open"] + table + span["close"]
+        tables = tables_of(span["name"], results)
+        return span["open"] + ("\n".join(tables) or NO_FIGURES) + span["close"]
 
     return SPAN.sub(fresh, text)
 

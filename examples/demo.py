@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Train something real with masked_loss_ext and measure what its losses change.
 
-python examples/demo.py                  all acts: denoise about 1 minute on two cores, language 2
+python examples/demo.py                  all acts: about 5 minutes on two cores, language 2 of them
 python examples/demo.py --quick          seconds: does everything run?
 python examples/demo.py --acts language  one act; "repetition" (2 minutes) is run by name alone
 """

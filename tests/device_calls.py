@@ -11,6 +11,7 @@ import torch
 import masked_loss_ext as mle
 from masked_loss_ext.ops import block_mask as layer
 from masked_loss_ext.ops import repetition
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,18 @@ def in_place(logits, target, mask):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
+def swept(logits, target, mask):
+    """Fresh and in place, the second multiplied afterwards."""
+    results = []
+    for inplace, scale in ((False, 1.0), (True, 0.5)):
+        leaf = logits.detach().clone().requires_grad_(True)
+        loss = mle.masked_cross_entropy(
+            leaf * 1, target, mask, gradient_in_forward=True, inplace_backward=inplace
+        )
+        results += [loss.detach(), torch.autograd.grad(loss * scale, leaf)[0]]
+    return tuple(results)
+
+
 def statistics(logits, target, mask):
     loss, found = mle.masked_cross_entropy(logits, target, mask, return_stats=True)
     return loss, *found
@@ -107,6 +120,50 @@ def statistics_alone(logits, target, mask):
     found = mle.row_statistics(leaf, mask=mask)
     total = found.lse.sum() + found.entropy.sum()
     return found.lse.detach(), found.entropy.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+def in_forward(logits, target, mask):
+    return mle.masked_cross_entropy(logits, target, mask, gradient_in_forward=True)
+
+
+def in_forward_in_place(logits, target, mask):
+    leaf = logits.detach().clone().requires_grad_(True)
+    loss = mle.masked_cross_entropy(
+        leaf * 1, target, mask, inplace_backward=True, gradient_in_forward=True
+    )
+    return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
+
+
+def repeating_rows(dtype):
+    """Labels of four letters, with the links to what would repeat an n-gram of them."""
+
+    def make(size):
+        logits, target, mask = rows(dtype)(size)
+        target = torch.where(target < 0, target, target % 4)
+        links = repetition.repetition_links(target, mask & (target >= 0), 2)
+        classes = torch.stack([target.roll(1, -1), torch.full_like(target, 3)], -1)
+        return [logits, target, mask, torch.tensor(0.8), classes, *links]
+
+    return make
+
+
+def terms(logits, target, mask, temperature, classes, *links):
+    leaf = logits.detach().requires_grad_(True)
+    found = cross_entropy_terms(
+        leaf, target, mask, temperature=temperature, classes=classes, links=links
+    )
+    total = sum((i + 1) * term.sum() for i, term in enumerate(found))
+    return *(term.detach() for term in found), torch.autograd.grad(total, leaf)[0]
+
+
+def terms_at_1(logits, target, mask, temperature, *_):
+    leaf = logits.detach().requires_grad_(True)
+    found = [
+        *cross_entropy_terms(leaf, target, mask)[:4],
+        *cross_entropy_terms(leaf, target, mask, temperature=temperature, unscaled=False)[:2],
+    ]
+    total = sum((i + 1) * term.sum() for i, term in enumerate(found))
+    return *(term.detach() for term in found), torch.autograd.grad(total, leaf)[0]
 
 
 # --- block masks ---------------------------------------------------------------------------------
@@ -160,7 +217,18 @@ def links(tokens, valid):
 
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
+IN_FORWARD = (
+    "_masked_cross_entropy_with_gradient",
+    "_masked_cross_entropy_with_gradient_",
+    "_masked_cross_entropy_scale_gradient_",
+)
+TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
+SWEPT = (
+    "_masked_cross_entropy_with_gradient",
+    "_masked_cross_entropy_with_gradient_",
+    "_masked_cross_entropy_scale_gradient_",
+)
 TOKEN_LOSS = mle.AttentionMaskMseLoss(2.0, 1.0)
 
 CALLS = [
@@ -171,8 +239,15 @@ CALLS = [
     DeviceCall("cross entropy bf16", CROSS, rows(BF16), with_gradient(mle.masked_cross_entropy)),
     DeviceCall("cross entropy, everything", CROSS, weighted_rows, with_gradient(everything)),
     DeviceCall("cross entropy in place", IN_PLACE, rows(FP32), in_place),
+    DeviceCall("cross entropy, gradient in forward", SWEPT, rows(FP32), swept),
+    DeviceCall("cross entropy, gradient in forward bf16", SWEPT, rows(BF16), swept),
     DeviceCall("cross entropy statistics", CROSS[:1], rows(FP32), statistics),
     DeviceCall("row statistics", CROSS, rows(BF16), statistics_alone),
+    DeviceCall("cross entropy terms", TERMS, repeating_rows(FP32), terms),
+    DeviceCall("cross entropy terms bf16", TERMS, repeating_rows(BF16), terms),
+    DeviceCall("cross entropy terms at 1", TERMS, repeating_rows(FP32), terms_at_1),
+    DeviceCall("gradient in forward", IN_FORWARD[::2], rows(BF16), with_gradient(in_forward)),
+    DeviceCall("gradient in forward, in place", IN_FORWARD[1:], rows(FP32), in_forward_in_place),
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),

@@ -166,16 +166,16 @@ def check(op, logits, target, mask=None, *, upstream=None, **options):
 class SimulatedSweep(Uploader):
     """The operators that make the gradient with the loss, and what scales it afterwards."""
 
-    def __init__(self):
-        super().__init__()
-        ops = torch.ops.masked_loss_ext_sim
-        self.fresh_op = ops._masked_cross_entropy_with_gradient
-        self.overwriting_op = ops._masked_cross_entropy_with_gradient_
-        self.scale_op = ops._masked_cross_entropy_scale_gradient_
+    def __init__(self, device=None):
+        super().__init__(device)
+        self.device = device
+        self.fresh_op = self.ops._masked_cross_entropy_with_gradient
+        self.overwriting_op = self.ops._masked_cross_entropy_with_gradient_
+        self.scale_op = self.ops._masked_cross_entropy_scale_gradient_
 
     def __call__(self, logits, target, mask=None, *, order=ORDERS[0], in_place=False, **options):
         """(loss, gradient), on the device."""
-        call = Call(simulated_cross_entropy(), logits, target, mask, options)
+        call = Call(simulated_cross_entropy(self.device), logits, target, mask, options)
         inputs = list(call.tensors)
         if in_place:
             inputs[0] = self.sim.upload(self.sim.download(inputs[0]), writable=True)
@@ -192,9 +192,9 @@ class SimulatedSweep(Uploader):
 
 
 @functools.cache
-def simulated_sweep():
+def simulated_sweep(device=None):
     """One for all test files."""
-    return SimulatedSweep()
+    return SimulatedSweep(device)
 
 
 def check_sweep(sweep, logits, target, mask=None, order=ORDERS[0], **options):

@@ -8,8 +8,20 @@ import types
 import pytest
 import torch
 
+from benchmarks import (
+    BENCHMARKS,
+    CUDA_BENCHMARKS,
+    agreement,
+    cases_of,
+    contenders,
+    cuda_cases,
+    harness,
+    readme,
+    report,
+    rivals,
+    targets,
+)
 from benchmarks import __main__ as command
-from benchmarks import agreement, contenders, cuda_cases, harness, report, rivals, targets
 
 NAMES = {
     "squared_error": ["tokens_c64", "tokens_c16"],
@@ -59,6 +71,14 @@ def quick_cases(benchmark):
     return cuda_cases.cases(benchmark, "cpu", quick=True)
 
 
+def test_a_gpu_has_cases_of_its_own():
+    assert tuple(cuda_cases.CASES) == tuple(NAMES) == CUDA_BENCHMARKS
+    assert set(CUDA_BENCHMARKS) <= set(BENCHMARKS)
+    names = [case.name for case in cases_of("cross_entropy", "cuda")]
+    assert names == NAMES["cross_entropy"]
+    assert command.parser().parse_args(["gpu", "--csv", "x.csv"]).device == "cuda"
+
+
 @pytest.mark.parametrize("benchmark", NAMES)
 def test_cases_and_their_shapes(benchmark):
     assert [case.name for case in cuda_cases.cases(benchmark)] == NAMES[benchmark]
@@ -79,6 +99,7 @@ def test_every_target():
     for end in ("128k", "128k_ignored_40", "32k", "256k"):
         assert found.pop(f"forward_{end}") == ("total", read, None)
         assert found.pop(f"backward_{end}") == ("backward", {"copy": 0.9}, None)
+        assert found.pop(f"fused_{end}") == ("total", {"copy": 0.9}, None)
         assert found.pop(f"train_{end}") == ("total", {}, None)
     assert found.pop("tokens_c64") == ("total", {"compile": 2, "copy": 0.85}, None)
     assert found.pop("tokens_c16") == ("total", {"compile": 2, "copy": 0.85}, None)
@@ -136,6 +157,18 @@ def test_a_run_from_its_samples_to_its_verdicts(clock, not_compiled, tmp_path, c
     assert "liger not attempted: liger_kernel is not installed" in said
     assert clock.held and all(time > 0 for time in clock.held) and clock.finished > 0
     assert max(int(row["calls_per_sample"]) for row in rows if row["calls_per_sample"]) == 2
+
+
+def test_the_readme_has_a_table_for_each_gpu(clock, not_compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "cases_of", lambda name, device, quick: quick_cases(name)[:2])
+    text = "<!-- benchmark gpu -->\n<!-- /benchmark -->"
+    assert readme.NO_FIGURES in readme.regenerate(text, tmp_path)
+    for gpu in ("abacus", "rule"):
+        path = tmp_path / gpu / "figures.csv"
+        command.main(["gpu", "--device", "cpu", "--quick", "--rounds", "3", "--csv", str(path)])
+    made = readme.regenerate(text, tmp_path)
+    assert made.count("| `backward_128k` |") == 2 and made.count("Reprint with `make gpu`") == 2
+    assert "1.0x one read (aim at most 1.05263x)" in made
 
 
 def test_parts_of_a_sample():

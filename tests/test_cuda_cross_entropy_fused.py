@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""masked_cross_entropy's CUDA kernel for loss and gradient in one sweep, under the simulator.
+"""masked_cross_entropy's CUDA kernel for loss and gradient in one sweep, under the simulator, and
+on a GPU where there is one.
 
 Up to 256 packs of 16 bytes a row belongs to 8 to 32 lanes, up to 512 to a block of 128 threads,
 then to one of 256, to one of 512 where a multiprocessor holds no two of them, and where shared
@@ -11,6 +12,7 @@ import torch
 from accuracy import assert_same_bits
 from cases import FLOATING
 from cuda_sim import ORDERS, compiler
+from gpu_device import DEVICES, device_named
 
 if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
@@ -20,39 +22,25 @@ from simulated_cross_entropy import check_sweep, simulated_sweep
 from test_cross_entropy_fused import on_paper
 from test_cross_entropy_hand_worked import MASK, TARGET, WEIGHT, logits
 from test_cuda_cross_entropy import OPTIONS, columns, every_dtype, filled, make
+from test_cuda_cross_entropy_cluster import HALF, WHOLE
 from test_cuda_cross_entropy_memory import in_pieces
 
 NAN = float("nan")
 SCALAR = [name for name, o in OPTIONS.items() if o.get("reduction") != "none"]
 SMALL = [(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 3), (31, 1), (32, 1), (64, 1), (128, 1)]
-# last of the lanes, of 128 threads, of 256, of 512; the head of a slot takes 6 packs
-HALF, WHOLE = (99 * 512 - 3072) // 16 - 6, (99 * 1024 - 3072) // 16 - 6
 BORDERS = [(256, 0), (256, 1), (512, 0), (512, 1)]
 BORDERS += [(HALF, 0), (HALF, 1), (WHOLE, 0), (WHOLE, 1)]
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    return simulated_sweep()
+@pytest.fixture(scope="module", params=DEVICES)
+def sweep(request):
+    return simulated_sweep(device_named(request.param))
 
 
 @pytest.fixture(autouse=True)
 def fresh_device(sweep):
     yield
     sweep.sim.reset()
-
-
-def launches(sim):
-    """(kernel, blocks, threads, shared bytes) of the sweeps since the last reset."""
-    found = []
-    for line in sim.launches():
-        if "cross_entropy_sweep_kernel" in line:
-            kernel, _, rest = line.partition(" grid (")
-            grid, _, rest = rest.partition(",1,1) block (")
-            block, _, shared = rest.partition(",1,1) shared ")
-            kept = kernel.partition("(")[0].endswith("true>")
-            found.append((kept, int(grid), int(block), int(shared)))
-    return found
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -87,26 +75,6 @@ def test_both_sides_of_every_border(sweep, length):
     for name, order in (("everything", ORDERS[1]), ("plain", ORDERS[2])):
         options = filled(OPTIONS[name], inputs[0]) | {"shift": 0}
         check_sweep(sweep, *inputs, order=order, **options)
-
-
-def test_launches_are_what_the_lengths_stand_for(sweep):
-    def launch(length, rows=3):
-        sweep.sim.reset()
-        sweep(*make((rows, columns(length, torch.float32))))
-        (found,) = launches(sweep.sim)
-        return found
-
-    def slot(packs):
-        return 96 + 16 * packs
-
-    assert launch((256, 0)) == (True, 1, 256, 8 * slot(256))
-    assert launch((1, 0), rows=65) == (True, 2, 256, 64 * slot(1))
-    assert launch((256, 1)) == (True, 3, 128, slot(257))
-    assert launch((512, 1)) == (True, 3, 256, slot(513))
-    assert launch((HALF, 0)) == (True, 3, 256, slot(HALF))
-    assert launch((HALF, 1)) == (True, 3, 512, slot(HALF + 1))
-    assert launch((WHOLE, 0)) == (True, 3, 512, 99 * 1024 - 3072)
-    assert launch((WHOLE, 1)) == (False, 3, 256, 64)
 
 
 def test_launches_of_a_call(sweep):
@@ -241,8 +209,7 @@ def test_scaling(sweep, shape, dtype):
 
 
 def test_scaling_by_1_touches_nothing():
-    # a gradient that no kernel may write to
-    sim, sweep = simulator(), simulated_sweep()
+    sim, sweep = simulator(), simulated_sweep()  # where this gradient must not be written to
     gradient = sim.upload(torch.randn(4, 50))
     before = sim.download(gradient)
     sweep.scale(gradient, 1.0)

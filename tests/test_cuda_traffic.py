@@ -5,6 +5,7 @@ squared error  forward reads each selected element of prediction and target once
                more, and writes each element of a gradient once
 cross entropy  forward reads the logits of a row that counts once, and that of its label twice: a
                thread per row looks it up; backward the same, and writes each of the gradient once
+               both in one sweep: the logits once in all, twice where no shared memory holds a row
 Where the mask of squared error is one per element, a pack of 16 bytes is read if one of its
 elements is selected. Nothing of a row that does not count is read, and no input is written.
 """
@@ -17,7 +18,7 @@ if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
 
 from simulated import counting_simulator, simulated_operator
-from simulated_cross_entropy import simulated_cross_entropy
+from simulated_cross_entropy import simulated_cross_entropy, simulated_sweep
 
 OPTIONS = (2.0, 1.0)
 # rows and columns, and what each stands for
@@ -156,6 +157,43 @@ def test_cross_entropy_in_place(sim, shape):
     with sim.counting():
         op.overwriting_op(*arguments, False)
         assert_accessed(sim, logits, expected, 1, "logits")
+
+
+SWEEPS = {**CROSS_ENTROPY, "large_block": (3, 13001), "twice": (3, 25001)}
+
+
+@pytest.mark.parametrize("shape", SWEEPS)
+@pytest.mark.parametrize("clusters", [1, 8])
+def test_cross_entropy_with_its_gradient(sim, shape, clusters):
+    sweep = simulated_sweep(sim)
+    rows, classes = SWEEPS[shape]
+    counts = half_of(rows)
+    target = torch.randint(0, classes, (rows,))
+    label = torch.nn.functional.one_hot(target, classes)
+    reads = 2 if shape == "twice" and clusters == 1 else 1
+    for in_place in (False, True):
+        logits = sim.upload(torch.randn(rows, classes), writable=in_place)
+        arguments = (logits, sim.upload(target), sim.upload(counts))
+        with sim.counting(), sim.clusters(clusters):
+            if in_place:
+                sweep.overwriting_op(*arguments)
+            else:
+                _, gradient = sweep.fresh_op(*arguments)
+                assert_accessed(sim, gradient, 0, 1, "gradient")
+            # in whole blocks each reads the label's logit
+            parts = sim.launches()[-2].partition(" cluster ")[2] or 1
+            expected = counts[:, None] * (reads + int(parts) * label)
+            assert_accessed(sim, logits, expected, int(in_place), "logits")
+
+
+def test_scaling_a_gradient(sim):
+    sweep = simulated_sweep(sim)
+    gradient = sim.upload(torch.randn(9, 1001), writable=True)
+    for factor in (1.0, 2.0):
+        number = sim.upload(torch.tensor(factor))
+        with sim.counting():
+            sweep.scale_op(gradient, number)
+            assert_accessed(sim, gradient, int(factor != 1), int(factor != 1), "gradient")
 
 
 def test_a_second_read_shows(sim):

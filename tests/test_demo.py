@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,9 +142,96 @@ def test_writes_a_sample(quick):
     assert "    def read(self" in sample and "    def _parse" in sample
 
 
+KEEP_K = ["1", "2", "4", "8", "16", "32", "64"]
+
+
+@pytest.mark.parametrize("keep_k", KEEP_K)
+def test_error_of_registers_is_plausible(quick, keep_k):
+    numbers, before, error, psnr, pairs, blocks = row(
+        quick[0].stdout, keep_k, table="keep_k  numbers"
+    )
+    assert number(numbers) == 16 * int(keep_k)
+    assert 0 < number(before) < 2 and 0 < number(error) < 2
+    assert number(psnr) == pytest.approx(10 * math.log10(4 / number(error)), abs=0.02)
+    assert 0 < number(pairs) < 100
+    computed, every = map(int, blocks.split(" of "))
+    assert 0 < computed < every
+
+
+def test_fewer_registers_are_fewer_blocks_and_pairs(quick):
+    rows = [row(quick[0].stdout, k, table="keep_k  numbers") for k in KEEP_K]
+    blocks = [int(cells[-1].split(" of ")[0]) for cells in rows]
+    assert blocks == sorted(blocks) and blocks[0] < blocks[-1]
+    pairs = [number(cells[-2]) for cells in rows]
+    assert pairs == sorted(pairs) and pairs[0] < pairs[-1]
+
+
+def test_says_how_often_the_error_falls(quick):
+    text = quick[0].stdout
+    said = re.search(r"The error falls at (\d) of 6 doublings of keep_k\.", text)
+    errors = [number(row(text, k, table="keep_k  numbers")[2]) for k in KEEP_K]
+    pairs = list(zip(errors, errors[1:], strict=False))
+    # Rounded to four digits, some that fall look level.
+    least, most = sum(b < a for a, b in pairs), sum(b <= a for a, b in pairs)
+    assert least <= int(said.group(1)) <= most
+
+
+def test_registers_say_more_than_grey_and_more_of_them_say_more(quick):
+    text = quick[0].stdout
+    errors = [number(row(text, k, table="keep_k  numbers")[2]) for k in KEEP_K]
+    grey = float(re.search(r"A grey image has (\d\.\d+),", text).group(1))
+    assert errors[0] < 0.6 * grey
+    assert errors[-1] < 0.6 * errors[0]
+
+
+def test_registers_have_places_that_attention_tells_apart(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from acts.tokenizer import places
+
+    assert places.radical_inverse(6, 2) == 0.375  # 110 -> 0.011
+    assert places.radical_inverse(5, 3) == pytest.approx(7 / 9)  # 12 -> 0.21
+    points = torch.cartesian_prod(*[torch.tensor([0.1, 0.5, 0.9])] * 2)
+    waves = places.patterns(points)
+    assert (waves @ waves.T).argmax(1).tolist() == list(range(9))  # each is nearest itself
+    first, *_, last = places.register_patterns(64)
+    assert first[1:].norm() < 0.5 * last[1:].norm()  # the first is spread, hardly a place
+
+
+def test_dropped_registers_are_never_read(quick):
+    said = "With NaN in every dropped register the decoder's loss has the same bits."
+    assert said in quick[0].stdout
+
+
+def test_masked_and_removed_registers_give_one_loss(quick):
+    names = ["all registers kept", "the rest masked", "the rest taken out"]
+    kept, masked, removed = (row(quick[0].stdout, name) for name in names)
+    for step, *_ in (kept, masked, removed):
+        assert number(step) > 0
+    assert number(masked[3]) == pytest.approx(number(removed[3]), abs=2e-5)
+    assert int(removed[1]) < int(masked[1]) == int(kept[1])
+    assert int(masked[2].split(" of ")[0]) < int(kept[2].split(" of ")[0])
+
+
+def test_kept_registers_do_not_depend_on_how_many_follow(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from acts.tokenizer import data, model
+
+    torch.manual_seed(0)
+    crops = [torch.rand(3, 8 * rows, 8 * columns) for rows, columns in ((2, 3), (4, 2))]
+    batch = data.collate(crops)
+    for image, crop in zip(batch.images(batch.patches), crops, strict=True):
+        torch.testing.assert_close(image, crop)
+    tokenizer = model.Tokenizer(torch.ones(batch.patches.shape[1]), depth=1)
+    few, every = (tokenizer.encode(batch, batch.layout(k)) for k in (5, None))
+    for some, whole in zip(few, every, strict=True):
+        torch.testing.assert_close(some[:5], whole[:5])
+        assert (some[5:] == 0).all() and (whole[5:] != 0).any()
+
+
 PICTURES = {
     "denoise": ["losses", "reconstructions"],
     "language": ["bits", "costs", "losses"],
+    "tokenizer": ["reconstructions"],
 }
 
 
@@ -160,7 +248,11 @@ def test_pictures_show_something(quick, name):
 
 @pytest.mark.parametrize(
     "act, names",
-    [("denoise", ["noisy", "before training", "after training"]), ("language", RUNS)],
+    [
+        ("denoise", ["noisy", "before training", "after training"]),
+        ("language", RUNS),
+        ("tokenizer", KEEP_K),
+    ],
 )
 def test_same_figures_again_from_another_folder(quick, act, names, tmp_path):
     again = demo("--quick", "--acts", act, "--device", "cpu", cwd=tmp_path)

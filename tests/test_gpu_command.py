@@ -89,7 +89,7 @@ def test_a_rival_and_a_time():
 
 
 def outcome(text="", status="ok", seconds=10.0):
-    return reading.Outcome((), status, seconds, text)
+    return reading.Outcome(("python", "-m", "pytest"), status, seconds, text)
 
 
 def test_the_summary_has_ten_lines_at_most(tmp_path):
@@ -140,8 +140,13 @@ def test_every_file_that_a_step_names_is_there(tmp_path):
                 name = word.removeprefix("--ignore=")
                 if name.startswith("tests/"):
                     assert (ROOT / name).is_file(), name
-    setting = steps.all_steps(tmp_path, 2)[2].commands[0].environment
-    assert setting == {"REQUIRE_CUDA": "1"}
+    large, simulators, first, others = steps.all_steps(tmp_path, 2)[2].commands
+    for one in (large, first, others):
+        assert one.environment == {"REQUIRE_CUDA": "1"}
+    assert "tests/test_masked_cross_entropy.py" in first.line
+    assert "tests/test_cuda_kernels.py" in first.line and "tests/test_build.py" not in first.line
+    assert "--ignore=tests/test_cuda_kernels.py" in others.line
+    assert "simulated" in simulators.line[-1]
 
 
 def test_what_is_missing_is_left_out_by_name(tmp_path):

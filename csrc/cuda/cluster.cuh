@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Blocks that run at the same time and read each other's shared memory: clusters, from sm_90 on. Where
-// there are none, and under the simulator, a cluster is one block.
+// there are none, a cluster is one block.
 #pragma once
 
 #include "cuda/compat.cuh"
@@ -29,6 +29,14 @@ struct Cluster {
   template <class T>
   static __device__ __forceinline__ T* of_block(T* shared, int block) {
     return Group::map_shared_rank(shared, block);
+  }
+#elif defined(MASKED_LOSS_EXT_CUDA_SIM)
+  static int blocks() { return static_cast<int>(cuda_sim::cluster_blocks()); }
+  static void arrive() {}
+  static void wait() { cuda_sim::cluster_wait({__FILE__, __LINE__}); }
+  template <class T>
+  static T* of_block(T* shared, int block) {
+    return static_cast<T*>(cuda_sim::shared_of_block(shared, static_cast<unsigned>(block)));
   }
 #else
   static __device__ __forceinline__ int blocks() { return 1; }

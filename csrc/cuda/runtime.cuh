@@ -80,11 +80,12 @@ inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, Scal
                                   like.device(), dtype);
 }
 
-// Of a device without clusters.
+// Of a device with clusters where a test asks for one.
 template <class... Params>
 BlockLimits block_limits(void (*)(Params...)) {
   const auto bytes = static_cast<int64_t>(cuda_sim::kMaxSharedBytes);
-  return {bytes - kOtherSharedBytes, bytes / 2 - kOtherSharedBytes, 1};
+  return {bytes - kOtherSharedBytes, bytes / 2 - kOtherSharedBytes,
+          static_cast<int>(cuda_sim::cluster_limit())};
 }
 
 #else

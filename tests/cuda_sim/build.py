@@ -20,6 +20,7 @@ RUNTIME = [
     for f in (
         "accesses.cpp",
         "api.cpp",
+        "cluster.cpp",
         "device_memory.cpp",
         "faults.cpp",
         "launch.cpp",

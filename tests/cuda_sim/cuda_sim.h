@@ -44,10 +44,10 @@ auto pointer_arguments(const std::tuple<Params...>& arguments, std::index_sequen
   return pointers;
 }
 
-// Same signature as the CUDA form in cuda/compat.cuh. Throws std::runtime_error for what a kernel does wrong.
+// Same signatures as the CUDA forms in cuda/compat.cuh. Throws std::runtime_error for what a kernel does wrong.
 template <class... Params, class... Args>
-cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes,
-                   void (*kernel)(Params...), Args&&... args) {
+cudaError_t launch_clusters(unsigned cluster, cudaStream_t stream, dim3 grid, dim3 block,
+                            size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
   static_assert((!std::is_reference_v<Params> && ...), "kernels take their parameters by value");
   static_assert((std::is_trivially_copyable_v<Params> && ...), "kernel parameters are copied as bytes");
@@ -56,7 +56,8 @@ cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_byt
     std::tuple<Params...> arguments;
   } call{kernel, std::tuple<Params...>(static_cast<Params>(std::forward<Args>(args))...)};
   const auto pointers = pointer_arguments(call.arguments, std::index_sequence_for<Params...>{});
-  LaunchRequest request{stream, grid, block, shared_bytes, reinterpret_cast<const void*>(kernel),
+  LaunchRequest request{stream, grid, block, shared_bytes, cluster,
+                        reinterpret_cast<const void*>(kernel),
                         pointers.data(), static_cast<int>(pointers.size()), nullptr, &call};
   request.run = [](void* context) {
     auto* c = static_cast<Call*>(context);
@@ -65,12 +66,10 @@ cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_byt
   return run_launch(request);
 }
 
-// Clusters are not simulated: none may be asked for.
 template <class... Params, class... Args>
-cudaError_t launch_clusters(unsigned cluster, cudaStream_t stream, dim3 grid, dim3 block,
-                            size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
-  if (cluster != 1) return cudaErrorInvalidConfiguration;
-  return launch(stream, grid, block, shared_bytes, kernel, std::forward<Args>(args)...);
+cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes,
+                   void (*kernel)(Params...), Args&&... args) {
+  return launch_clusters(1, stream, grid, block, shared_bytes, kernel, std::forward<Args>(args)...);
 }
 
 }  // namespace cuda_sim

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "cluster.h"
 #include "device_memory.h"
 #include "scheduler.h"
 #include "symbols.h"
@@ -17,7 +18,6 @@ namespace {
 std::mutex launch_mutex;
 thread_local int device_scopes = 0;
 char stream_token;
-char* shared_memory = nullptr;
 
 std::string name_of(const void* kernel) {
   const std::string name = Symbols::instance().demangled(kernel);
@@ -40,6 +40,7 @@ bool valid(const LaunchRequest& r) {
   if (!g.x || !g.y || !g.z || !b.x || !b.y || !b.z) return false;
   if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return false;
   if (b.x > 1024 || b.y > 1024 || b.z > 64) return false;
+  if (!r.cluster || r.cluster > cluster_limit() || g.x % r.cluster) return false;
   return uint64_t{b.x} * b.y * b.z <= kMaxBlockThreads && r.shared_bytes <= kMaxSharedBytes;
 }
 
@@ -75,29 +76,14 @@ struct Session {
   bool open = true;
 };
 
-void make_shared_memory(size_t bytes) {
-  static size_t made = 0;
-  if (shared_memory && made == bytes) return;
-  DeviceMemory& memory = DeviceMemory::instance();
-  if (shared_memory) memory.release(shared_memory);
-  made = bytes;
-  shared_memory = memory.allocate(bytes, true, BufferKind::kShared).data;
-}
-
 void run_blocks(const LaunchRequest& r) {
   const uint64_t blocks = uint64_t{r.grid.x} * r.grid.y * r.grid.z;
   if (blocks > 0xffffffffu) throw std::runtime_error("cuda_sim: a grid this large is not simulated");
   std::vector<uint32_t> permutation;
-  order().fill(&permutation, static_cast<uint32_t>(blocks), 0);
-  Block::instance().set_threads(r.block.x * r.block.y * r.block.z);
+  order().fill(&permutation, static_cast<uint32_t>(blocks / r.cluster), 0);
   gridDim = r.grid;
   blockDim = r.block;
-  for (uint32_t b : permutation) {
-    blockIdx = {b % r.grid.x, b / r.grid.x % r.grid.y, b / r.grid.x / r.grid.y};
-    __builtin_memset(shared_memory, 0xff, r.shared_bytes);
-    Symbols::instance().poison_static_shared(0xff);
-    Block::instance().run(r, order(), b);
-  }
+  for (uint32_t cluster : permutation) run_cluster(r, uint64_t{cluster} * r.cluster);
 }
 
 }  // namespace
@@ -156,8 +142,6 @@ std::string& launch_log() {
   return log;
 }
 
-void* dynamic_shared_memory() { return shared_memory; }
-
 void enter_device() { ++device_scopes; }
 void leave_device() { --device_scopes; }
 cudaStream_t current_stream() { return reinterpret_cast<cudaStream_t>(&stream_token); }
@@ -168,8 +152,10 @@ cudaError_t run_launch(const LaunchRequest& request) {
   check_use(request);
   if (!valid(request)) return cudaErrorInvalidConfiguration;
   launch_log() += name_of(request.kernel) + " grid " + text_of(request.grid) + " block " +
-                  text_of(request.block) + " shared " + std::to_string(request.shared_bytes) + "\n";
-  make_shared_memory(request.shared_bytes);
+                  text_of(request.block) + " shared " + std::to_string(request.shared_bytes);
+  if (request.cluster > 1) launch_log() += " cluster " + std::to_string(request.cluster);
+  launch_log() += "\n";
+  make_shared_memory(request.cluster, request.shared_bytes);
   Session session(request.kernel);
   run_blocks(request);
   const std::string damage = session.close();

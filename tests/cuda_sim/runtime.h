@@ -12,12 +12,21 @@ namespace cuda_sim {
 // The smallest of the opt-in limits of the architectures from sm_80 on (sm_86, sm_89): more is not portable.
 constexpr size_t kMaxSharedBytes = 99 * 1024;
 constexpr unsigned kMaxBlockThreads = 1024;
+constexpr unsigned kMaxClusterBlocks = 8;  // of every device that has clusters
 
 // Where a kernel synchronises, for messages and to tell a divergent barrier.
 struct Site {
   const char* file;
   int line;
 };
+
+// Clusters: their blocks run one after another, each until all its threads wait; what the others have in
+// static shared memory is seen as it was when they last waited, and is NaN where they have ended.
+unsigned cluster_blocks();
+void cluster_wait(Site site);
+void* shared_of_block(void* address, unsigned block);
+// How many blocks a cluster of the simulated device may have; 1, which is none, to begin with.
+unsigned& cluster_limit();
 
 // What the lanes that meet at a warp-level call do there.
 enum class WarpCall { kSync, kShuffle, kBallot };
@@ -54,6 +63,7 @@ struct LaunchRequest {
   cudaStream_t stream;
   dim3 grid, block;
   size_t shared_bytes;
+  unsigned cluster;  // blocks of one, neighbours along x
   const void* kernel;  // for its name
   const PointerArgument* pointers;
   int num_pointers;

@@ -49,7 +49,9 @@ cuda_sim_switch:
 }  // namespace
 
 Block& Block::instance() {
-  static auto* block = new Block;
+  static Block* blocks[kMaxClusterBlocks] = {};
+  Block*& block = blocks[cluster_rank()];
+  if (!block) block = new Block;
   return *block;
 }
 
@@ -204,21 +206,38 @@ void Block::report_deadlock() {
       ++same;
     }
     current_ = &fibers_[i];
-    text += (sites++ ? ", " : "") + std::to_string(same) + " thread(s) wait " +
-            (f.state == State::kAtBarrier ? "at the block barrier " : "in the warp function ") + at(f.site);
+    text += (sites++ ? ", " : "") + std::to_string(same) + " thread(s) wait ";
+    text += f.state == State::kAtCluster ? "for the cluster "
+            : f.state == State::kAtBarrier ? "at the block barrier " : "in the warp function ";
+    text += at(f.site);
   }
   fail(text);
 }
 
-void Block::run(const LaunchRequest& request, const Order& order, uint64_t block) {
+bool Block::waits_for_cluster() const {
+  for (unsigned i = 0; i < threads_; ++i) {
+    if (fibers_[i].state != State::kAtCluster && fibers_[i].state != State::kDone) return false;
+  }
+  return live_ > 0;
+}
+
+void Block::begin(const LaunchRequest& request, uint64_t block) {
   request_ = &request;
+  block_ = block;
+  round_ = 0;
   live_ = threads_;
   waiting_ = 0;
   error_.clear();
   for (unsigned i = 0; i < threads_; ++i) start(i);
+}
+
+bool Block::advance(const Order& order) {
+  for (unsigned i = 0; i < threads_; ++i) {
+    if (fibers_[i].state == State::kAtCluster) fibers_[i].state = State::kReady;
+  }
   const unsigned warps = (threads_ + kWarp - 1) / kWarp;
-  for (uint64_t round = 0; live_ > 0; ++round) {
-    if (round == 0 || order.kind == Order::kRandom) order.fill(&permutation_, threads_, block << 20 ^ round);
+  for (; live_ > 0; ++round_) {
+    if (round_ == 0 || order.kind == Order::kRandom) order.fill(&permutation_, threads_, block_ << 20 ^ round_);
     bool progress = false;
     for (uint32_t i : permutation_) {
       Fiber& f = fibers_[i];
@@ -232,9 +251,11 @@ void Block::run(const LaunchRequest& request, const Order& order, uint64_t block
     }
     for (unsigned w = 0; w < warps; ++w) progress |= release_warp(w);
     progress |= release_barrier();
+    if (!progress && waits_for_cluster()) return false;
     if (!progress && live_ > 0) report_deadlock();
     if (!error_.empty()) throw std::runtime_error("cuda_sim: " + error_);
   }
+  return true;
 }
 
 int lane_id() { return Block::instance().current().index & 31; }
@@ -251,6 +272,13 @@ int block_barrier(BarrierCall call, bool predicate, Site site) {
   f.state = State::kAtBarrier;
   Block::instance().wait();
   return static_cast<int>(f.result);
+}
+
+void cluster_wait(Site site) {
+  Fiber& f = Block::instance().current();
+  f.site = site;
+  f.state = State::kAtCluster;
+  Block::instance().wait();
 }
 
 uint64_t warp_meet(WarpCall call, unsigned mask, uint64_t bits, int source, Site site) {

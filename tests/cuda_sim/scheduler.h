@@ -22,7 +22,7 @@ struct Order {
   void fill(std::vector<uint32_t>* permutation, uint32_t n, uint64_t salt) const;
 };
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtWarp, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtWarp, kAtCluster, kDone };
 
 struct Fiber {
   Context context;
@@ -42,10 +42,11 @@ struct Fiber {
 
 class Block {
  public:
-  static Block& instance();
+  static Block& instance();  // the one that runs, of the blocks of a cluster
 
   void set_threads(unsigned n);  // makes the stacks; they are kept between launches
-  void run(const LaunchRequest& request, const Order& order, uint64_t block);
+  void begin(const LaunchRequest& request, uint64_t block);
+  bool advance(const Order& order);  // to its end, or until all threads wait for the cluster: false
   void wait();  // called by a fiber: back to the scheduler
   void fail(const std::string& what);
   Fiber& current() { return *current_; }
@@ -57,6 +58,7 @@ class Block {
   bool release_warp(unsigned warp);
   bool release_lanes(unsigned warp, Fiber& asking);
   bool release_barrier();
+  bool waits_for_cluster() const;
   void check_same_site(const Fiber& a, const Fiber& b, const char* what);
   void report_deadlock();
 
@@ -65,6 +67,7 @@ class Block {
   Fiber* current_ = nullptr;
   Context scheduler_;
   const LaunchRequest* request_ = nullptr;
+  uint64_t block_ = 0, round_ = 0;
   unsigned threads_ = 0, live_ = 0, waiting_ = 0;
   char* stacks_ = nullptr;
   std::string error_;
@@ -76,6 +79,7 @@ struct Running {
   std::string where() const;  // kernel, block, thread, order
 };
 Running& running();
+unsigned cluster_rank();  // of the block that runs
 Order& order();
 
 // One line per launch since the last reset: kernel, grid, block, dynamic shared memory.

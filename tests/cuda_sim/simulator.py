@@ -104,8 +104,18 @@ class Simulator:
         finally:
             self.set_order(before)
 
+    @contextlib.contextmanager
+    def clusters(self, blocks=8):
+        """A device whose blocks may form clusters of so many; without it there are none."""
+        self._c.cuda_sim_set_cluster_limit(blocks)
+        try:
+            yield self
+        finally:
+            self._c.cuda_sim_set_cluster_limit(1)
+
     def launches(self):
-        """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each."""
+        """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each, with
+        "cluster blocks" behind where there are any."""
         return self._c.cuda_sim_launches().decode().splitlines()
 
     @contextlib.contextmanager

@@ -25,6 +25,9 @@ struct Module {
   size_t tls_module;
 };
 
+// For any variable, in an image that malloc() has aligned.
+size_t aligned(size_t place) { return (place + 15) / 16 * 16; }
+
 int find_module(dl_phdr_info* info, size_t, void* result) {
   auto* module = static_cast<Module*>(result);
   if (reinterpret_cast<const char*>(info->dlpi_addr) != module->base) return 0;
@@ -98,11 +101,42 @@ std::string Symbols::demangled(const void* address) const {
   return name;
 }
 
-void Symbols::poison_static_shared(int byte) const {
-  if (shared_.empty()) return;
+char* Symbols::thread_local_block() const {
   size_t start[2] = {tls_module_, 0};
-  char* block = static_cast<char*>(__tls_get_addr(start));
-  for (const Symbol& s : shared_) std::memset(block + s.value, byte, s.size);
+  return static_cast<char*>(__tls_get_addr(start));
+}
+
+void Symbols::poison_static_shared(int byte) const {
+  for (const Symbol& s : shared_) std::memset(thread_local_block() + s.value, byte, s.size);
+}
+
+std::vector<char> Symbols::static_shared() const {
+  std::vector<char> image;
+  for (const Symbol& s : shared_) {
+    image.resize(aligned(image.size()));
+    const char* begin = thread_local_block() + s.value;
+    image.insert(image.end(), begin, begin + s.size);
+  }
+  return image;
+}
+
+void Symbols::set_static_shared(const std::vector<char>& image) const {
+  size_t place = 0;
+  for (const Symbol& s : shared_) {
+    std::memcpy(thread_local_block() + s.value, image.data() + aligned(place), s.size);
+    place = aligned(place) + s.size;
+  }
+}
+
+size_t Symbols::place_in_image(const void* address) const {
+  size_t place = 0;
+  for (const Symbol& s : shared_) {
+    const char* begin = thread_local_block() + s.value;
+    const auto* p = static_cast<const char*>(address);
+    if (p >= begin && p < begin + s.size) return aligned(place) + static_cast<size_t>(p - begin);
+    place = aligned(place) + s.size;
+  }
+  throw std::runtime_error("another block's memory is asked for by an address that is not __shared__");
 }
 
 }  // namespace cuda_sim

@@ -25,10 +25,15 @@ class Symbols {
   const std::string& path() const { return path_; }
   // Poisons every static __shared__ array for the calling thread.
   void poison_static_shared(int byte) const;
+  // All of them, one after another, as they are and as they shall be.
+  std::vector<char> static_shared() const;
+  void set_static_shared(const std::vector<char>& image) const;
+  size_t place_in_image(const void* address) const;  // throws where none holds it
 
  private:
   Symbols();
   void read_table();
+  char* thread_local_block() const;
 
   std::string path_;
   const char* base_ = nullptr;

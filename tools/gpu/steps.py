@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
 QUESTIONS = ["tests/test_cuda_questions.py"]
 CALLS = ["tests/test_cuda_calls.py"]
+NEED_NO_GPU = ["tests/test_cuda_resources.py"]  # and take a minute
 LARGE = ["tests/test_cuda_large.py"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 FIGURES = "figures.csv"
@@ -97,19 +98,36 @@ def questions_step(has: Callable[[str], bool]) -> Step:
     return Step("questions", about, 40, [pytest_command(["-v", *QUESTIONS], has)])
 
 
+def on_gpu(tests: Path) -> list[str]:
+    """Test files that run on a GPU, where there is one."""
+    paths = sorted(tests.glob("test_*.py"))
+    return [p.name for p in paths if "gpu_device" in imported_modules(p.read_text())]
+
+
 def tests_step(has: Callable[[str], bool], processors: int) -> Step:
+    """What runs on the GPU first: if time runs out, it is the others that are cut short."""
     absent = left_out(TESTS, has)
-    notes = [
-        f"{name} is left out: {', '.join(missing)} missing" for name, missing in absent.items()
-    ]
-    others = [f"--ignore=tests/{name}" for name in absent]
-    others += [f"--ignore={name}" for name in (*QUESTIONS, *LARGE)]
+    notes = [f"{name} is left out: {', '.join(them)} missing" for name, them in absent.items()]
+    notes += [f"{name} is left out: it needs no GPU" for name in NEED_NO_GPU]
+    apart = [*QUESTIONS, *LARGE, *NEED_NO_GPU]
+    first = [f"tests/{name}" for name in on_gpu(TESTS) if name not in absent]
+    first = [name for name in first if name not in apart]
+    others = [f"--ignore={name}" for name in [*apart, *first]]
+    others += [f"--ignore=tests/{name}" for name in absent]
+    parallel = []
     if has("xdist"):
         count = min(MOST_TEST_PROCESSES, max(1, processors - 2))
-        others += ["-n", str(count), "--dist", "loadfile"]
+        parallel = ["-n", str(count), "--dist", "loadfile"]
     else:
         notes.append("pytest-xdist is missing: one process runs the tests, perhaps not all in time")
-    commands = [pytest_command(LARGE, has), pytest_command(others, has)]
+    # Compiled once, or every process would begin with it.
+    simulators = "import simulated as s; s.simulator(); s.counting_simulator()"
+    commands = [
+        pytest_command(LARGE, has),
+        Command(python("-c", simulators), {"PYTHONPATH": f"{ROOT}:{TESTS}"}),
+        pytest_command([*parallel, *first], has),
+        pytest_command([*parallel, *others], has),
+    ]
     return Step("tests", "the test suite with REQUIRE_CUDA=1", 130, commands, notes)
 
 

@@ -35,7 +35,8 @@ def step_line(name: str, outcomes: Sequence[Outcome], reader) -> str:
 
 
 def tests_text(outcomes: Sequence[Outcome]) -> str:
-    return " + ".join(reading.pytest_line(one.text) for one in outcomes)
+    suites = [one for one in outcomes if "pytest" in one.line]
+    return " + ".join(reading.pytest_line(one.text) for one in suites)
 
 
 def sanitizer_text(outcomes: Sequence[Outcome]) -> str:

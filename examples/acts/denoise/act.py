@@ -13,7 +13,9 @@ from tqdm import tqdm
 import masked_loss_ext as mle
 
 from .. import Options
-from .data import Batch, CropSampler, load_photos, spectrum, split_photos
+from ..common.latents import spectrum
+from ..common.photos import load_photos, split_photos
+from .data import Batch, CropSampler
 from .measure import loss_forms_on, time_and_memory
 from .model import Denoiser
 from .plots import plot_reconstructions, plot_training

@@ -2,7 +2,7 @@
 """Noisy crops of real photographs, of unequal size, as one padded batch.
 
 In each crop one rectangle is noisier than the rest: it is the edit region, the foreground of the
-loss. Letters: B crops, T tokens of the longest crop, C values of a token (latents.py).
+loss. Letters: B crops, T tokens of the longest crop, C values of a token (common/latents.py).
 """
 
 from __future__ import annotations
@@ -11,21 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import masked_loss_ext as mle
 
-from .latents import CELL, cell_positions, encode
+from ..common.latents import CELL, cell_positions, encode
+from ..common.photos import CropSource
 
 DATA_STD = 0.5  # of pixels scaled to [-1, 1]; about that of the two photographs
 SIGMA_RANGE = (0.15, 0.6)  # noise of a crop, log-uniform: its "timestep"
 EDIT_FACTOR = 2.5  # how much stronger the noise of the edit rectangle is
-# Columns never trained on, a strip of each photograph: the right half of the pagoda and of the
-# dahlia, so that what is held out has structure, and structure of a kind that can be learnt.
-HELD_OUT_COLUMNS = ((208, 368), (304, 464))
 
 
 @dataclass
@@ -53,27 +49,6 @@ class Batch:
         return {"target": self.clean, **{name: getattr(self, name) for name in names}}
 
 
-def load_photos() -> list[Tensor]:
-    """The photographs that scikit-learn ships, [3, H, W] in [-1, 1]."""
-    images = load_sample_images().images
-    return [torch.from_numpy(np.array(i)).permute(2, 0, 1).float() / 127.5 - 1.0 for i in images]
-
-
-def split_photos(photos: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(regions to train on, regions held out), without a pixel in common."""
-    train, held_out = [], []
-    for photo, (left, right) in zip(photos, HELD_OUT_COLUMNS, strict=True):
-        train += [photo[:, :, :left], photo[:, :, right:]]
-        held_out.append(photo[:, :, left:right])
-    return train, held_out
-
-
-def spectrum(regions: Sequence[Tensor]) -> Tensor:
-    """[C] root mean square of each coefficient over the regions' cells."""
-    whole = [r[:, : r.shape[1] // CELL * CELL, : r.shape[2] // CELL * CELL] for r in regions]
-    return torch.cat([encode(region) for region in whole]).square().mean(0).sqrt()
-
-
 def level_weight(sigma: Tensor) -> Tensor:
     """Makes every noise level count alike: 1 / the error of the best guess pixel by pixel."""
     return (sigma**2 + DATA_STD**2) / (sigma * DATA_STD) ** 2
@@ -90,40 +65,20 @@ class NoisyCrop:
     region: int
 
 
-class CropSampler:
+class CropSampler(CropSource):
     """Draws batches of noisy crops; the same seed gives the same batches."""
 
     def __init__(
         self, regions: Sequence[Tensor], seed: int, max_cells: int, *, turn: bool = False
     ) -> None:
-        """``turn``: crops are flipped and transposed at random, so that few photographs go far."""
-        self.regions = regions
-        self.areas = torch.tensor([r.shape[1] * r.shape[2] for r in regions]).float()
-        self.max_cells = max_cells  # of a side; the least is 2
-        self.turn = turn
-        self.rng = torch.Generator().manual_seed(seed)
+        super().__init__(regions, seed, CELL, (2, max_cells), turn=turn)
 
     def batch(self, size: int) -> Batch:
         return collate([self.noisy_crop() for _ in range(size)])
 
-    def integer(self, low: int, high: int) -> int:
-        """Uniform in [low, high]."""
-        return int(torch.randint(low, high + 1, (), generator=self.rng))
-
     def noisy_crop(self) -> NoisyCrop:
-        region = int(torch.multinomial(self.areas, 1, generator=self.rng))
-        return self.add_noise(self.crop(self.regions[region]), region)
-
-    def crop(self, region: Tensor) -> Tensor:
-        height, width = (CELL * self.integer(2, self.max_cells) for _ in range(2))
-        top = self.integer(0, region.shape[1] - height)
-        left = self.integer(0, region.shape[2] - width)
-        crop = region[:, top : top + height, left : left + width]
-        if not self.turn:
-            return crop
-        crop = crop.flip(1) if self.integer(0, 1) else crop
-        crop = crop.flip(2) if self.integer(0, 1) else crop
-        return crop.transpose(1, 2) if self.integer(0, 1) else crop
+        region = self.region()
+        return self.add_noise(self.crop(region), region)
 
     def add_noise(self, clean: Tensor, region: int) -> NoisyCrop:
         low, high = (math.log(s) for s in SIGMA_RANGE)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import masked_loss_ext as mle
 
+from ..common.latents import decode
 from .data import Batch
-from .latents import decode
 
 
 @dataclass(frozen=True)
