@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """UnifiedLoss: numbers on paper, then value and gradient against plain_unified in float64."""
 
+import copy
 import math
 
 import pytest
@@ -289,6 +290,22 @@ def test_value_and_gradient_in_float64(name, mtp_active):
         x, y = (torch.zeros(()) if g is None or not g.any() else g for g in (x, y))
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9, check_dtype=False)
     assert (grads[0] != 0).any() and grads[0].isfinite().all()
+
+
+@pytest.mark.parametrize("penalty_on", ["targets", "model"])
+def test_a_masked_row_is_as_if_it_were_not_there(penalty_on):
+    loss_fn = UnifiedLoss(V, H, **FULL, penalty_on=penalty_on, use_focal_loss=True).double()
+    given = inputs()
+    given["targets"][2] = given["targets"][2, 0]  # a run, but in a row that does not count
+    given["attention_mask"][2] = 0
+    given["gate_logits"].requires_grad_()
+    shorter = {
+        k: [x[: 2 * x.shape[0] // 3] for x in v] if isinstance(v, list) else v[: 2 * len(v) // 3]
+        for k, v in given.items()
+    }
+    with_row = copy.deepcopy(loss_fn)(**given, return_detailed=True)
+    without = loss_fn(**shorter, return_detailed=True)
+    torch.testing.assert_close(with_row, without)
 
 
 # --- one read, and what is asked of it -----------------------------------------------------------

@@ -174,16 +174,17 @@ def test_without_update_no_buffer_changes():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_advances_once_and_sees_the_same_temperature(use_reentrant):
     """The forward is run again in backward, when T has moved on."""
+    case = BY_NAME["unified_model"]  # whose gradient has the main loss in it
 
     def gradient(run):
         loss_fn = moving(copy.deepcopy(start))
         entries = batch(seed=1)
-        given = {k: v for k, v in CASE.inputs(entries).items() if k != "logits"}
+        given = {k: v for k, v in case.inputs(entries).items() if k != "logits"}
         logits = entries["logits"].requires_grad_()
         run(lambda x: loss_fn(x, **given), logits).backward()
         return logits.grad, loss_fn
 
-    start = CASE.make()
+    start = case.make()
     plain, ours = gradient(lambda f, x: f(x))
     again, recomputed = gradient(lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant))
     assert torch.equal(plain, again) and same_state(ours, recomputed)
