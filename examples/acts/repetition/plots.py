@@ -31,7 +31,7 @@ def plot_repetition(
         axes.set_title(f"Written by the models, {decoding(temperature)}")
         axes.sharey(panels[0])
     panels[0].set_ylabel("share of n-grams that stood there before")
-    panels[0].legend(frameon=False, fontsize=9)
+    panels[-1].legend(frameon=False, fontsize=9)  # there the bars are low
     tidy(losses, *panels)
     save(figure, path)
 

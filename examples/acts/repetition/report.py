@@ -79,13 +79,20 @@ def verdict(real: Texts, written: Written) -> str:
     return "\n".join(lines)
 
 
+def shown(line: str) -> str:
+    """With spaces at its end told, as they cannot be seen."""
+    text = line.rstrip(" ")
+    return text if text == line else f"{text} [{len(line) - len(text)} spaces]"
+
+
 def print_samples(real: Texts, written: Written) -> None:
-    """The greedy texts after the prompt after which the plain model repeats most."""
+    """The greedy texts of which the plain model's repeats most more than the other."""
     greedy = {name: written[name, 0.0] for name in RUNS}
-    counts = greedy[PLAIN].counts(TELLING)
-    row = int((counts.windows - counts.distinct).argmax())
-    print(f'\nGreedy, where "{PLAIN}" repeats most; its first {real.prompt} bytes are given:')
+    counts = {name: texts.counts(TELLING) for name, texts in greedy.items()}
+    repeated = {name: one.windows - one.distinct for name, one in counts.items()}
+    row = int((repeated[PLAIN] - repeated[PENALISED]).argmax())
+    print(f"\nGreedy, where the two differ most; the first {real.prompt} bytes are given:")
     for name, texts in greedy.items():
         lines = texts.text(row).expandtabs(4).splitlines()
-        print(f"\n  {name}:\n" + "\n".join(f"    {line}" for line in lines))
+        print(f"\n  {name}:\n" + "\n".join(f"    {shown(line)}" for line in lines))
     print()
