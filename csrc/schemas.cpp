@@ -3,6 +3,7 @@
 // Kernels register themselves for CPU (cpu/*.cpp) and CUDA (cuda/*.cu); the fake (shape) function and
 // the derivative of each op stand in masked_loss_ext/ops/<op>.py.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <string>
 
@@ -167,16 +168,23 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "repetition_links(Tensor tokens, Tensor? valid=None, int ngram_size=4) -> "
       "(Tensor context_before, Tensor ngram_after)");
+  // A copy. To torch.compile, which may make a copy of its own again in the backward pass, when what
+  // it was made from has changed, the result of an operator it does not know.
+  m.def("_snapshot(Tensor tensor) -> Tensor");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
 }
 
 static std::string version() { return MASKED_LOSS_EXT_VERSION; }
+static torch::stable::Tensor snapshot(const torch::stable::Tensor& tensor) {
+  return torch::stable::clone(tensor);
+}
 static std::string cpu_capability() {
   return masked_loss_ext::level_name(masked_loss_ext::cpu_level());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CompositeExplicitAutograd, m) {
+  m.impl("_snapshot", TORCH_BOX(&snapshot));
   m.impl("_version", TORCH_BOX(&version));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }

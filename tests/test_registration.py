@@ -13,7 +13,7 @@ from masked_loss_ext import _build
 TESTS = Path(__file__).resolve().parent
 SOURCES = _build.csrc_dir()
 NAMESPACE = "masked_loss_ext"
-WITHOUT_TENSORS = {"_version", "cpu_capability"}
+WITHOUT_KERNELS = {"_snapshot", "_version", "cpu_capability"}  # one function for all devices
 # Families of operators, all integer: nothing to differentiate, no .inc per instruction set.
 FAMILIES = {
     "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
@@ -33,7 +33,7 @@ def family(name):
     return INTEGER.get(name) or base_name(name)
 
 
-TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_TENSORS]
+TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_KERNELS]
 
 
 def has_kernel(name, key):
@@ -60,6 +60,7 @@ def test_the_operators_are_these():
         "_masked_cross_entropy_with_gradient",
         "_masked_cross_entropy_with_gradient_",
         "_masked_squared_error_backward",
+        "_snapshot",
         "_version",
         "cpu_capability",
         "cross_entropy_terms",

@@ -70,6 +70,41 @@ def test_defaults_through_inductor():
     check_same_steps(case, torch.compile(module, fullgraph=True), module, [(3, 7), (3, 7)])
 
 
+def test_gradients_are_those_of_the_state_before_it_moved():
+    """Inductor saves a buffer and copies it again in the backward pass, unless it is hindered: then
+    the gradient is that of the next temperature, and of counts that were updated twice."""
+
+    def make():
+        torch.manual_seed(0)
+        moe = dict(num_experts=4, use_moe_balancing=True, use_ngram_penalty=False)
+        loss_fn = UnifiedLoss(CLASSES, initial_temperature=1.3, **moe)
+        loss_fn.main_loss.loss_history.copy_(torch.linspace(8, 14, 100))
+        loss_fn.main_loss.history_size.fill_(50)
+        loss_fn.moe_balancer.expert_counts.copy_(torch.tensor([5.0, 1, 2, 8]))
+        loss_fn.moe_balancer.total_tokens.fill_(8)
+        return loss_fn
+
+    def gradients(call):
+        entries = batch()
+        gate = torch.randn(21, 4, generator=torch.Generator().manual_seed(1))
+        inputs = [entries["logits"].requires_grad_(), gate.requires_grad_()]
+        routing = dict(gate_logits=gate, expert_indices=gate.topk(2).indices)
+        return torch.autograd.grad(call(inputs[0], entries["targets"], **routing), inputs)
+
+    eager, module = make(), make()
+    compiled = torch.compile(module, fullgraph=True)
+    for _ in range(2):
+        for ours, theirs in zip(gradients(compiled), gradients(eager), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+    assert module.main_loss.temperature == eager.main_loss.temperature != 1.3
+
+
+def test_snapshot_is_an_operator_like_others():
+    x = torch.randn(3, 2).t()
+    torch.library.opcheck(torch.ops.masked_loss_ext._snapshot.default, (x,))
+    assert torch.equal(torch.ops.masked_loss_ext._snapshot(x), x)
+
+
 def test_one_graph_over_changing_sizes():
     case = BY_NAME["unified_standard"]
     module = case.make()

@@ -18,7 +18,7 @@ ACTS = {
     "denoise": "a transformer learns to denoise crops of photographs, of unequal size",
     "language": "a byte-level language model learns Python, from functions of unequal length",
     "tokenizer": "an image tokenizer learns to keep what matters in the first of its registers",
-    "repetition": "the same with a penalty on what it would repeat (minutes; by name alone)",
+    "repetition": "the byte-level model with a penalty on what it would repeat (by name alone)",
 }
 BY_NAME_ALONE = ("repetition",)  # not run where no act is named
 DEFAULT = [name for name in ACTS if name not in BY_NAME_ALONE]

@@ -29,3 +29,17 @@ def follow_device(module, like):
                 f"({like.device}), got {buffer.device}: move the loss with .to() before compiling"
             )
         setattr(module, name, buffer.to(like.device))
+
+
+@torch.library.register_fake("masked_loss_ext::_snapshot")
+def _snapshot_fake(tensor):
+    return torch.empty_like(tensor)
+
+
+def snapshot(tensor):
+    """A detached copy of what is computed from buffers, for the backward pass to use.
+
+    Not ``clone()``: a compiled graph saves the buffer in its place and copies again in the backward
+    pass, when the forward has changed it already, so gradients come from the next step's state.
+    """
+    return torch.ops.masked_loss_ext._snapshot(tensor.detach())

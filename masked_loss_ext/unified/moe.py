@@ -5,6 +5,7 @@ import torch
 
 from ._routing import check_experts, choice_counts, load_balance, routed
 from ._rows import attached_zero, check_floating, cleaned, masked_mean, row_mask
+from ._state import snapshot
 from .diversity import DiversityLoss
 
 _STATISTICS = ("expert_counts", "expert_scores", "total_tokens")
@@ -150,7 +151,7 @@ class AuxiliaryFreeMoEBalancer(torch.nn.Module):
     def _balancing_term(self, gate, k, valid):
         imbalance = self.expert_counts.float() - self._fair_share(k)
         imbalance = imbalance / torch.where(self.total_tokens > 0, self.total_tokens.float(), 1)
-        adjustment = -self.gradient_balance_weight * imbalance
+        adjustment = snapshot(-self.gradient_balance_weight * imbalance)
         gate = torch.where(gate.isfinite(), gate, 0)  # a banned expert: inf - inf is NaN
         shift = gate - gate.detach()  # 0, with the gradient of the logits
         return self.gradient_balance_weight * masked_mean(

@@ -8,7 +8,7 @@ from ..ops.cross_entropy_terms import cross_entropy_terms
 from ._arguments import check_logits, check_smoothing, check_targets, require
 from ._penalties import check_penalty_on, eos_classes, eos_penalty
 from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
-from ._state import advances, follow_device, is_recomputing
+from ._state import advances, follow_device, is_recomputing, snapshot
 
 REDUCTIONS = ("mean", "sum", "none")
 _SLOTS = 100  # losses remembered
@@ -164,7 +164,7 @@ class TemperatureScaledCrossEntropy(torch.nn.Module):
         follow_device(self, logits)
         if is_recomputing() and self._last_temperature is not None:
             return self._last_temperature
-        temperature = self.temperature.detach().clone()
+        temperature = snapshot(self.temperature)
         if not torch.compiler.is_compiling():
             self._last_temperature = temperature
         return temperature
