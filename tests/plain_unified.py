@@ -57,9 +57,8 @@ class Plain:
         """1 - H / ln V"""
         terms = []
         for b, s in self.places:
-            if self.said[b][s]:
-                log_p = log_softmax(self.logits[b, s])
-                terms.append(1 + (log_p.exp() * log_p).sum() / math.log(self.classes))
+            log_p = log_softmax(self.logits[b, s])
+            terms.append(1 + (log_p.exp() * log_p).sum() / math.log(self.classes))
         return mean(terms, self.logits)
 
     def windows(self, n):

@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import check_integers, check_mask, check_rank, check_tensor, shape_text
+from .._checks import check_int, check_integers, check_mask, check_rank, check_tensor, shape_text
 
 
 def require(name, argument, value, fits, rule):
@@ -13,6 +13,16 @@ def require(name, argument, value, fits, rule):
 
 def check_smoothing(name, smoothing):
     require(name, "label_smoothing", smoothing, 0 <= smoothing <= 1, "in [0, 1]")
+
+
+def check_token_id(name, argument, token_id, vocab_size, is_class):
+    """One int or None. ``is_class``: its probability will be asked for."""
+    if token_id is None:
+        return
+    check_int(name, argument, token_id)
+    if is_class and vocab_size is not None:
+        inside = 0 <= token_id < vocab_size
+        require(name, argument, token_id, inside, f"in [0, {vocab_size})")
 
 
 def check_logits(name, logits, targets, vocab_size=None, argument="logits"):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The parts of a UnifiedLoss, made from its arguments (attributes of ``loss`` by now)."""
 
-from .._checks import check_choice, check_int, check_length
-from ._arguments import check_smoothing, require
+import torch
+
+from .._checks import check_choice, check_int, check_length, shape_text
+from ._arguments import check_smoothing, check_token_id, require
 from ._penalties import check_penalty_on
 from .adaptive_mtp import AdaptiveMTPLoss
 from .diversity import DiversityLoss
@@ -36,9 +38,15 @@ def check_options(name, loss):
             raise ValueError(f"{name}: hidden_size required for {what}: pass hidden_size")
     if loss.use_moe_balancing and loss.num_experts is None:
         raise ValueError(f"{name}: num_experts required for MoE balancing: pass num_experts")
-    if loss.eos_token_id is not None and loss.penalty_on == "model":
-        inside = 0 <= loss.eos_token_id < loss.vocab_size
-        require(name, "eos_token_id", loss.eos_token_id, inside, f"in [0, {loss.vocab_size})")
+    model = loss.penalty_on == "model"
+    check_token_id(name, "eos_token_id", loss.eos_token_id, loss.vocab_size, model)
+    check_token_id(name, "pad_token_id", loss.pad_token_id, loss.vocab_size, False)
+    alpha = loss.focal_alpha
+    if loss.use_focal_loss and isinstance(alpha, torch.Tensor) and alpha.numel() != loss.vocab_size:
+        raise ValueError(
+            f"{name}: focal_alpha must be a number or [vocab_size] = [{loss.vocab_size}], got "
+            f"{shape_text(alpha)}"
+        )
 
 
 def main_loss(loss):

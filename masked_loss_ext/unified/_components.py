@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._checks import check_tensor
 from ._penalties import eos_penalty
 from ._rows import masked_mean, smoothed_loss
 from ._state import advances, follow_device
@@ -30,8 +31,8 @@ class Experts(NamedTuple):
     """Of a mixture of experts."""
 
     gate_logits: Any
-    indices: Any
-    outputs: Any
+    expert_indices: Any
+    expert_outputs: Any
 
 
 def check_inputs(loss, heads, experts):
@@ -42,17 +43,33 @@ def check_inputs(loss, heads, experts):
     if adaptive and heads.logits is None:
         if isinstance(heads.active, torch.Tensor) or heads.active:
             raise _missing("additional_logits", "mtp_active")
+    for name, value in experts._asdict().items():
+        check_kind(name, value)
     if loss.moe_balancer is not None:
         for name, value in (
             ("gate_logits", experts.gate_logits),
-            ("expert_indices", experts.indices),
+            ("expert_indices", experts.expert_indices),
         ):
             if value is None:
                 raise _missing(name, "use_moe_balancing")
-    if loss.diversity_loss is not None and experts.outputs is None:
+    if loss.diversity_loss is not None and experts.expert_outputs is None:
         raise _missing("expert_outputs", "use_diversity_loss")
-    if loss.auxiliary_loss is not None and experts.gate_logits is None and experts.outputs is None:
+    if (
+        loss.auxiliary_loss is not None
+        and experts.gate_logits is None
+        and experts.expert_outputs is None
+    ):
         raise _missing("gate_logits (with expert_indices) or expert_outputs", "use_auxiliary_loss")
+
+
+def check_kind(name, value):
+    """gate_logits and expert_indices are tensors, expert_outputs may be a list of them."""
+    if value is None:
+        return
+    if name != "expert_outputs" or not isinstance(value, (list, tuple)):
+        return check_tensor(_NAME, name, value)
+    for i, output in enumerate(value):
+        check_tensor(_NAME, f"{name}[{i}]", output)
 
 
 def _missing(name, option):
@@ -122,7 +139,7 @@ def mtp(loss, out, batch, hidden_states, heads, update_state):
 def repetition(loss, out, batch):
     total = 0
     if loss.ngram_penalty is not None:
-        parts = loss.ngram_penalty.from_terms(batch.terms, batch.counts, batch.said)
+        parts = loss.ngram_penalty.from_terms(batch.terms, batch.counts, batch.valid)
         out["ngram_penalty"] = parts["total_repetition_penalty"]
         out["ngram_penalty_breakdown"] = {
             "ngram": parts["ngram_penalty"],
@@ -146,11 +163,11 @@ def experts(loss, out, batch, given, update_state):
     if loss.moe_balancer is not None:
         total = total + _balancing(loss.moe_balancer, out, batch, given, update_state)
     outputs_mask = None
-    if given.outputs is not None and len(given.outputs) > 0:
-        outputs_mask = _row_mask(batch.valid, given.outputs[0])
+    if given.expert_outputs is not None and len(given.expert_outputs) > 0:
+        outputs_mask = _row_mask(batch.valid, given.expert_outputs[0])
     similarity = None
     if loss.diversity_loss is not None:
-        similarity = loss.diversity_loss.similarity(given.outputs, outputs_mask)
+        similarity = loss.diversity_loss.similarity(given.expert_outputs, outputs_mask)
         out["diversity_loss"] = loss.diversity_loss.diversity_weight * similarity
         total = total + out["diversity_loss"]
     if loss.auxiliary_loss is not None:
@@ -164,7 +181,7 @@ def _balancing(balancer, out, batch, given, update_state):
     follow_device(balancer, given.gate_logits)
     parts = balancer(
         given.gate_logits,
-        given.indices,
+        given.expert_indices,
         attention_mask=_row_mask(batch.valid, given.gate_logits),
         update_state=advances(balancer, update_state),
     )
@@ -185,14 +202,14 @@ def _auxiliary(loss, batch, given, outputs_mask, similarity):
     if given.gate_logits is not None:
         losses = loss.auxiliary_loss(
             given.gate_logits,
-            given.indices,
+            given.expert_indices,
             num_experts=loss.num_experts or given.gate_logits.shape[-1],
             attention_mask=_row_mask(batch.valid, given.gate_logits),
         )
-    if given.outputs is not None:
+    if given.expert_outputs is not None:
         auxiliary = loss.auxiliary_loss
         if similarity is None:
-            similarity = auxiliary.diversity.similarity(given.outputs, outputs_mask)
+            similarity = auxiliary.diversity.similarity(given.expert_outputs, outputs_mask)
         losses["expert_diversity"] = auxiliary.expert_diversity_weight * similarity
     return losses
 

@@ -4,6 +4,8 @@
 import torch
 
 from .._checks import check_device, check_integers, check_length, shape_text
+from ..attention._host import _modes, is_readable
+from ..ops.masked_squared_error import _functorch_is_active
 from ._rows import check_floating, cleaned, row_mask
 
 
@@ -18,8 +20,9 @@ def load_balance(gate, indices, valid, num_experts):
 def choice_counts(indices, valid, num_experts):
     """How often each expert was chosen, [E] int64: exact, and the device is not asked how many."""
     counts = torch.zeros(num_experts, dtype=torch.int64, device=indices.device)
-    on = valid.unsqueeze(-1).expand_as(indices).long()
-    return counts.index_add(0, indices.flatten(), on.flatten())
+    inside = (indices >= 0) & (indices < num_experts)  # on a device nobody has looked
+    on = (valid.unsqueeze(-1) & inside).long()
+    return counts.index_add(0, indices.clamp(0, num_experts - 1).flatten(), on.flatten())
 
 
 def routed(function, name, gate, expert_indices, num_experts, attention_mask):
@@ -36,8 +39,20 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
         )
     valid = row_mask(function, attention_mask, name, gate)
     indices = expert_indices.reshape(-1, expert_indices.shape[-1]).long()
+    if is_readable(indices) and not (_modes() or _functorch_is_active()):
+        _refuse_index(function, indices, valid, num_experts)
     gate = cleaned(gate.reshape(-1, num_experts), valid)
     return gate, torch.where(valid.unsqueeze(-1), indices, 0), valid
+
+
+def _refuse_index(function, indices, valid, num_experts):
+    outside = ((indices < 0) | (indices >= num_experts)) & valid.unsqueeze(-1)
+    if outside.any():
+        row = int(outside.any(-1).nonzero()[0])
+        raise IndexError(
+            f"{function}: expert_indices at row {row} must be in [0, {num_experts}), got "
+            f"{indices[row].tolist()}"
+        )
 
 
 def check_experts(function, num_experts):

@@ -7,14 +7,14 @@ from .._checks import check_choice, check_device, check_int, check_tensor
 from ..ops.masked_cross_entropy import masked_cross_entropy
 from ._arguments import check_logits, check_smoothing, check_targets, require
 from ._rows import masked_mean, torch_smoothing, valid_rows, widened
-from ._state import advances, follow_device
+from ._state import KeepsState, advances, follow_device
 
 _NAME = "AdaptiveMTPLoss"
 _SMALLEST = 1e-7
 _TOTALS = ("primary_loss", "additional_loss", "confidence_reg")
 
 
-class AdaptiveMTPLoss(torch.nn.Module):
+class AdaptiveMTPLoss(KeepsState):
     r"""Primary loss + confidence-weighted heads + a regulariser of the confidence.
 
     .. math::
@@ -146,7 +146,7 @@ class AdaptiveMTPLoss(torch.nn.Module):
             additional = self._heads(additional_logits, targets, attention_mask)
             weight = self._weight(None if confidence_scores is None else confidence, zero)
             if isinstance(mtp_active, torch.Tensor):
-                weight = torch.where(mtp_active, weight, 0)
+                weight = torch.where(mtp_active != 0, weight, 0)
         parts = {
             "primary_loss": self.primary_loss_weight * cross_entropy,
             "additional_loss": weight * additional,

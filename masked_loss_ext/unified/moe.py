@@ -5,14 +5,14 @@ import torch
 
 from ._routing import check_experts, choice_counts, load_balance, routed
 from ._rows import attached_zero, check_floating, cleaned, masked_mean, row_mask
-from ._state import snapshot
+from ._state import KeepsState, advances, snapshot
 from .diversity import DiversityLoss
 
 _STATISTICS = ("expert_counts", "expert_scores", "total_tokens")
 _ACCUMULATED = ("_accumulated_counts", "_accumulated_scores", "_accumulated_tokens")
 
 
-class AuxiliaryFreeMoEBalancer(torch.nn.Module):
+class AuxiliaryFreeMoEBalancer(KeepsState):
     r"""Pushes the gate away from experts that running counts say are overused.
 
     With running counts :math:`c_e` of choices, :math:`T` of tokens, k experts per token and a fair
@@ -37,7 +37,8 @@ class AuxiliaryFreeMoEBalancer(torch.nn.Module):
     The counts are exponential averages, updated in training alone: the module's state, so they are
     saved, copied and resumed with it. Several micro-batches of one optimiser step: give all but
     the last ``is_optimizer_step=False``, and their average counts once; or give a call that must
-    not count at all (the second forward of a checkpointed one) ``update_state=False``.
+    not count at all ``update_state=False``. The second forward of activation checkpointing does
+    not count, but sees the counts as they are by then.
 
     Args:
         num_experts: E.
@@ -85,6 +86,7 @@ class AuxiliaryFreeMoEBalancer(torch.nn.Module):
     def _update(self, indices, scores, valid, is_optimizer_step):
         tokens = valid.sum()
         self._accumulated_counts += choice_counts(indices, valid, self.num_experts)
+        scores = torch.where(scores.isfinite(), scores, 0)  # one NaN would stay for good
         self._accumulated_scores += scores.sum(0) / tokens.clamp(min=1)
         self._accumulated_tokens += tokens
         self._accumulation_steps += 1
@@ -135,7 +137,7 @@ class AuxiliaryFreeMoEBalancer(torch.nn.Module):
             self.num_experts,
             attention_mask,
         )
-        if self.training and update_state:
+        if advances(self, update_state):
             scores = cleaned(gate.detach().softmax(-1), valid)
             self._update(indices, scores, valid, is_optimizer_step)
         term = loss = attached_zero(gate)

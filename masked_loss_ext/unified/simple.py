@@ -88,7 +88,12 @@ class FocalLoss(torch.nn.Module):
         ce = -log_prob
         rows = ce if self.gamma == 0 else ce * focal_factor(ce, self.gamma)
         if isinstance(self.alpha, torch.Tensor):
-            rows = rows * self.alpha.to(rows.dtype)[torch.where(valid, targets, 0)]
+            rows = (
+                rows
+                * self.alpha.to(rows.dtype)[
+                    torch.where(valid, targets, 0).clamp(0, self.alpha.numel() - 1)
+                ]
+            )
             return reduced(rows, valid, self.reduction)
         return self.alpha * reduced(rows, valid, self.reduction)
 

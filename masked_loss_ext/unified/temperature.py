@@ -5,10 +5,16 @@ import torch
 
 from .._checks import check_choice, check_int, check_length
 from ..ops.cross_entropy_terms import cross_entropy_terms
-from ._arguments import check_logits, check_smoothing, check_targets, require
+from ._arguments import (
+    check_logits,
+    check_smoothing,
+    check_targets,
+    check_token_id,
+    require,
+)
 from ._penalties import check_penalty_on, eos_classes, eos_penalty
 from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
-from ._state import advances, follow_device, is_recomputing, snapshot
+from ._state import KeepsState, advances, follow_device, is_recomputing, snapshot
 
 REDUCTIONS = ("mean", "sum", "none")
 _SLOTS = 100  # losses remembered
@@ -16,7 +22,7 @@ _ENOUGH = 10  # of them before the temperature moves
 _NAME = "TemperatureScaledCrossEntropy"
 
 
-class TemperatureScaledCrossEntropy(torch.nn.Module):
+class TemperatureScaledCrossEntropy(KeepsState):
     r"""Smoothed cross entropy of logits / T, with T adapted during training.
 
     .. math::
@@ -41,8 +47,10 @@ class TemperatureScaledCrossEntropy(torch.nn.Module):
     in which nothing counts, are not written and move nothing. A steady run walks T to its lower
     bound: T rescales the objective that it is measured by, and inference does not know it.
     Everything happens on the device. ``update_state=False`` (all micro-batches but one of a step)
-    changes no buffer, nor do evaluation and the recomputation of activation checkpointing, which
-    sees the T of the call that it repeats.
+    changes no buffer, nor do evaluation, torch.func and the recomputation of activation
+    checkpointing, which sees the T of the last call before it. Leave the loss outside of what is
+    checkpointed, as it keeps nothing but the logits: with other calls in between, or compiled
+    inside, the gradient would be of another T.
 
     **EOS.** ``penalty_on="targets"`` adds eos_penalty_weight to rows whose target is eos_token_id
     and whose column is below min_sequence_length: a constant of the data, without gradient.
@@ -94,6 +102,7 @@ class TemperatureScaledCrossEntropy(torch.nn.Module):
         check_int(_NAME, "ignore_index", ignore_index)
         check_length(_NAME, "min_sequence_length", min_sequence_length)
         check_penalty_on(_NAME, penalty_on)
+        check_token_id(_NAME, "eos_token_id", eos_token_id, vocab_size, penalty_on == "model")
         self.initial_temperature = initial_temperature
         self.adaptive_temperature = adaptive_temperature
         self.label_smoothing = label_smoothing
