@@ -10,7 +10,8 @@
 // Single tokens are named by comparing tokens. A window of length m <= 2 h is named by the pair of names
 // of its first and its last h tokens, which overlap or touch: two integers are compared, however long it
 // is (Karp, Miller, Rosenberg 1972), and one is valid where both parts are. A table of positions finds the
-// windows to compare: of equal hashes alone nothing follows.
+// windows to compare: of equal hashes alone nothing follows. Names of tokens of a short row fill 16 bits,
+// and up to four of them are one key.
 #pragma once
 
 #include "array.h"
@@ -19,6 +20,8 @@ namespace masked_loss_ext {
 
 constexpr int32_t kNoName = -1;                       // some position of the window is not valid
 constexpr int32_t kEmptySlot = -1;
+constexpr int64_t kShortRow = 0xffff;                 // a row below this has names of 16 bits, none 0xffff
+constexpr int64_t kNamesPerKey = 4;
 constexpr int64_t kMaxRowLength = int64_t(1) << 30;   // the slots of a row are counted in 31 bits
 
 struct TokenRows {
@@ -81,9 +84,21 @@ MASKED_LOSS_EXT_INLINE uint64_t first_slot(uint64_t key, uint64_t last_slot) {
   return (key ^ key >> 32) & last_slot;
 }
 
-// The length that windows of `part` tokens are joined to on the way to `length`.
-MASKED_LOSS_EXT_INLINE int64_t joined_length(int64_t part, int64_t length) {
-  return 2 * part < length ? 2 * part : length;
+// The length that windows of `part` tokens, in a row of row_length, are joined to on the way to `length`.
+MASKED_LOSS_EXT_INLINE int64_t joined_length(int64_t part, int64_t length, int64_t row_length) {
+  const int64_t most = part == 1 && row_length < kShortRow ? kNamesPerKey : 2 * part;
+  return most < length ? most : length;
+}
+
+// The key of `count` tokens by their names; false where one has none.
+MASKED_LOSS_EXT_INLINE bool packed_key(const int32_t* names, int64_t count, uint64_t* key) {
+  bool exists = true;
+  *key = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    exists = exists && names[k] != kNoName;
+    *key = *key << 16 | uint64_t(uint16_t(names[k]));
+  }
+  return exists;
 }
 
 // The key of the window of `joined` tokens at i, from the names of windows of `part` tokens. False: there
@@ -91,6 +106,7 @@ MASKED_LOSS_EXT_INLINE int64_t joined_length(int64_t part, int64_t length) {
 MASKED_LOSS_EXT_INLINE bool joined_key(const int32_t* names, int64_t length, int64_t i, int64_t part,
                                        int64_t joined, uint64_t* key) {
   if (i + joined > length) return false;
+  if (part == 1 && length < kShortRow) return packed_key(names + i, joined, key);
   const int32_t head = names[i], tail = names[i + joined - part];
   *key = uint64_t(uint32_t(head)) << 32 | uint32_t(tail);
   return head != kNoName && tail != kNoName;

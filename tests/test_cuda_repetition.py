@@ -55,6 +55,13 @@ def test_rows_longer_than_a_block_of_threads(op, size, order):
             same(simulated(op, *arguments, order=order), both(*arguments))
 
 
+@pytest.mark.parametrize("length", [65534, 65535])
+def test_rows_at_the_border_of_short_names(op, length):
+    tokens = torch.arange(length)[None]
+    tokens[0, -4:] = tokens[0, :4]
+    same(simulated(op, tokens, None, 4), both(tokens, None, 4))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("first", [0, 31, 32, THREADS - 1, THREADS, THREADS + 33])
 def test_runs_across_warps_and_tiles(op, first, order):

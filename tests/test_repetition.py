@@ -239,3 +239,17 @@ def test_many_tokens():
     assert torch.equal(before[0], torch.where(t >= n - 1 + 5000, t - 5000, -1).int())
     repeats = (t >= n - 1) & (t + 5000 < size)
     assert torch.equal(after[0], torch.where(repeats, t + 5000, size).int())
+
+
+@pytest.mark.parametrize("length", [65534, 65535, 65536])
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_rows_at_the_border_of_short_names(length, n):
+    """Below 65535 tokens a name takes 16 bits. Here almost all tokens are different, so names are as
+    large as they get; the last n are those at the front once more."""
+    tokens = torch.arange(length)
+    tokens[-n:] = tokens[:n]
+    found = repetition_counts(tokens[None], None, n)
+    assert [int(x) for x in found] == [1, length - n + 1, length - n, 1]
+    tokens[-1] = length
+    found = repetition_counts(tokens[None], None, n)
+    assert [int(x) for x in found] == [0, length - n + 1, length - n + 1, 1]

@@ -76,9 +76,12 @@ class Row {
   void name_tokens(int64_t row) {
     clear_slots();
     const int64_t token = row * in_.token_stride[0], valid = row * in_.valid_stride[0];
+    const bool bytes = in_.valid.kind == Kind::kUInt8;  // a bool mask: no need to ask for each entry
+    const auto* flags = static_cast<const uint8_t*>(in_.valid.data);
     for (int64_t i = 0; i < in_.length; ++i) {
       s_.names[i] = kNoName;
-      if (in_.valid.data && read_entry<double>(in_.valid, valid + i * in_.valid_stride[1]) == 0) continue;
+      const int64_t at = valid + i * in_.valid_stride[1];
+      if (flags && (bytes ? flags[at] == 0 : read_entry<double>(in_.valid, at) == 0)) continue;
       s_.keys[i] = static_cast<uint64_t>(read_integer(in_.tokens, token + i * in_.token_stride[1]));
       s_.names[i] = name_of(i);
     }
@@ -87,7 +90,7 @@ class Row {
   // From the names of windows of `part` tokens to those of `length`.
   void name_windows(int64_t part, int64_t length) {
     while (part < length) {
-      const int64_t joined = joined_length(part, length);
+      const int64_t joined = joined_length(part, length, in_.length);
       clear_slots();
       for (int64_t i = 0; i < in_.length; ++i) {  // in place: what follows i is read, not what precedes it
         const bool exists = joined_key(s_.names, in_.length, i, part, joined, &s_.keys[i]);

@@ -69,7 +69,7 @@ __device__ __forceinline__ void name_tokens(const TokenRows& in, int64_t row, co
 __device__ __forceinline__ void name_windows(const RowScratch& s, int length, int64_t part,
                                              int64_t window) {
   while (part < window) {
-    const int64_t joined = joined_length(part, window);
+    const int64_t joined = joined_length(part, window, length);
     // Names are read by other threads than the one that overwrites them: first all keys, then the names.
     // No key has all bits set: its first half would be kNoName.
     for (int i = threadIdx.x; i < length; i += kRepetitionThreads) {
