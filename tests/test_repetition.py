@@ -244,8 +244,8 @@ def test_many_tokens():
 @pytest.mark.parametrize("length", [65534, 65535, 65536])
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_rows_at_the_border_of_short_names(length, n):
-    """Below 65535 tokens a name takes 16 bits. Here almost all tokens are different, so names are as
-    large as they get; the last n are those at the front once more."""
+    """Below 65535 tokens a name takes 16 bits. Here almost all tokens differ, so names are as large
+    as they get; the last n are those at the front once more."""
     tokens = torch.arange(length)
     tokens[-n:] = tokens[:n]
     found = repetition_counts(tokens[None], None, n)
