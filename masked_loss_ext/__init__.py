@@ -36,7 +36,6 @@ from .losses.token_mse import (  # noqa: E402
     compute_loss_multi_resolution,
     masked_edit_token_mean_loss,
 )
-from .ops import repetition as _repetition  # noqa: E402, F401  registers its fakes
 from .ops.masked_cross_entropy import masked_cross_entropy, row_statistics  # noqa: E402
 from .padding import (  # noqa: E402
     lengths_to_mask,

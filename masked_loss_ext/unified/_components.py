@@ -44,7 +44,7 @@ def check_inputs(loss, heads, experts):
         if isinstance(heads.active, torch.Tensor) or heads.active:
             raise _missing("additional_logits", "mtp_active")
     for name, value in experts._asdict().items():
-        check_kind(name, value)
+        _check_kind(name, value)
     if loss.moe_balancer is not None:
         for name, value in (
             ("gate_logits", experts.gate_logits),
@@ -62,7 +62,7 @@ def check_inputs(loss, heads, experts):
         raise _missing("gate_logits (with expert_indices) or expert_outputs", "use_auxiliary_loss")
 
 
-def check_kind(name, value):
+def _check_kind(name, value):
     """gate_logits and expert_indices are tensors, expert_outputs may be a list of them."""
     if value is None:
         return

@@ -22,7 +22,7 @@ def advances(module, update_state):
 
 
 class KeepsState(torch.nn.Module):
-    """A module whose own buffers keep their dtype under ``.half()``, ``.bfloat16()`` and ``.to``.
+    """A module whose own buffers keep their dtype under ``.half()``, ``.to(dtype)`` and the like.
 
     They are counts and sums over many steps: in half precision 4097 tokens are 4096, and a step of
     the temperature is lost.
