@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,6 +21,26 @@ template <class... Parts>
   std::ostringstream text;
   (text << ... << parts);
   throw std::invalid_argument(text.str());
+}
+
+// NaN lies in no range.
+inline void check_range(const char* op, const char* name, double value, double least, double most) {
+  if (value >= least && value <= most) return;
+  fail(op, ": ", name, " must be in [", least, ", ", most, "], got ", value);
+}
+
+inline void check_finite(const char* op, const char* name, double value, bool may_be_negative = true) {
+  if (std::isfinite(value) && (may_be_negative || value >= 0)) return;
+  fail(op, ": ", name, " must be finite", may_be_negative ? "" : " and not negative", ", got ", value);
+}
+
+// For sizes, lengths, indices and windows, so that sums of a few of them cannot overflow.
+constexpr int64_t kLargestLength = int64_t{1} << 48;
+
+inline void check_length(const char* op, const char* name, int64_t value, int64_t least = 0,
+                         int64_t most = kLargestLength) {
+  if (value >= least && value <= most) return;
+  fail(op, ": ", name, " must be in [", least, ", ", most, "], got ", value);
 }
 
 inline std::string shape_text(const Tensor& tensor) {

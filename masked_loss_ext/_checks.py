@@ -4,11 +4,22 @@
 Only shapes, dtypes and devices are looked at, never data: no synchronisation with a GPU.
 """
 
+import difflib
+import math
+import numbers
+
 import torch
 
 _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see ops/
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Converted before a kernel sees them: not worth kernels of their own.
+CONVERTED_INTEGERS = (torch.uint16, torch.uint32)
+CONVERTED_MASKS = (
+    *(*CONVERTED_INTEGERS, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+)
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -27,6 +38,12 @@ def sizes_text(sizes):
 def check_tensor(function, name, value):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(
+            f"{function}: {name} must be a plain tensor, got a nested one: pad it and give a mask"
+        )
+    if value.layout != torch.strided:
+        raise ValueError(f"{function}: {name} must be a dense tensor, got layout {value.layout}")
 
 
 def check_rank(function, name, tensor, rank, layout):
@@ -46,6 +63,39 @@ def check_length(function, name, value):
     check_int(function, name, value)
     if value < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {value}")
+
+
+def check_number(function, name, value, *, least=None, above=None, most=None):
+    """A finite Python number; ``least`` and ``most`` are allowed, ``above`` is not.
+
+    A tensor is not looked at (that may wait for a GPU) and is none.
+    """
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):  # has no value yet
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    fits = (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    )
+    if not fits:
+        ranges = [f"at least {least}" if least is not None else ""]
+        ranges += [f"above {above}" if above is not None else ""]
+        ranges += [f"at most {most}" if most is not None else ""]
+        rule = " and ".join(filter(None, ranges))
+        raise ValueError(
+            f"{function}: {name} must be a finite number{' ' + rule if rule else ''}, got {value}"
+        )
+
+
+def refuse_unknown(function, unknown, known):
+    """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
+        raise TypeError(f"{function}: unexpected keyword argument {name}{hint}")
 
 
 def check_integers(function, name, tensor):
@@ -103,6 +153,28 @@ def check_mask(function, name, mask, like_name, like, dims, label=None):
         raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")
     check_device(function, name, mask, like_name, like)
     check_not_additive(function, name, mask)
+
+
+def as_mask(function, name, mask):
+    """A mask that the kernels read: on where it is not 0."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    check_not_additive(function, name, mask)
+    if mask.dtype in _FLOATING or mask.dtype in _INTEGERS:
+        return mask
+    if mask.dtype in CONVERTED_MASKS:
+        return mask != 0
+    raise ValueError(
+        f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch computes "
+        f"with, got {mask.dtype}: convert it, to bool say"
+    )
+
+
+def as_integers(tensor):
+    """Integers that the kernels read: labels, ids, lengths."""
+    if tensor is not None and tensor.dtype in CONVERTED_INTEGERS:
+        return tensor.to(torch.int64)
+    return tensor
 
 
 def check_not_additive(function, name, mask):

@@ -36,7 +36,7 @@ TENSORS = [
     ({"mask": M[:1]}, ValueError, "mask", "shape of logits [2, 3, 5]", "got [1, 3]"),
     ({"mask": X}, ValueError, "mask", "without the last dimension", "got [2, 3, 5]"),
     ({"mask": M[:, None, None]}, ValueError, "mask", "shape of logits", "got [2, 1, 1, 3]"),
-    ({"mask": M.to(torch.complex64)}, ValueError, "mask", "bool, integer", "ComplexFloat"),
+    ({"mask": M.to(torch.complex64)}, ValueError, "mask", "bool, integer", "complex64"),
     ({"weight": W[:4]}, ValueError, "weight", "one entry per class [5]", "got [4]"),
     ({"weight": torch.ones(6)}, ValueError, "weight", "one entry per class [5]", "got [6]"),
     ({"weight": W[None]}, ValueError, "weight", "one entry per class [5]", "got [1, 5]"),

@@ -5,13 +5,10 @@ The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms.h, f
 in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
 """
 
-import torch
-
-from .._checks import check_integers, check_not_additive, check_tensor, shape_text
+from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
 from ..reference import CrossEntropyTerms
 from .cross_entropy_terms_autograd import call, is_transformed
 from .masked_cross_entropy import _temperature
-from .masked_squared_error import _RARE_DTYPES
 
 _NAME = "cross_entropy_terms"
 
@@ -80,14 +77,11 @@ def cross_entropy_terms(
     try:
         if logits.dim() > 0 and logits.stride(-1) != 1:
             logits = logits.contiguous()
-        if mask is not None and mask.dtype != torch.bool:
-            check_not_additive(_NAME, "mask", mask)
-            if mask.dtype in _RARE_DTYPES:
-                mask = mask != 0
+        mask = as_mask(_NAME, "mask", mask)
         context_before, ngram_after = (None, None) if links is None else links
         args = (
             logits,
-            target,
+            as_integers(target),
             mask,
             _temperature(_NAME, 1 if temperature is None else temperature, logits),
             classes,

@@ -11,16 +11,17 @@ import numbers
 import torch
 
 from .._checks import (
+    as_integers,
+    as_mask,
     check_choice,
     check_length,
-    check_not_additive,
     check_tensor,
     shape_text,
 )
 from ..reference import RowStatistics
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
-from .masked_squared_error import _RARE_DTYPES, _functorch_is_active
+from .masked_squared_error import _functorch_is_active
 
 
 def masked_cross_entropy(
@@ -172,20 +173,17 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         if logits.dim() > 0 and logits.stride(-1) != 1:
             logits = logits.contiguous()
-        if mask is not None and mask.dtype != torch.bool:
-            check_not_additive(name, "mask", mask)
-            if mask.dtype in _RARE_DTYPES:
-                mask = mask != 0
+        mask = as_mask(name, "mask", mask)
         if weight is not None:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             weight = weight.detach().to(dtype).contiguous()
         args = (
             logits,
-            target,
+            as_integers(target),
             mask,
             weight,
             token_weight,
-            segment_ids,
+            as_integers(segment_ids),
             _temperature(name, temperature, logits),
             _number(name, "normalizer", normalizer, logits),
             *options,

@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
-from .._checks import check_not_additive
+from .._checks import CONVERTED_MASKS, as_mask
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -25,15 +25,6 @@ _backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
 # autograd kernel would run a second time in each call.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_is_active = torch._C._are_functorch_transforms_active
-
-# Masks may have them too, but they are not worth a kernel.
-_RARE_DTYPES = frozenset(
-    getattr(torch, name)
-    for name in (
-        *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz"),
-        *("float8_e5m2", "float8_e5m2fnuz"),
-    )
-)
 
 
 def masked_squared_error(
@@ -47,11 +38,8 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
-    if mask is not None and mask.dtype != torch.bool:
-        check_not_additive("masked_squared_error", "mask", mask)
-        if mask.dtype in _RARE_DTYPES:
-            mask = mask != 0
-    if edit_mask is not None and edit_mask.dtype in _RARE_DTYPES:
+    mask = as_mask("masked_squared_error", "mask", mask)
+    if edit_mask is not None and edit_mask.dtype in CONVERTED_MASKS:
         edit_mask = edit_mask.to(torch.float32)
     args = (
         prediction,
