@@ -10,6 +10,7 @@ from ._version import __version__
 _library_kind = _library.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
+from ._aggregate import aggregate_tokens  # noqa: E402
 from .attention import (  # noqa: E402
     PackedLayout,
     RowIntervals,
@@ -65,6 +66,7 @@ __all__ = [
     "SequenceUnpacker",
     "UnifiedLoss",
     "__version__",
+    "aggregate_tokens",
     "check_padding",
     "compute_loss_multi_resolution",
     "create_unified_loss",

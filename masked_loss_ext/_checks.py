@@ -14,6 +14,7 @@ _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LARGEST = math.nextafter(math.inf, 0)  # an int may be larger
 # Converted before a kernel sees them: not worth kernels of their own.
 CONVERTED_INTEGERS = (torch.uint16, torch.uint32)
 CONVERTED_MASKS = (
@@ -75,7 +76,7 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     fits = (
-        math.isfinite(value)
+        -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)

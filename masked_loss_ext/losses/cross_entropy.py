@@ -3,10 +3,10 @@
 
 import torch
 
-from .._checks import check_choice, check_int, check_length, check_tensor, shape_text
+from .._aggregate import REDUCTIONS
+from .._checks import check_choice, check_int, check_tensor, shape_text
+from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import masked_cross_entropy
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class MaskedCrossEntropyLoss(torch.nn.Module):
@@ -43,6 +43,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
     - The denominator of "mean" is ``normalizer`` where given, else the number of rows that count
       or, with class weights, the sum of their :math:`w_y`, as in PyTorch. token_weight, smoothing,
       focal factor and z-loss never change it. Where it is 0 the loss is 0, attached to the graph.
+      "sequence_mean", "sequence_sum" and "weighted_mean" count as ``aggregate_tokens`` tells, a row
+      with its :math:`w_y` where there are class weights; "weighted_mean" with token_weight, too.
     - temperature and softcap change :math:`z`, so everything: loss, z-loss and statistics.
     - A logit of :math:`-\infty` (a banned class) has probability and gradient 0. With smoothing its
       share of the loss is infinite, as in PyTorch, unless its class weight is 0.
@@ -54,12 +56,14 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         weight: ``[V]`` class weights, a buffer; it gets no gradient.
         label_smoothing: :math:`\varepsilon` in [0, 1].
         temperature: T > 0, a number or a 0-d tensor (a buffer that is not saved).
-        softcap: c > 0, or None for none.
-        z_loss: :math:`\lambda`.
+        softcap: c > 0; None or infinity for none.
+        z_loss: :math:`\lambda \ge 0`.
         focal_gamma: :math:`\gamma \ge 0`.
         shift: k scores position t against target t + k, without a copy: 1 for the labels of a
             causal language model. mask, ignore_index and token_weight are those of the target.
-        reduction: "mean", "sum" or "none" (``[...]``).
+        reduction: "mean", "sum", "none" (``[...]``), "sequence_mean", "sequence_sum" or
+            "weighted_mean".
+        class_dim: the dimension of the classes in logits, 1 for ``[N, C, d1, ...]``.
         inplace_backward: write the gradient over the logits.
         gradient_in_forward: make the gradient together with the loss, reading the logits once less;
             what that takes is told at ``masked_cross_entropy``.
@@ -78,6 +82,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         focal_gamma=0.0,
         shift=0,
         reduction="mean",
+        class_dim=-1,
         inplace_backward=False,
         gradient_in_forward=False,
         return_stats=False,
@@ -85,13 +90,17 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         super().__init__()
         name = type(self).__name__
         check_choice(name, "reduction", reduction, REDUCTIONS)
-        check_int(name, "ignore_index", ignore_index)
-        check_length(name, "shift", shift)
-        fits = 0 <= label_smoothing <= 1
-        _require(name, "label_smoothing", label_smoothing, fits, "in [0, 1]")
-        _require(name, "focal_gamma", focal_gamma, focal_gamma >= 0, "at least 0")
-        if softcap is not None:
-            _require(name, "softcap", softcap, softcap > 0, "positive")
+        checks.check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift)
+        checks.check_shift(name, shift)
+        checks.check_index(name, ignore_index)
+        checks.softcap_number(name, softcap)
+        check_int(name, "class_dim", class_dim)
+        checks.check_flags(
+            name,
+            inplace_backward=inplace_backward,
+            gradient_in_forward=gradient_in_forward,
+            return_stats=return_stats,
+        )
         if weight is not None:
             check_tensor(name, "weight", weight)
             if weight.dim() != 1:
@@ -104,13 +113,14 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         if isinstance(temperature, torch.Tensor):  # not looked at: it may be on a GPU
             self.register_buffer("temperature", temperature, persistent=False)
         else:
-            _require(name, "temperature", temperature, temperature > 0, "positive")
+            checks.check_scale(name, "temperature", temperature)
             self.temperature = temperature
         self.softcap = softcap
         self.z_loss = z_loss
         self.focal_gamma = focal_gamma
         self.shift = shift
         self.reduction = reduction
+        self.class_dim = class_dim
         self.inplace_backward = inplace_backward
         self.gradient_in_forward = gradient_in_forward
         self.return_stats = return_stats
@@ -124,11 +134,12 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             logits: ``[..., V]`` floating.
             target: ``[...]`` integers, a class or ignore_index.
             mask: ``[...]`` any dtype, a row counts where it is not 0. None: all.
-            token_weight: ``[...]`` floating, may be fractional and may need a gradient.
+            token_weight: ``[...]`` floating, may be fractional and may need a gradient. It must be
+                given for "weighted_mean".
             segment_ids: ``[...]`` integers, for packed documents: with a shift, position and target
                 must share one.
-            normalizer: what "mean" divides by instead of its own count: the number of tokens of all
-                micro-batches of one step.
+            normalizer: what means and "sequence_sum" divide by instead of their own count: the
+                number of tokens (of sequences, of weights) of all micro-batches of one step.
         """
         return masked_cross_entropy(
             logits,
@@ -146,6 +157,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             segment_ids=segment_ids,
             reduction=self.reduction,
             normalizer=normalizer,
+            class_dim=self.class_dim,
             inplace_backward=self.inplace_backward,
             gradient_in_forward=self.gradient_in_forward,
             return_stats=self.return_stats,
@@ -173,12 +185,8 @@ _DEFAULTS = {
     "focal_gamma": 0.0,
     "shift": 0,
     "reduction": "mean",
+    "class_dim": -1,
     "inplace_backward": False,
     "gradient_in_forward": False,
     "return_stats": False,
 }
-
-
-def _require(function, name, value, fits, rule):
-    if not fits:  # NaN fits nothing
-        raise ValueError(f"{function}: {name} must be {rule}, got {value}")

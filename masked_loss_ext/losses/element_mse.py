@@ -12,7 +12,7 @@ from .._checks import (
     check_weighting,
 )
 from ..ops.masked_squared_error import masked_squared_error
-from .token_mse import REDUCTIONS
+from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated
 
 
 class MaskEditLoss(torch.nn.Module):
@@ -60,11 +60,13 @@ class MaskEditLoss(torch.nn.Module):
             model_pred, target: ``[B, T, C]`` floating.
             weighting: broadcastable to ``[B, T, C]``, or a number.
             edit_mask: ``[B, T]`` in [0, 1]; None: all foreground.
-            reduction: "mean" over kept elements, "sum", or "none" (``[B, T, C]``).
+            reduction: "mean" over kept elements, "sum", or "none" (``[B, T, C]``); of tokens,
+                each its mean over C, "sequence_mean", "sequence_sum" or "weighted_mean", as in
+                ``masked_edit_token_mean_loss``.
             attention_mask: ``[B, T]``, selects tokens. None keeps all.
         """
         name = "MaskEditLoss"
-        check_choice(name, "reduction", reduction, REDUCTIONS, "Invalid reduction mode: ")
+        check_choice(name, "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction mode: ")
         check_prediction(name, "model_pred", model_pred, "target", target)
         check_rank(name, "model_pred", model_pred, 3, "[B, T, C]")
         check_mask(name, "attention_mask", attention_mask, "model_pred", model_pred, 2)
@@ -72,7 +74,8 @@ class MaskEditLoss(torch.nn.Module):
         weighting = as_weighting(weighting, model_pred)
         check_weighting(name, weighting, "model_pred", model_pred)
         fg, bg = float(self.foreground_weight), float(self.background_weight)
-        return masked_squared_error(
+        of_tokens = reduction not in REDUCTIONS
+        loss = masked_squared_error(
             model_pred,
             target,
             attention_mask,
@@ -80,8 +83,9 @@ class MaskEditLoss(torch.nn.Module):
             weighting,
             fg,
             fg if edit_mask is None else bg,
-            reduction,
+            "token" if of_tokens else reduction,
         )
+        return aggregated(name, loss, attention_mask, reduction) if of_tokens else loss
 
     def extra_repr(self):
         return (

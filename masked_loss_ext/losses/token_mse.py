@@ -3,6 +3,7 @@
 
 import torch
 
+from .._aggregate import AGGREGATIONS, as_divisor, check_normalizer, reduce_tokens
 from .._checks import (
     as_weighting,
     check_choice,
@@ -13,16 +14,19 @@ from .._checks import (
     is_traced,
 )
 from ..ops.masked_squared_error import masked_squared_error
+from ..reference.squared_error import select
 
 REDUCTIONS = ("mean", "sum", "none")
+TOKEN_REDUCTIONS = (*REDUCTIONS, *AGGREGATIONS)
 EDIT_MASK_DEFAULTS = ("unit", "foreground")
 _TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
+_TOKEN_REDUCTION |= dict.fromkeys(AGGREGATIONS, "token")
 
 
 def _check(
     function, reduction, mask_label, model_pred, target, attention_mask, edit_mask, weighting
 ):
-    check_choice(function, "reduction", reduction, REDUCTIONS, "Invalid reduction: ")
+    check_choice(function, "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction: ")
     check_prediction(function, "model_pred", model_pred, "target", target)
     check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
     check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
@@ -46,6 +50,7 @@ def _token_loss(
     background_weight,
     reduction,
     mask_label="attention_mask shape",
+    normalizer=None,
 ):
     """The loss, with Python's checks only where something may be wrong.
 
@@ -56,7 +61,9 @@ def _token_loss(
     try:
         if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
             _check(function, reduction, mask_label, *tensors)
-        return masked_squared_error(
+        how = _TOKEN_REDUCTION[reduction]
+        apart = normalizer is not None or reduction in AGGREGATIONS  # the operator cannot
+        loss = masked_squared_error(
             model_pred,
             target,
             attention_mask,
@@ -64,12 +71,28 @@ def _token_loss(
             as_weighting(weighting, model_pred),
             foreground_weight,
             background_weight,
-            _TOKEN_REDUCTION[reduction],
+            "token" if apart else how,
         )
+        if not apart:
+            return loss
+        return aggregated(function, loss, attention_mask, reduction, normalizer)
     except Exception as error:  # a list has no .dim(), and what else there is
         failure = error
     _check(function, reduction, mask_label, *tensors)
     raise failure
+
+
+def aggregated(function, loss, attention_mask, reduction, normalizer=None):
+    """One number of losses ``[B, T]`` of tokens; "weighted_mean" weighs by the mask's values."""
+    if normalizer is not None:
+        check_normalizer(function, normalizer, reduction)
+    on = torch.ones_like(loss, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    share = on
+    if reduction == "weighted_mean" and attention_mask is not None:
+        share = select(on, attention_mask.to(loss.dtype))
+        loss = loss * share
+    divisor = as_divisor(function, normalizer, loss)
+    return reduce_tokens(loss, on, share, reduction, None, divisor)
 
 
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
@@ -91,6 +114,7 @@ def masked_edit_token_mean_loss(
     eps=1e-12,
     reduction="mean",
     edit_mask_default="unit",
+    normalizer=None,
 ):
     r"""Weighted squared error, mean over channels, then over the tokens that the mask keeps.
 
@@ -118,15 +142,21 @@ def masked_edit_token_mean_loss(
         weighting: broadcastable to ``[B, T, C]``, or a number.
         foreground_weight, background_weight: fg and bg.
         eps: accepted for compatibility; a count of at least 1 needs none.
-        reduction: "mean" over kept tokens, "sum" over them, or "none".
+        reduction: "mean" over kept tokens, "sum" over them, or "none"; "sequence_mean" (mean over
+            samples of the mean over their kept tokens), "sequence_sum" (mean over samples of the
+            sum), both of the samples that keep a token; "weighted_mean", for grey masks: with the
+            mask's values a, not only where they are not 0, :math:`\sum a \ell / \sum a`.
+            ``aggregate_tokens`` says who wants which.
         edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
             ("foreground").
+        normalizer: what all means and "sequence_sum" divide by instead of their own count of
+            tokens, samples or weights (of all micro-batches and ranks): a number or a 0-d tensor.
 
     Returns:
         ``[]``, or ``[B, T]`` for "none" (0 at excluded tokens); float32, float64 where model_pred
         or target is. Differentiable in model_pred, target and weighting.
     """
-    check_choice("masked_edit_token_mean_loss", "reduction", reduction, REDUCTIONS)
+    check_choice("masked_edit_token_mean_loss", "reduction", reduction, TOKEN_REDUCTIONS)
     check_choice(
         "masked_edit_token_mean_loss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
     )
@@ -137,6 +167,7 @@ def masked_edit_token_mean_loss(
         foreground_weight,
         background,
         reduction,
+        normalizer=normalizer,
     )
 
 
@@ -195,7 +226,8 @@ class AttentionMaskMseLoss(torch.nn.Module):
     Args:
         foreground_weight, background_weight: fg and bg, weights of edit mask 1 and 0.
         eps: accepted for compatibility; a count of at least 1 needs none.
-        reduction: "mean" over kept tokens, "sum" over them, or "none" (``[B, T]``).
+        reduction: "mean" over kept tokens, "sum" over them, "none" (``[B, T]``), "sequence_mean",
+            "sequence_sum" or "weighted_mean", as in ``masked_edit_token_mean_loss``.
         edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
             ("foreground").
     """
@@ -211,7 +243,7 @@ class AttentionMaskMseLoss(torch.nn.Module):
     ):
         super().__init__()
         check_choice(
-            "AttentionMaskMseLoss", "reduction", reduction, REDUCTIONS, "Invalid reduction: "
+            "AttentionMaskMseLoss", "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction: "
         )
         check_choice(
             "AttentionMaskMseLoss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
@@ -223,9 +255,18 @@ class AttentionMaskMseLoss(torch.nn.Module):
         self.edit_mask_default = edit_mask_default
 
     def forward(
-        self, model_pred, target, attention_mask=None, edit_mask=None, weighting=None, **kwargs
+        self,
+        model_pred,
+        target,
+        attention_mask=None,
+        edit_mask=None,
+        weighting=None,
+        *,
+        normalizer=None,
+        **kwargs,
     ):
-        """Shapes and dtypes as in ``masked_edit_token_mean_loss``; other keywords are ignored."""
+        """Shapes, dtypes and normalizer as in ``masked_edit_token_mean_loss``; other keywords are
+        ignored."""
         return _token_loss(
             "AttentionMaskMseLoss",
             (model_pred, target, attention_mask, edit_mask, weighting),
@@ -234,6 +275,7 @@ class AttentionMaskMseLoss(torch.nn.Module):
                 edit_mask, self.edit_mask_default, self.foreground_weight, self.background_weight
             ),
             self.reduction,
+            normalizer=normalizer,
         )
 
     def extra_repr(self):

@@ -2,23 +2,19 @@
 """masked_cross_entropy and row_statistics: the public functions.
 
 The schema is in csrc/schemas.cpp, the formula in csrc/masked_cross_entropy.h, fake and derivative
-in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; here only what
-it cannot see, or what needs no look at a tensor.
+in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; what Python adds
+stands in masked_cross_entropy_checks.py.
 """
 
 import numbers
 
 import torch
 
-from .._checks import (
-    as_integers,
-    as_mask,
-    check_choice,
-    check_length,
-    check_tensor,
-    shape_text,
-)
+from .._aggregate import AGGREGATIONS, check_normalizer
+from .._checks import as_integers, as_mask
 from ..reference import RowStatistics
+from . import masked_cross_entropy_checks as checks
+from .masked_cross_entropy_aggregate import aggregate_rows, check_aggregation
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
 from .masked_squared_error import _functorch_is_active
@@ -41,6 +37,7 @@ def masked_cross_entropy(
     segment_ids=None,
     reduction="mean",
     normalizer=None,
+    class_dim=-1,
     inplace_backward=False,
     gradient_in_forward=False,
     return_stats=False,
@@ -75,25 +72,37 @@ def masked_cross_entropy(
     Args:
         logits: ``[..., V]`` float16, bfloat16, float32 or float64; any strides, but where the last
             dimension is not contiguous they are copied.
-        target: ``[...]`` int64, int32, int16, int8 or uint8.
-        mask: ``[...]`` any dtype, on where not 0. None keeps all.
+        target: ``[...]`` integers, a class or ignore_index.
+        mask: ``[...]`` any dtype, on where not 0. None keeps all. (Third by position, where
+            ``F.cross_entropy`` has class weights: one entry per class is refused, unless there are
+            as many rows; then it is a mask.)
         ignore_index: label of rows that do not count.
         weight: ``[V]`` class weights; get no gradient.
-        token_weight: ``[...]`` floating, may be fractional; no part of the denominator.
-            Differentiable.
+        token_weight: ``[...]`` floating, may be fractional; no part of the denominator, but of that
+            of "weighted_mean". Differentiable.
         label_smoothing: in [0, 1].
         temperature: T > 0, a number or a 0-d tensor (that may change without recompilation).
-        softcap: c > 0; None for none.
-        z_loss: weight of lse squared.
+        softcap: c > 0; None or infinity for none.
+        z_loss: weight of lse squared, at least 0.
         focal_gamma: exponent of 1 - p, at least 0; p is the target's unsmoothed probability.
         shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
             mask, ignore_index, class and token weight are those of t + k. Results stand at t and
             are 0 in the last k.
         segment_ids: ``[..., S]`` integers; t counts only if t and t + k have the same (packed
-            documents).
-        reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count).
+            documents). Each run of one id is a sequence of "sequence_mean" and "sequence_sum".
+        reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count); or, of the row
+            losses and with a sequence along the last row dimension, "sequence_mean" (mean over
+            sequences of the mean of each), "sequence_sum" (mean over sequences of the sum of each),
+            "weighted_mean" (over the sum of the token weights instead of the number of rows):
+            formulas, and who wants which, at ``aggregate_tokens``. Sequences without a row that
+            counts do not count; class weights take part in the denominators as in "mean".
         normalizer: denominator of "mean" (a number or a 0-d tensor: the tokens of the whole
-            accumulation window, over all ranks). Where it is 0 the loss is 0.
+            accumulation window, over all ranks), of "weighted_mean" (the sum of weights) and of
+            "sequence_mean" and "sequence_sum" (the number of sequences, or any constant). Where it
+            is 0 the loss is 0.
+        class_dim: the dimension of the classes in logits: 1 for the ``[N, C, d1, ...]`` of
+            ``F.cross_entropy``. Rows are the other dimensions in their order, ``[N, d1, ...]``.
+            Logits whose classes are adjacent in memory (channels_last) are not copied, others are.
         inplace_backward: write the gradient over the logits. Saves memory of their size; whoever
             else needs them afterwards gets PyTorch's error about modified variables. Ignored under
             torch.compile, torch.func and create_graph.
@@ -106,6 +115,10 @@ def masked_cross_entropy(
         return_stats: also return RowStatistics(lse, entropy, log_prob, hit), each ``[...]``,
             differentiable (but hit), from the same read.
 
+        Dimensions of size 1 are expanded, as views: ``[1, S]`` of target, mask, token_weight and
+        segment_ids for a batch of several, ``[B, 1]`` of mask and token_weight. Integers are int64,
+        int32, int16, int8, uint8, uint16 or uint32.
+
     Returns:
         the loss, float32 (float64 for float64 logits), or (loss, RowStatistics).
 
@@ -113,32 +126,52 @@ def masked_cross_entropy(
         IndexError: a label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN).
         ValueError: a shape, dtype, device or option that does not fit.
     """
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(
-            f"masked_cross_entropy: normalizer must be None for reduction {reduction!r}: only "
-            '"mean" divides'
-        )
+    name = "masked_cross_entropy"
     if target is None:
-        raise TypeError("masked_cross_entropy: target must be a torch.Tensor, got NoneType")
-    args = (
-        ignore_index,
-        label_smoothing,
-        _softcap("masked_cross_entropy", softcap),
-        z_loss,
-        focal_gamma,
-        shift,
-        reduction,
-        return_stats,
-    )
+        raise TypeError(f"{name}: target must be a torch.Tensor, got NoneType")
+    checks.check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift)
+    if normalizer is not None:
+        check_normalizer(name, normalizer, reduction)
+    if class_dim != -1:
+        logits = checks.classes_last(name, logits, class_dim)
+    softcap = checks.softcap_number(name, softcap)
+    numbers = (ignore_index, label_smoothing, softcap, z_loss, focal_gamma, shift)
     tensors = (logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer)
+    if inplace_backward or gradient_in_forward:
+        how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
+        checks.check_flags(name, **how)
+    if reduction in AGGREGATIONS:
+        return _call_aggregated(
+            tensors, numbers, reduction, return_stats, inplace_backward, gradient_in_forward
+        )
     if gradient_in_forward:
         check_scalar_loss(reduction, return_stats)
-    results = _call("masked_cross_entropy", tensors, args, inplace_backward, gradient_in_forward)
+    options = (*numbers, reduction, return_stats)
+    results = _call(name, tensors, options, inplace_backward, gradient_in_forward)
     return (results[0], RowStatistics(*results[1:])) if return_stats else results[0]
 
 
+def _call_aggregated(
+    tensors, numbers, reduction, return_stats, inplace_backward, gradient_in_forward
+):
+    """The loss of each row from the operator, one number of them in PyTorch."""
+    name = "masked_cross_entropy"
+    check_aggregation(name, reduction, tensors[4], gradient_in_forward)
+    options = (*numbers, "none", return_stats)
+    results = _call(name, (*tensors[:7], None), options, inplace_backward)
+    loss = aggregate_rows(name, results[0], tensors, numbers[0], numbers[5], reduction)
+    return (loss, RowStatistics(*results[1:])) if return_stats else loss
+
+
 def row_statistics(
-    logits, target=None, mask=None, *, ignore_index=-100, temperature=1.0, softcap=None
+    logits,
+    target=None,
+    mask=None,
+    *,
+    ignore_index=-100,
+    temperature=1.0,
+    softcap=None,
+    class_dim=-1,
 ):
     r"""Statistics of softmax rows from one read of their logits, nothing of their size made.
 
@@ -160,7 +193,10 @@ def row_statistics(
         RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool.
     """
     name = "row_statistics"
-    args = (ignore_index, 0.0, _softcap(name, softcap), 0.0, 0.0, 0, "sum", True)
+    checks.check_options(name, ignore_index, 0.0, 0.0, 0.0, 0)
+    if class_dim != -1:
+        logits = checks.classes_last(name, logits, class_dim)
+    args = (ignore_index, 0.0, checks.softcap_number(name, softcap), 0.0, 0.0, 0, "sum", True)
     tensors = (logits, target, mask, None, None, None, temperature, None)
     _, lse, entropy, log_prob, hit = _call(name, tensors, args)
     if target is None:
@@ -170,13 +206,15 @@ def row_statistics(
 
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
     try:
+        compiling = torch.compiler.is_compiling()
+        if compiling or _functorch_is_active():
+            tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         if logits.dim() > 0 and logits.stride(-1) != 1:
             logits = logits.contiguous()
         mask = as_mask(name, "mask", mask)
         if weight is not None:
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            weight = weight.detach().to(dtype).contiguous()
+            weight = checks.class_weight(name, weight, logits)
         args = (
             logits,
             as_integers(target),
@@ -188,59 +226,23 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             _number(name, "normalizer", normalizer, logits),
             *options,
         )
-        if inplace_backward and not torch.compiler.is_compiling():
-            _check_overwritable(name, logits)
+        if inplace_backward and not compiling:
+            checks.check_overwritable(name, logits)
         if _functorch_is_active():
-            _check_traced(name, args)
+            checks.check_traced(name, args)
         way = call_with_gradient if gradient_in_forward else call
         return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
-    _check_types(name, *tensors[:6])
+    checks.check_tensors(name, tensors)
+    fitting = checks.expanded(tensors)
+    if fitting is not None:  # the operator has refused, and not begun
+        del failure
+        return _call(name, fitting, options, inplace_backward, gradient_in_forward)
+    checks.explain(name, failure, tensors, options)
     if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
         failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
     raise failure
-
-
-def _check_traced(name, args):
-    """Under torch.func plain PyTorch may stand in for the operator, which checks all of it."""
-    logits, target, mask, weight, token_weight, segment_ids = args[:6]
-    smoothing, shift, reduction = args[9], args[13], args[14]
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise ValueError(
-            f"{name}: target must be integers (soft labels are not what this function takes), got "
-            f"{target.dtype}"
-        )
-    per_row = {"target": target, "mask": mask, "token_weight": token_weight}
-    for argument, tensor in {**per_row, "segment_ids": segment_ids}.items():
-        if tensor is not None and tensor.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
-                f"the last dimension, got {shape_text(tensor)}"
-            )
-    if weight is not None and weight.shape != logits.shape[-1:]:
-        raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {smoothing}")
-    check_length(name, "shift", shift)
-    check_choice(name, "reduction", reduction, ("mean", "sum", "none"))
-
-
-def _check_types(name, *tensors):
-    names = ("logits", "target", "mask", "weight", "token_weight", "segment_ids")
-    for argument, tensor in zip(names, tensors, strict=True):
-        if tensor is not None or argument == "logits":
-            check_tensor(name, argument, tensor)
-
-
-def _softcap(name, softcap):
-    if softcap is None:
-        return 0.0
-    if not softcap > 0:
-        raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
-    return softcap
 
 
 def _temperature(name, temperature, logits):
@@ -248,8 +250,7 @@ def _temperature(name, temperature, logits):
         if temperature == 1:
             return None
         _check_number(name, "temperature", temperature)
-        if not temperature > 0:
-            raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+        checks.check_scale(name, "temperature", temperature)
     return _number(name, "temperature", temperature, logits)
 
 
@@ -273,17 +274,3 @@ def _number(name, argument, value, logits):
         return value
     _check_number(name, argument, value)
     return torch.full((), value, dtype=torch.float64, device=logits.device)
-
-
-def _check_overwritable(name, logits):
-    """Two rows that share memory would each overwrite what the other must still read."""
-    if logits.is_contiguous():
-        return
-    extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride < extent:
-            raise ValueError(
-                f"{name}: logits must not be expanded or overlap for inplace_backward, got strides "
-                f"{list(logits.stride())} for {list(logits.shape)}"
-            )
-        extent += stride * (size - 1)

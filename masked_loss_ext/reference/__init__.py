@@ -7,6 +7,7 @@ by 0 *before* any arithmetic: ``torch.where`` on the result would leave ``0 * Na
 """
 
 from . import attention, repetition
+from .aggregate import aggregate_tokens
 from .cross_entropy import (
     RowStatistics,
     mask_labels,
@@ -36,6 +37,7 @@ __all__ = [
     "CrossEntropyTerms",
     "RowStatistics",
     "accumulate_dtype",
+    "aggregate_tokens",
     "align_leading",
     "attention",
     "compute_loss_multi_resolution",

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from .aggregate import aggregated
 from .squared_error import accumulate_dtype, select
 
 
@@ -136,13 +137,16 @@ def masked_cross_entropy(
     segment_ids=None,
     reduction="mean",
     normalizer=None,
+    class_dim=-1,
     return_stats=False,
 ):
     """Sum of the row losses over a denominator ("mean"), their sum, or each ("none").
 
     The denominator is ``normalizer``, else the number of rows that count or, with class weights,
-    the sum of their w_y; where it is 0 so is the loss.
+    the sum of their w_y; where it is 0 so is the loss. The other reductions are those of
+    aggregate.py, where a row adds as much to a denominator.
     """
+    logits = logits.movedim(class_dim, -1)
     labels, on = counted_rows(logits, target, mask, ignore_index, shift, segment_ids)
     z = scaled_logits(logits, on, temperature, softcap)
     if token_weight is not None:
@@ -163,13 +167,26 @@ def masked_cross_entropy(
         loss = torch.where(denominator == 0, 0, total).to(loss.dtype)
     elif reduction == "sum":
         loss = loss.sum()
+    elif reduction != "none":
+        share = on.to(loss.dtype) if weight is None else w_y
+        if reduction == "weighted_mean":
+            share = share * select(on, token_weight.to(loss.dtype))
+        loss = aggregated(loss, on, share, reduction, segment_ids, normalizer)
     return (loss, stats) if return_stats else loss
 
 
 def row_statistics(
-    logits, target=None, mask=None, *, ignore_index=-100, temperature=1.0, softcap=None
+    logits,
+    target=None,
+    mask=None,
+    *,
+    ignore_index=-100,
+    temperature=1.0,
+    softcap=None,
+    class_dim=-1,
 ):
     """The statistics of the rows that count, without a loss."""
+    logits = logits.movedim(class_dim, -1)
     labels, on = counted_rows(logits, target, mask, ignore_index)
     z = scaled_logits(logits, on, temperature, softcap)
     if logits.shape[-1] == 0 or on.numel() == 0:

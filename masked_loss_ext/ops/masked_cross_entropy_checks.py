@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arguments of masked_cross_entropy: what is checked in Python, and the views that they become.
+
+The operator checks shapes, dtypes and its options in C++. Here stands what it cannot see, what it
+would answer in words that are not the caller's, and what torch.func keeps from it. No data is read.
+"""
+
+import math
+
+import torch
+
+from .._aggregate import REDUCTIONS
+from .._checks import (
+    _FLOATING,
+    _INTEGERS,
+    CONVERTED_INTEGERS,
+    CONVERTED_MASKS,
+    check_choice,
+    check_int,
+    check_length,
+    check_number,
+    check_tensor,
+    shape_text,
+)
+
+_SMALLEST = torch.finfo(torch.float32).tiny  # its reciprocal is still a float32
+_NO_CAP = 1e30  # changes no float32 logit, and x / c would lose digits where it is subnormal
+_TENSORS = ("logits", "target", "mask", "weight", "token_weight", "segment_ids")
+_TENSORS += ("temperature", "normalizer")
+
+
+# --- views ---------------------------------------------------------------------------------------
+
+
+def classes_last(name, logits, class_dim):
+    """A view of the logits whose last dimension are the classes."""
+    check_tensor(name, "logits", logits)
+    check_int(name, "class_dim", class_dim)
+    dims = logits.dim()
+    if not -dims <= class_dim < dims:
+        raise ValueError(
+            f"{name}: class_dim must be in [{-dims}, {dims - 1}] for logits {shape_text(logits)}, "
+            f"got {class_dim}"
+        )
+    return logits.movedim(class_dim, -1)
+
+
+def class_weight(name, weight, logits):
+    """In the dtype of the loss."""
+    if weight.is_complex():
+        raise ValueError(f"{name}: weight must be floating or integer, got {weight.dtype}")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return weight.detach().to(dtype).contiguous()
+
+
+def expanded(tensors):
+    """tensors, as the public function has them, with those that stand per row expanded from
+    dimensions of size 1, [1, S] for [B, S]; None where that makes no difference.
+
+    Views. Of labels and segments the last dimension is not expanded: one label for all positions of
+    a sequence is a mistake, one mask entry or weight per sample is not.
+    """
+    logits, target, mask, weight, token_weight, segment_ids, *numbers = tensors
+    rows = logits.shape[:-1]
+    # While tracing sizes that depend on data may not be compared.
+    expand = _expand_traced if torch.compiler.is_compiling() else _expand
+    given = (target, mask, token_weight, segment_ids)
+    target, mask, token_weight, segment_ids = fitted = [
+        tensor if tensor is None else expand(tensor, rows, tensor is mask or tensor is token_weight)
+        for tensor in given
+    ]
+    if all(new is old for new, old in zip(fitted, given, strict=True)):
+        return None
+    return (logits, target, mask, weight, token_weight, segment_ids, *numbers)
+
+
+def _expand(tensor, rows, last):
+    shape = tensor.shape
+    if shape == rows or len(shape) != len(rows):
+        return tensor
+    for d, (size, n) in enumerate(zip(shape, rows, strict=True)):
+        if size != n and (size != 1 or (d + 1 == len(rows) and not last)):
+            return tensor
+    return tensor.expand(rows)
+
+
+def _expand_traced(tensor, rows, last):
+    """The same; what is not known to be 1 is left alone."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    sizes = list(tensor.shape)
+    if len(sizes) != len(rows):
+        return tensor
+    ones = [
+        d for d in range(len(sizes) if last else len(sizes) - 1) if guard_or_false(sizes[d] == 1)
+    ]
+    if not ones:
+        return tensor
+    return tensor.expand([rows[d] if d in ones else -1 for d in range(len(sizes))])
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift):
+    """Numbers of training pass by their types and ranges; the others are looked at one by one."""
+    if (
+        type(ignore_index) is int
+        and type(shift) is int
+        and type(label_smoothing) is float
+        and type(z_loss) is float
+        and type(focal_gamma) is float
+        and 0 <= label_smoothing <= 1
+        and 0 <= z_loss < math.inf
+        and 0 <= focal_gamma < math.inf
+    ):
+        return
+    check_index(name, ignore_index)
+    check_shift(name, shift)
+    check_factor(name, "label_smoothing", label_smoothing, most=1)
+    check_factor(name, "z_loss", z_loss)
+    check_factor(name, "focal_gamma", focal_gamma)
+
+
+def check_factor(name, argument, value, most=None):
+    if not isinstance(value, torch.Tensor):
+        check_number(name, argument, value, least=0, most=most)
+
+
+def _check_int64(name, argument, value):
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be an int, got bool")
+    check_int(name, argument, value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: {argument} must fit in 64 bits, got {value}")
+
+
+def check_index(name, ignore_index):
+    _check_int64(name, "ignore_index", ignore_index)
+
+
+def check_shift(name, shift):
+    _check_int64(name, "shift", shift)
+    check_length(name, "shift", shift)
+
+
+def check_scale(name, argument, value):
+    """A Python number that float32 logits may be divided by."""
+    check_number(name, argument, value, above=0)
+    if value < _SMALLEST:
+        raise ValueError(
+            f"{name}: {argument} must be at least {_SMALLEST:.4g}, the smallest float32 of full "
+            f"precision, got {value}"
+        )
+
+
+def softcap_number(name, softcap):
+    """What the operator takes: 0 for none."""
+    if softcap is None or (isinstance(softcap, (int, float)) and softcap == math.inf):
+        return 0.0
+    if isinstance(softcap, torch.Tensor):
+        if not softcap > 0:
+            raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
+        return softcap
+    if not (type(softcap) is float and _SMALLEST <= softcap < _NO_CAP):
+        check_scale(name, "softcap", softcap)
+    return softcap if softcap < _NO_CAP else 0.0
+
+
+def check_flags(name, **flags):
+    """A word is true, whatever it says."""
+    for argument, value in flags.items():
+        if not hasattr(value, "__bool__"):
+            raise TypeError(f"{name}: {argument} must be True or False, got {type(value).__name__}")
+
+
+# --- what the operator refused, or will not see --------------------------------------------------
+
+
+def check_tensors(name, tensors):
+    """tensors: as the caller gave them, temperature and normalizer last, which may be numbers."""
+    for argument, value in zip(_TENSORS, tensors, strict=True):
+        is_number = argument in _TENSORS[6:] and not isinstance(value, torch.Tensor)
+        if argument == "logits" or (value is not None and not is_number):
+            check_tensor(name, argument, value)
+
+
+def explain(name, failure, tensors, options):
+    """Raise what the caller can act on, where ``failure`` is not that. options: the operator's."""
+    ignore_index, smoothing, _, z_loss, focal_gamma, shift, reduction, statistics = options
+    check_options(name, ignore_index, smoothing, z_loss, focal_gamma, shift)
+    check_shift(name, shift)
+    check_index(name, ignore_index)
+    check_choice(name, "reduction", reduction, REDUCTIONS)
+    check_flags(name, return_stats=statistics)
+    if isinstance(failure, (ValueError, IndexError, TypeError)):
+        _hint(name, *tensors[:3])
+    else:
+        _check_dtypes(name, tensors)
+
+
+def _hint(name, logits, target, mask):
+    """For callers of F.cross_entropy: other places for the classes and for class weights."""
+    rows, shape = logits.shape[:-1], logits.shape
+    if (
+        mask is not None
+        and mask.is_floating_point()
+        and mask.shape == shape[-1:]
+        and mask.shape != rows
+    ):
+        raise ValueError(
+            f"{name}: mask must have the shape of logits {shape_text(logits)} without the last "
+            f"dimension, got {shape_text(mask)}, one entry per class: class weights go by weight="
+        )
+    if target is not None and len(shape) > 2 and target.shape != rows:
+        if target.shape == shape[:1] + shape[2:]:
+            raise ValueError(
+                f"{name}: target must have the shape of logits {shape_text(logits)} without the "
+                f"last dimension, got {shape_text(target)}: for logits [N, C, ...] give class_dim=1"
+            )
+
+
+def _check_dtypes(name, tensors):
+    """Dtypes that do not even reach the operator's own checks."""
+    labels, numbers = _INTEGERS + CONVERTED_INTEGERS, (torch.bool, *_INTEGERS, *_FLOATING)
+    rules = {"logits": _FLOATING, "token_weight": _FLOATING}
+    rules |= {"target": labels, "segment_ids": labels, "weight": numbers + CONVERTED_MASKS}
+    rules |= {"temperature": numbers, "normalizer": numbers}
+    for argument, tensor in zip(_TENSORS, tensors, strict=True):
+        dtypes = rules.get(argument)
+        if dtypes is None or not isinstance(tensor, torch.Tensor) or tensor.dtype in dtypes:
+            continue
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name}: {argument} must be {', '.join(most)} or {last}, got {tensor.dtype}"
+        )
+
+
+def check_traced(name, args):
+    """Under torch.func plain PyTorch may stand in for the operator, which checks all of it."""
+    logits, target, mask, weight, token_weight, segment_ids = args[:6]
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: target must be integers (soft labels are not what this function takes), got "
+            f"{target.dtype}"
+        )
+    per_row = {"target": target, "mask": mask, "token_weight": token_weight}
+    for argument, tensor in {**per_row, "segment_ids": segment_ids}.items():
+        if tensor is not None and tensor.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
+                f"the last dimension, got {shape_text(tensor)}"
+            )
+    if weight is not None and weight.shape != logits.shape[-1:]:
+        raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
+    check_shift(name, args[13])
+    check_choice(name, "reduction", args[14], REDUCTIONS)
+
+
+def check_overwritable(name, logits):
+    """Two rows that share memory would each overwrite what the other must still read."""
+    if logits.is_contiguous():
+        return
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name}: logits must not be expanded or overlap for inplace_backward, got strides "
+                f"{list(logits.stride())} for {list(logits.shape)}"
+            )
+        extent += stride * (size - 1)

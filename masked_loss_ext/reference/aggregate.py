@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Token losses to one number, sequence by sequence as one would count by hand."""
+
+import torch
+
+from .squared_error import accumulate_dtype, select
+
+
+def aggregate_tokens(
+    loss, mask=None, reduction="mean", *, token_weight=None, segment_ids=None, normalizer=None
+):
+    """What ``masked_loss_ext.aggregate_tokens`` says; tensors of the loss's shape."""
+    on = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask != 0
+    loss = select(on, loss.to(accumulate_dtype(loss, loss)))
+    weight = torch.ones_like(loss) if token_weight is None else token_weight.to(loss.dtype)
+    weight = select(on, weight)
+    share = weight if reduction == "weighted_mean" else on.to(loss.dtype)
+    return aggregated(loss * weight, on, share, reduction, segment_ids, normalizer)
+
+
+def aggregated(loss, on, share, reduction, segment_ids=None, normalizer=None):
+    """loss and share (of the denominators): 0 where ``on`` is off."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction in ("mean", "weighted_mean"):
+        return _over(loss.sum(), share.sum() if normalizer is None else normalizer)
+    sums = [loss.sum() * 0]
+    for row in range(loss.flatten(0, -2).shape[0]) if loss.numel() else ():
+        ids = None if segment_ids is None else segment_ids.flatten(0, -2)[row].tolist()
+        for piece in _pieces(ids, loss.shape[-1]):
+            if not on.flatten(0, -2)[row, piece].any():
+                continue
+            total = loss.flatten(0, -2)[row, piece].sum()
+            if reduction == "sequence_mean":
+                total = _over(total, share.flatten(0, -2)[row, piece].sum())
+            sums.append(total)
+    return _over(torch.stack(sums).sum(), len(sums) - 1 if normalizer is None else normalizer)
+
+
+def _pieces(ids, length):
+    """Slices of a row: all of it, or its runs of one id."""
+    if ids is None:
+        return [slice(0, length)]
+    cuts = [0, *(t for t in range(1, length) if ids[t] != ids[t - 1]), length]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _over(total, denominator):
+    return total / denominator if denominator != 0 else total * 0
