@@ -150,8 +150,7 @@ def check_mask(function, name, mask, like_name, like, dims, label=None):
             f"{function}: {label or name + ' shape'} must be {sizes_text(like.shape[:dims])}, the "
             f"first {dims} dimensions of {like_name}, got {shape_text(mask)}"
         )
-    if mask.is_complex():
-        raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")
+    check_mask_dtype(function, name, mask)
     check_device(function, name, mask, like_name, like)
     check_not_additive(function, name, mask)
 
@@ -163,12 +162,18 @@ def as_mask(function, name, mask):
     check_not_additive(function, name, mask)
     if mask.dtype in _FLOATING or mask.dtype in _INTEGERS:
         return mask
-    if mask.dtype in CONVERTED_MASKS:
-        return mask != 0
-    raise ValueError(
-        f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch computes "
-        f"with, got {mask.dtype}: convert it, to bool say"
-    )
+    check_mask_dtype(function, name, mask)
+    return mask != 0
+
+
+def check_mask_dtype(function, name, mask):
+    """Some dtypes can hold a mask and not even be compared with 0."""
+    known = (torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS)
+    if mask.dtype not in known:
+        raise ValueError(
+            f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch "
+            f"computes with, got {mask.dtype}: convert it, to bool say"
+        )
 
 
 def as_integers(tensor):

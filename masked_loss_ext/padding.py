@@ -9,6 +9,7 @@ from ._checks import (
     check_integers,
     check_length,
     check_mask,
+    check_mask_dtype,
     check_rank,
     check_tensor,
     shape_text,
@@ -115,6 +116,7 @@ def unpad(padded, mask):
             f"unpad: mask must have the first two dimensions of padded {shape_text(padded)}, "
             f"got {shape_text(mask)}"
         )
+    check_mask_dtype("unpad", "mask", mask)
     keep = mask != 0
     return list(padded[keep].split(keep.sum(1).tolist()))
 
@@ -177,6 +179,7 @@ def map_mask_to_latent(image_mask):
     """
     check_tensor("map_mask_to_latent", "image_mask", image_mask)
     check_rank("map_mask_to_latent", "image_mask", image_mask, 3, "[B, H, W]")
+    check_mask_dtype("map_mask_to_latent", "image_mask", image_mask)
     if not image_mask.is_floating_point():
         image_mask = image_mask != 0
     height, width = image_mask.shape[1:]

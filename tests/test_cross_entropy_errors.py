@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bad input of the cross entropy: the text names function, argument, rule and what was got."""
 
+import math
+
 import pytest
 import torch
 from test_errors import check
@@ -31,9 +33,13 @@ TENSORS = [
     ({"target": X}, ValueError, "target", "soft labels are not what", "Float"),
     ({"target": Y.bool()}, ValueError, "target", "int64", "Bool"),
     ({"target": Y[:, :2]}, ValueError, "target", "shape of logits [2, 3, 5]", "got [2, 2]"),
-    ({"target": Y[:1]}, ValueError, "target", "shape of logits", "got [1, 3]"),
+    ({"target": Y[:, :1]}, ValueError, "target", "shape of logits", "got [2, 1]"),
+    ({"target": Y[:0]}, ValueError, "target", "shape of logits", "got [0, 3]"),
     ({"target": Y[..., None]}, ValueError, "target", "without the last", "got [2, 3, 1]"),
-    ({"mask": M[:1]}, ValueError, "mask", "shape of logits [2, 3, 5]", "got [1, 3]"),
+    ({"mask": M[:, :2]}, ValueError, "mask", "shape of logits [2, 3, 5]", "got [2, 2]"),
+    ({"mask": M[0]}, ValueError, "mask", "shape of logits [2, 3, 5]", "got [3]"),
+    ({"mask": W}, ValueError, "mask", "class weights go by weight=", "got [5]"),
+    ({"mask": W.half()}, ValueError, "mask", "class weights go by weight=", "got [5]"),
     ({"mask": X}, ValueError, "mask", "without the last dimension", "got [2, 3, 5]"),
     ({"mask": M[:, None, None]}, ValueError, "mask", "shape of logits", "got [2, 1, 1, 3]"),
     ({"mask": M.to(torch.complex64)}, ValueError, "mask", "bool, integer", "complex64"),
@@ -41,39 +47,88 @@ TENSORS = [
     ({"weight": torch.ones(6)}, ValueError, "weight", "one entry per class [5]", "got [6]"),
     ({"weight": W[None]}, ValueError, "weight", "one entry per class [5]", "got [1, 5]"),
     ({"weight": torch.tensor(1.0)}, ValueError, "weight", "one entry per class [5]", "got []"),
-    ({"token_weight": T[:1]}, ValueError, "token_weight", "shape of logits", "got [1, 3]"),
+    ({"token_weight": T[:, :2]}, ValueError, "token_weight", "shape of logits", "got [2, 2]"),
+    ({"weight": W.to(torch.complex64)}, ValueError, "weight", "floating or integer", "complex64"),
     ({"token_weight": Y}, ValueError, "token_weight", "float16", "Long"),
     ({"segment_ids": M}, ValueError, "segment_ids", "int64", "Float"),
     ({"segment_ids": Y[:, :2]}, ValueError, "segment_ids", "shape of logits", "got [2, 2]"),
+    ({"segment_ids": Y[:, :1]}, ValueError, "segment_ids", "shape of logits", "got [2, 1]"),
     ({"target": META.long()}, ValueError, "all tensors", "one device", "cpu and meta"),
     ({"mask": META}, ValueError, "all tensors", "one device", "cpu and meta"),
     ({"weight": W.to("meta")}, ValueError, "all tensors", "one device", "cpu and meta"),
     ({"token_weight": META}, ValueError, "all tensors", "one device", "cpu and meta"),
 ]
+SIX = "mean, sum, none, sequence_mean, sequence_sum or weighted_mean"
 NUMBERS = [
-    ({"label_smoothing": -0.1}, ValueError, "label_smoothing", "[0, 1]", "got -0.1"),
-    ({"label_smoothing": 1.5}, ValueError, "label_smoothing", "[0, 1]", "got 1.5"),
-    ({"label_smoothing": float("nan")}, ValueError, "label_smoothing", "[0, 1]", "got nan"),
-    ({"temperature": 0}, ValueError, "temperature", "positive", "got 0"),
-    ({"temperature": -1.0}, ValueError, "temperature", "positive", "got -1"),
-    ({"temperature": float("nan")}, ValueError, "temperature", "positive", "got nan"),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing", "at least 0", "got -0.1"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing", "at most 1", "got 1.5"),
+    ({"label_smoothing": math.nan}, ValueError, "label_smoothing", "finite", "got nan"),
+    ({"label_smoothing": "a"}, TypeError, "label_smoothing", "number", "got str"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing", "number", "got NoneType"),
+    ({"temperature": 0}, ValueError, "temperature", "above 0", "got 0"),
+    ({"temperature": -1.0}, ValueError, "temperature", "above 0", "got -1"),
+    ({"temperature": math.nan}, ValueError, "temperature", "above 0", "got nan"),
+    ({"temperature": math.inf}, ValueError, "temperature", "finite", "got inf"),
+    ({"temperature": 1e-39}, ValueError, "temperature", "at least 1.175e-38", "got 1e-39"),
+    ({"temperature": 2**2000}, ValueError, "temperature", "finite", "got 1148"),
     ({"temperature": torch.tensor(0.0)}, ValueError, "temperature", "positive", "got 0"),
     ({"temperature": torch.tensor(-2.0)}, ValueError, "temperature", "positive", "got -2"),
     ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
-    ({"softcap": 0.0}, ValueError, "softcap", "positive", "got 0"),
-    ({"softcap": -3.0}, ValueError, "softcap", "positive", "got -3"),
-    ({"softcap": float("nan")}, ValueError, "softcap", "positive", "got nan"),
-    ({"focal_gamma": -1.0}, ValueError, "focal_gamma", "not be negative", "got -1"),
+    ({"temperature": None}, TypeError, "temperature", "number", "got NoneType"),
+    ({"softcap": 0.0}, ValueError, "softcap", "above 0", "got 0"),
+    ({"softcap": -3.0}, ValueError, "softcap", "above 0", "got -3"),
+    ({"softcap": math.nan}, ValueError, "softcap", "above 0", "got nan"),
+    ({"softcap": -math.inf}, ValueError, "softcap", "above 0", "got -inf"),
+    ({"softcap": 1e-39}, ValueError, "softcap", "at least 1.175e-38", "got 1e-39"),
+    ({"softcap": 2**2000}, ValueError, "softcap", "finite", "got 1148"),
+    ({"softcap": "a"}, TypeError, "softcap", "number", "got str"),
+    ({"z_loss": math.nan}, ValueError, "z_loss", "at least 0", "got nan"),
+    ({"z_loss": math.inf}, ValueError, "z_loss", "finite", "got inf"),
+    ({"z_loss": -1e-4}, ValueError, "z_loss", "at least 0", "got -0.0001"),
+    ({"z_loss": "a"}, TypeError, "z_loss", "number", "got str"),
+    ({"z_loss": None}, TypeError, "z_loss", "number", "got NoneType"),
+    ({"focal_gamma": -1.0}, ValueError, "focal_gamma", "at least 0", "got -1"),
+    ({"focal_gamma": math.inf}, ValueError, "focal_gamma", "finite", "got inf"),
+    ({"focal_gamma": math.nan}, ValueError, "focal_gamma", "finite", "got nan"),
+    ({"focal_gamma": "a"}, TypeError, "focal_gamma", "number", "got str"),
     ({"shift": -1}, ValueError, "shift", "not be negative", "got -1"),
-    ({"reduction": "avg"}, ValueError, "reduction", "mean, sum or none", "got"),
+    ({"shift": 1.5}, TypeError, "shift", "an int", "got float"),
+    ({"shift": True}, TypeError, "shift", "an int", "got bool"),
+    ({"shift": "1"}, TypeError, "shift", "an int", "got str"),
+    ({"shift": 2**70}, ValueError, "shift", "fit in 64 bits", f"got {2**70}"),
+    ({"ignore_index": None}, TypeError, "ignore_index", "an int", "got NoneType"),
+    ({"ignore_index": -100.0}, TypeError, "ignore_index", "an int", "got float"),
+    ({"ignore_index": False}, TypeError, "ignore_index", "an int", "got bool"),
+    ({"ignore_index": 2**70}, ValueError, "ignore_index", "fit in 64 bits", f"got {2**70}"),
+    ({"reduction": "avg"}, ValueError, "reduction", SIX, "got 'avg'"),
+    ({"reduction": None}, ValueError, "reduction", SIX, "got None"),
+    ({"reduction": 1}, ValueError, "reduction", SIX, "got 1"),
+    ({"reduction": ["mean"]}, ValueError, "reduction", SIX, "got ['mean']"),
     ({"normalizer": torch.ones(2)}, ValueError, "normalizer", "number", "got [2]"),
     ({"normalizer": "many"}, TypeError, "normalizer", "number", "got str"),
-    ({"normalizer": 3, "reduction": "sum"}, ValueError, "normalizer", "mean", "sum"),
-    ({"normalizer": 3, "reduction": "none"}, ValueError, "normalizer", "mean", "none"),
+    ({"normalizer": True}, TypeError, "normalizer", "number", "got bool"),
+    ({"normalizer": math.nan}, ValueError, "normalizer", "at least 0", "got nan"),
+    ({"normalizer": -3}, ValueError, "normalizer", "at least 0", "got -3"),
+    ({"normalizer": -math.inf}, ValueError, "normalizer", "at least 0", "got -inf"),
+    ({"normalizer": math.inf}, ValueError, "normalizer", "finite", "got inf"),
+    ({"normalizer": 2**2000}, ValueError, "normalizer", "finite", "got 1148"),
+    ({"normalizer": 3, "reduction": "sum"}, ValueError, "normalizer", "means", "sum"),
+    ({"normalizer": 3, "reduction": "none"}, ValueError, "normalizer", "means", "none"),
+    ({"class_dim": 3}, ValueError, "class_dim", "in [-3, 2] for logits [2, 3, 5]", "got 3"),
+    ({"class_dim": -4}, ValueError, "class_dim", "in [-3, 2]", "got -4"),
+    ({"class_dim": None}, TypeError, "class_dim", "an int", "got NoneType"),
+    ({"class_dim": 1.0}, TypeError, "class_dim", "an int", "got float"),
+    ({"inplace_backward": "no"}, TypeError, "inplace_backward", "True or False", "got str"),
+    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward", "True or False", "got str"),
+    ({"return_stats": "no"}, TypeError, "return_stats", "True or False", "got str"),
 ]
 SHARED = [case for case in TENSORS if set(case[0]) <= {"logits", "target", "mask"}]
-SHARED += [case for case in NUMBERS if set(case[0]) <= {"temperature", "softcap"}]
+SHARED += [
+    case
+    for case in NUMBERS
+    if set(case[0]) <= {"temperature", "softcap", "ignore_index", "class_dim"}
+]
 
 
 @pytest.mark.parametrize("bad,kind,name,rule,got", TENSORS + NUMBERS)
@@ -92,15 +147,108 @@ def test_row_statistics(bad, kind, name, rule, got):
     check(lambda: mle.row_statistics(**arguments), kind, f"row_statistics: {name}", rule, got)
 
 
-def test_the_module_refuses_when_it_is_made():
-    for bad, kind, name, rule, got in NUMBERS:
-        if name in ("normalizer",) or isinstance(bad.get(name), torch.Tensor):
-            continue
-        if kind is TypeError or set(bad) != {name}:
-            continue
-        with pytest.raises(ValueError) as caught:
-            mle.MaskedCrossEntropyLoss(**bad)
-        assert f"MaskedCrossEntropyLoss: {name} must" in str(caught.value), (rule, got)
+# What torch.func and torch.compile would hand to plain PyTorch, or to the operator at run time.
+OPTIONS_OF_PYTHON = [
+    case
+    for case in NUMBERS
+    if not any(isinstance(value, (torch.Tensor, str)) for value in case[0].values())
+]
+
+
+@pytest.mark.parametrize("bad,kind,name,rule,got", OPTIONS_OF_PYTHON)
+def test_under_torch_func(bad, kind, name, rule, got):
+    def loss(x):
+        return f(x, Y, M, **bad)
+
+    check(lambda: torch.func.grad(loss)(X), kind, f"masked_cross_entropy: {name}", rule, got)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"z_loss": math.nan}, {"normalizer": -1.0}, {"temperature": math.inf}, {"shift": 1.5}]
+)
+def test_under_torch_compile(bad):
+    """PyTorch chooses the kind of error and may add to the text."""
+    compiled = torch.compile(lambda x: f(x, Y, M, **bad), fullgraph=True, backend="aot_eager")
+    (name,) = bad
+    with pytest.raises(Exception, match=f"masked_cross_entropy: {name} must be a"):
+        compiled(X)
+    torch._dynamo.reset()
+
+
+def test_what_has_a_meaning_beside_the_usual():
+    x = torch.tensor([[0.5, 9.0, -3.0], [4.0, -40.0, 0.0]])
+    y = torch.tensor([1, 0])
+    plain = f(x, y)
+    for softcap in (math.inf, 1e39, 2**200):  # no cap
+        assert torch.equal(f(x, y, softcap=softcap), plain)
+        assert torch.equal(mle.row_statistics(x, y, softcap=softcap)[0], x.logsumexp(-1))
+    assert torch.equal(f(x, y, softcap=mle.MaskedCrossEntropyLoss(softcap=math.inf).softcap), plain)
+    torch.testing.assert_close(f(x, y, softcap=1e6), plain)
+    torch.testing.assert_close(f(x, y, temperature=1e39), torch.tensor(math.log(3)))
+    for one in (1, 1.0, True):
+        assert torch.equal(f(x, y, temperature=one), plain)
+    assert torch.equal(f(x, y, normalizer=0), torch.tensor(0.0))
+    # At the smallest temperature z is large, and still a float32.
+    assert f(x / 100, y, temperature=1.2e-38).isfinite()
+
+
+UNKNOWN_KINDS = {
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "jagged": lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+    "sparse": lambda t: t.to_sparse(),
+}
+ROWS = {"logits": X, "target": Y, "mask": M, "weight": W, "token_weight": T, "segment_ids": Y}
+ROWS |= {"temperature": torch.ones(2), "normalizer": torch.ones(2)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind", UNKNOWN_KINDS)
+def test_nested_and_sparse_tensors(kind, name):
+    value = UNKNOWN_KINDS[kind](ROWS[name])
+    arguments = {"logits": X, "target": Y, name: value}
+    what = "plain tensor, got a nested" if "ed" in kind else "dense tensor, got layout"
+    check(lambda: f(**arguments), ValueError, f"masked_cross_entropy: {name} must be a {what}")
+    if name in ("logits", "target", "mask", "temperature"):
+        text = f"row_statistics: {name} must be a {what}"
+        check(lambda: mle.row_statistics(**arguments), ValueError, text)
+    if name == "weight":
+        check(
+            lambda: mle.MaskedCrossEntropyLoss(weight=value), ValueError, "weight must be a", what
+        )
+
+
+STRANGE = ["int1", "uint4", "float8_e8m0fnu", "float4_e2m1fn_x2"]
+
+
+@pytest.mark.parametrize("dtype", STRANGE)
+@pytest.mark.parametrize("name", ["logits", "target", "token_weight", "segment_ids", "temperature"])
+def test_dtypes_that_no_kernel_reads(dtype, name):
+    shape = {"logits": (2, 3, 5), "temperature": ()}.get(name, (2, 3))
+    value = torch.empty(shape, dtype=getattr(torch, dtype))
+    arguments = {"logits": X, "target": Y, name: value}
+    text = f"masked_cross_entropy: {name} must be"
+    check(lambda: f(**arguments), ValueError, text, f"got torch.{dtype}")
+
+
+@pytest.mark.parametrize("shape,at", [((2, 3, 4), (2, 4)), ((2, 3, 4, 5), (2, 4, 5))])
+def test_logits_of_the_other_layout(shape, at):
+    target = torch.zeros(at, dtype=torch.long)
+    text = "for logits [N, C, ...] give class_dim=1"
+    check(lambda: f(torch.zeros(shape), target), ValueError, "cross_entropy: target", text)
+    assert f(torch.zeros(shape), target, class_dim=1).isfinite()
+
+
+def test_a_mask_with_as_many_rows_as_classes_is_a_mask():
+    """[N, V] with N = V: nothing but the name tells a mask from class weights."""
+    x, y = torch.randn(5, 5), torch.arange(5)
+    mask = torch.tensor([1.0, 0, 1, 0.5, 1])
+    expected = torch.nn.functional.cross_entropy(x[mask > 0], y[mask > 0])
+    torch.testing.assert_close(f(x, y, mask), expected)
+    bools = torch.ones(5, dtype=torch.bool)  # no class weights
+    check(lambda: f(X, Y, bools), ValueError, "mask must have the shape", "got [5]")
+    module = mle.MaskedCrossEntropyLoss()
+    check(lambda: module(X, Y, W), ValueError, "class weights go by weight=")
+    check(lambda: mle.row_statistics(X, Y, W), ValueError, "row_statistics: mask", "by weight=")
 
 
 def test_what_gets_no_gradient_may_not_ask_for_one():

@@ -90,6 +90,7 @@ CONSTRUCTOR = {
     "focal_gamma": 1.5,
     "shift": 2,
     "reduction": "sum",
+    "class_dim": 1,
     "inplace_backward": True,
     "gradient_in_forward": True,
     "return_stats": True,
@@ -120,11 +121,13 @@ def flat(result):
 def test_constructor_keyword(name):
     logits, labels, mask = batch()
     value = CONSTRUCTOR[name]
+    if name == "class_dim":  # seven labels of five classes
+        labels, mask = labels[:, :1].expand(3, 7) % 5, mask[:, :1].expand(3, 7)
     module = flat(Loss(**{name: value})(logits, labels, mask))
     function = flat(mle.masked_cross_entropy(logits, labels, mask, **{name: value}))
     for ours, theirs in zip(module, function, strict=True):
         assert torch.equal(ours, theirs)
-    if name not in ("inplace_backward", "gradient_in_forward", "return_stats"):
+    if name not in ("class_dim", "inplace_backward", "gradient_in_forward", "return_stats"):
         assert not torch.equal(module[0], mle.masked_cross_entropy(logits, labels, mask))
 
 
@@ -149,7 +152,8 @@ def test_equals_torch_and_its_gradient():
 
 def test_gradient_of_the_whole_formula():
     logits, labels, mask = batch(torch.float64)
-    apart = ("inplace_backward", "gradient_in_forward")  # the second allows no statistics
+    # The second allows no statistics.
+    apart = ("inplace_backward", "gradient_in_forward", "class_dim")
     keywords = {k: v for k, v in CONSTRUCTOR.items() if k not in apart}
     loss_fn = Loss(**keywords).double()
     token_weight = FORWARD["token_weight"].double().requires_grad_()
@@ -198,7 +202,7 @@ def test_repr_shows_what_was_changed():
 
 
 def test_copies_compute_the_same(tmp_path):
-    keywords = {k: v for k, v in CONSTRUCTOR.items() if k != "return_stats"}
+    keywords = {k: v for k, v in CONSTRUCTOR.items() if k not in ("return_stats", "class_dim")}
     loss_fn = Loss(**keywords)
     torch.save(loss_fn, tmp_path / "loss.pt")
     for other in (copy.deepcopy(loss_fn), torch.load(tmp_path / "loss.pt", weights_only=False)):
@@ -219,17 +223,46 @@ def test_compiled():
     torch._dynamo.reset()
 
 
+SIX = "mean, sum, none, sequence_mean, sequence_sum or weighted_mean"
 BAD = [
-    ({"reduction": "max"}, ValueError, "reduction must be mean, sum or none, got 'max'"),
-    ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1], got 1.1"),
-    ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be in [0, 1], got nan"),
-    ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
-    ({"temperature": -1}, ValueError, "temperature must be positive, got -1"),
-    ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
-    ({"focal_gamma": -0.5}, ValueError, "focal_gamma must be at least 0, got -0.5"),
+    ({"reduction": "max"}, ValueError, f"reduction must be {SIX}, got 'max'"),
+    ({"reduction": None}, ValueError, f"reduction must be {SIX}, got None"),
+    (
+        {"label_smoothing": 1.1},
+        ValueError,
+        "label_smoothing must be a finite number at least 0 and",
+    ),
+    ({"label_smoothing": 1.1}, ValueError, "at most 1, got 1.1"),
+    ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be a finite number"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
+    ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
+    ({"temperature": -1}, ValueError, "temperature must be a finite number above 0, got -1"),
+    ({"temperature": math.inf}, ValueError, "temperature must be a finite number above 0, got inf"),
+    ({"temperature": 1e-39}, ValueError, "temperature must be at least 1.175e-38, the smallest"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+    ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    ({"softcap": 0.0}, ValueError, "softcap must be a finite number above 0, got 0.0"),
+    ({"softcap": math.nan}, ValueError, "softcap must be a finite number above 0, got nan"),
+    ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    ({"focal_gamma": -0.5}, ValueError, "focal_gamma must be a finite number at least 0, got -0.5"),
+    ({"focal_gamma": math.inf}, ValueError, "focal_gamma must be a finite number at least 0"),
+    ({"focal_gamma": None}, TypeError, "focal_gamma must be a number, got NoneType"),
+    ({"z_loss": -1e-4}, ValueError, "z_loss must be a finite number at least 0, got -0.0001"),
+    ({"z_loss": math.nan}, ValueError, "z_loss must be a finite number at least 0, got nan"),
+    ({"z_loss": "1e-4"}, TypeError, "z_loss must be a number, got str"),
+    ({"z_loss": None}, TypeError, "z_loss must be a number, got NoneType"),
     ({"shift": -1}, ValueError, "shift must not be negative, got -1"),
     ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
+    ({"shift": True}, TypeError, "shift must be an int, got bool"),
+    ({"shift": 2**70}, ValueError, f"shift must fit in 64 bits, got {2**70}"),
     ({"ignore_index": -100.0}, TypeError, "ignore_index must be an int, got float"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+    ({"ignore_index": -(2**70)}, ValueError, "ignore_index must fit in 64 bits"),
+    ({"class_dim": 1.0}, TypeError, "class_dim must be an int, got float"),
+    ({"class_dim": None}, TypeError, "class_dim must be an int, got NoneType"),
+    ({"inplace_backward": "no"}, TypeError, "inplace_backward must be True or False, got str"),
+    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward must be True or False"),
+    ({"return_stats": "no"}, TypeError, "return_stats must be True or False, got str"),
     ({"weight": [1.0, 2.0]}, TypeError, "weight must be a torch.Tensor, got list"),
     ({"weight": torch.ones(2, 2)}, ValueError, "weight must have one entry per class [V], got [2"),
 ]

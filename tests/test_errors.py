@@ -84,14 +84,15 @@ def test_wording_that_callers_of_older_code_match():
     check(lambda: pad([X], 1), ValueError, "exceeds max_seq_len")
 
 
+OF_TOKENS = "mean, sum, none, sequence_mean, sequence_sum or weighted_mean"
 REDUCTIONS = [
-    (lambda r: mle.AttentionMaskMseLoss(reduction=r), "AttentionMaskMseLoss", "mean, sum or none"),
+    (lambda r: mle.AttentionMaskMseLoss(reduction=r), "AttentionMaskMseLoss", OF_TOKENS),
     (
         lambda r: mle.masked_edit_token_mean_loss(P, P, A, reduction=r),
         "masked_edit_token_mean_loss",
-        "mean, sum or none",
+        OF_TOKENS,
     ),
-    (lambda r: mle.MaskEditLoss()(P, P, reduction=r), "MaskEditLoss", "mean, sum or none"),
+    (lambda r: mle.MaskEditLoss()(P, P, reduction=r), "MaskEditLoss", OF_TOKENS),
     (lambda r: mle.MseLoss(r), "MseLoss", "mean, sum or none"),
     (lambda r: mle.masked_sse(X, X, M, reduction=r), "masked_sse", "sum, mean or batch_mean"),
     (lambda r: mle.masked_mse(X, X, M, reduction=r), "masked_mse", "sum, mean or batch_mean"),

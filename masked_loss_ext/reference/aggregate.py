@@ -27,14 +27,17 @@ def aggregated(loss, on, share, reduction, segment_ids=None, normalizer=None):
     if reduction in ("mean", "weighted_mean"):
         return _over(loss.sum(), share.sum() if normalizer is None else normalizer)
     sums = [loss.sum() * 0]
-    for row in range(loss.flatten(0, -2).shape[0]) if loss.numel() else ():
-        ids = None if segment_ids is None else segment_ids.flatten(0, -2)[row].tolist()
+    flat = [t.reshape(-1, t.shape[-1]) for t in (loss, share, on)] if loss.numel() else [()] * 3
+    for i, (row, parts, counts) in enumerate(zip(*flat, strict=True)):
+        ids = None
+        if segment_ids is not None:
+            ids = segment_ids.reshape(-1, loss.shape[-1])[i].tolist()
         for piece in _pieces(ids, loss.shape[-1]):
-            if not on.flatten(0, -2)[row, piece].any():
+            if not counts[piece].any():
                 continue
-            total = loss.flatten(0, -2)[row, piece].sum()
+            total = row[piece].sum()
             if reduction == "sequence_mean":
-                total = _over(total, share.flatten(0, -2)[row, piece].sum())
+                total = _over(total, parts[piece].sum())
             sums.append(total)
     return _over(torch.stack(sums).sum(), len(sums) - 1 if normalizer is None else normalizer)
 
