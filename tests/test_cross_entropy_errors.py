@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bad input of the cross entropy: the text names function, argument, rule and what was got."""
 
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -119,6 +122,7 @@ NUMBERS = [
     ({"class_dim": -4}, ValueError, "class_dim", "in [-3, 2]", "got -4"),
     ({"class_dim": None}, TypeError, "class_dim", "an int", "got NoneType"),
     ({"class_dim": 1.0}, TypeError, "class_dim", "an int", "got float"),
+    ({"class_dim": True}, TypeError, "class_dim", "an int", "got bool"),
     ({"inplace_backward": "no"}, TypeError, "inplace_backward", "True or False", "got str"),
     ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward", "True or False", "got str"),
     ({"return_stats": "no"}, TypeError, "return_stats", "True or False", "got str"),
@@ -272,6 +276,22 @@ def test_no_class(shape):
 def test_a_shift_needs_a_sequence():
     text = "logits must be [..., S, V] where shift is not 0, got [5]"
     check(lambda: f(X[0, 0], Y[0, 0], shift=1), ValueError, "masked_cross_entropy: " + text)
+
+
+@pytest.mark.parametrize("bad", [{"mask": M[:, :2]}, {"target": Y + 7}, {"shift": 1.5}], ids=str)
+def test_a_caught_error_keeps_nothing_alive(bad):
+    """As a training loop does that retries with a smaller batch."""
+    x = torch.zeros(2, 3, 5, requires_grad=True)
+    alive, call = weakref.ref(x), {"logits": x, "target": Y, **bad}
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError, IndexError, TypeError):
+            f(**call)
+        del x, call
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_additive_masks_are_refused():

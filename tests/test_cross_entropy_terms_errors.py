@@ -30,7 +30,7 @@ BAD = [
     ({"target": Y[:, :2]}, ValueError, "target", "shape of logits [2, 3, 5]", "got [2, 2]"),
     ({"mask": X}, ValueError, "mask", "without the last dimension", "got [2, 3, 5]"),
     ({"mask": -X[..., 0] - 1}, ValueError, "mask", "on where it is not 0", "additive"),
-    ({"temperature": 0}, ValueError, "temperature", "positive", "got 0"),
+    ({"temperature": 0}, ValueError, "temperature", "above 0", "got 0"),
     ({"temperature": torch.tensor(-2.0)}, ValueError, "temperature", "positive", "got -2"),
     ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),

@@ -23,6 +23,7 @@ NAMES = [
     "PackedLayout",
     "RowIntervals",
     "UnifiedLoss",
+    "aggregate_tokens",
     "check_padding",
     "compute_loss_multi_resolution",
     "create_unified_loss",

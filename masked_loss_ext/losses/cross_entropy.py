@@ -4,7 +4,7 @@
 import torch
 
 from .._aggregate import REDUCTIONS
-from .._checks import check_choice, check_int, check_tensor, shape_text
+from .._checks import check_choice, check_tensor, shape_text
 from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import masked_cross_entropy
 
@@ -92,9 +92,9 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         check_choice(name, "reduction", reduction, REDUCTIONS)
         checks.check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift)
         checks.check_shift(name, shift)
-        checks.check_index(name, ignore_index)
+        checks.check_int64(name, "ignore_index", ignore_index)
         checks.softcap_number(name, softcap)
-        check_int(name, "class_dim", class_dim)
+        checks.check_int64(name, "class_dim", class_dim)
         checks.check_flags(
             name,
             inplace_backward=inplace_backward,

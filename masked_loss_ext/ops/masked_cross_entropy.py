@@ -234,15 +234,17 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
-    checks.check_tensors(name, tensors)
-    fitting = checks.expanded(tensors)
-    if fitting is not None:  # the operator has refused, and not begun
-        del failure
-        return _call(name, fitting, options, inplace_backward, gradient_in_forward)
-    checks.explain(name, failure, tensors, options)
-    if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
-        failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
-    raise failure
+    try:
+        checks.check_tensors(name, tensors)
+        fitting = checks.expanded(tensors)
+        if fitting is not None:  # the operator has refused the shapes, and not begun
+            return _call(name, fitting, options, inplace_backward, gradient_in_forward)
+        checks.explain(name, failure, tensors, options)
+        if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
+            failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
+        raise failure
+    finally:
+        del failure  # it holds this frame, and so would the logits
 
 
 def _temperature(name, temperature, logits):

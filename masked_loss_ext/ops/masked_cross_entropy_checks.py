@@ -35,7 +35,7 @@ _TENSORS += ("temperature", "normalizer")
 def classes_last(name, logits, class_dim):
     """A view of the logits whose last dimension are the classes."""
     check_tensor(name, "logits", logits)
-    check_int(name, "class_dim", class_dim)
+    check_int64(name, "class_dim", class_dim)
     dims = logits.dim()
     if not -dims <= class_dim < dims:
         raise ValueError(
@@ -66,8 +66,8 @@ def expanded(tensors):
     expand = _expand_traced if torch.compiler.is_compiling() else _expand
     given = (target, mask, token_weight, segment_ids)
     target, mask, token_weight, segment_ids = fitted = [
-        tensor if tensor is None else expand(tensor, rows, tensor is mask or tensor is token_weight)
-        for tensor in given
+        tensor if tensor is None else expand(tensor, rows, last)
+        for tensor, last in zip(given, (False, True, True, False), strict=True)
     ]
     if all(new is old for new, old in zip(fitted, given, strict=True)):
         return None
@@ -115,7 +115,7 @@ def check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shif
         and 0 <= focal_gamma < math.inf
     ):
         return
-    check_index(name, ignore_index)
+    check_int64(name, "ignore_index", ignore_index)
     check_shift(name, shift)
     check_factor(name, "label_smoothing", label_smoothing, most=1)
     check_factor(name, "z_loss", z_loss)
@@ -127,7 +127,7 @@ def check_factor(name, argument, value, most=None):
         check_number(name, argument, value, least=0, most=most)
 
 
-def _check_int64(name, argument, value):
+def check_int64(name, argument, value):
     if isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be an int, got bool")
     check_int(name, argument, value)
@@ -135,12 +135,8 @@ def _check_int64(name, argument, value):
         raise ValueError(f"{name}: {argument} must fit in 64 bits, got {value}")
 
 
-def check_index(name, ignore_index):
-    _check_int64(name, "ignore_index", ignore_index)
-
-
 def check_shift(name, shift):
-    _check_int64(name, "shift", shift)
+    check_int64(name, "shift", shift)
     check_length(name, "shift", shift)
 
 
@@ -190,7 +186,7 @@ def explain(name, failure, tensors, options):
     ignore_index, smoothing, _, z_loss, focal_gamma, shift, reduction, statistics = options
     check_options(name, ignore_index, smoothing, z_loss, focal_gamma, shift)
     check_shift(name, shift)
-    check_index(name, ignore_index)
+    check_int64(name, "ignore_index", ignore_index)
     check_choice(name, "reduction", reduction, REDUCTIONS)
     check_flags(name, return_stats=statistics)
     if isinstance(failure, (ValueError, IndexError, TypeError)):
