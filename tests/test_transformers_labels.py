@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """causal_lm_loss of labels that have been shifted before, and behind virtual tokens."""
 
+import contextlib
 import functools
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if find_spec("transformers") is None:  # a broken one is an error
     pytest.skip("transformers is not installed: pip install .[hf]", allow_module_level=True)
@@ -151,3 +153,22 @@ def test_one_graph_for_all_of_it():
         causal_lm_loss((logits,), labels[:, 2:], 7, virtual_tokens=2),
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_tensors_without_data(fake):
+    """As a dry run or a tracer has them: nothing is read."""
+    logits, labels, shifted = causal_example()
+    tensors = [logits.float(), labels, shifted, torch.rand(2, 6), torch.tensor(7)]
+    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    logits, labels, shifted, weight, count = (
+        mode.from_tensor(x) if fake else x.to("meta") for x in tensors
+    )
+    with mode:
+        losses = [
+            causal_lm_loss((logits,), labels, count, token_weight=weight),
+            causal_lm_loss((logits,), None, 7, shift_labels=shifted),
+            causal_lm_loss((logits,), labels[:, 2:], count, virtual_tokens=2),
+        ]
+    for loss in losses:
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.device == logits.device
