@@ -197,6 +197,21 @@ def test_the_models_below_a_wrapper_are_asked(tmp_path):
     torch.testing.assert_close(logged(trainer, "loss"), [weighted_by_hand()[0]], **LOGGED)
 
 
+def test_a_compiled_model_says_what_it_takes(tmp_path):
+    model = torch.compile(make_model("llama"), backend="eager")
+    trainer = weighted_trainer(model, tmp_path)
+    pass_columns(trainer, "token_weight", mask="attention_mask").train()
+    torch.testing.assert_close(logged(trainer, "loss"), [weighted_by_hand()[0]], **LOGGED)
+
+
+def test_a_forward_that_takes_anything(tmp_path):
+    class Anything(torch.nn.Module):
+        def forward(self, *args, **kwargs): ...
+
+    with pytest.raises(ValueError, match="the forward of Anything must name its parameters, got "):
+        pass_columns(weighted_trainer(Anything(), tmp_path), "token_weight")
+
+
 def test_columns_that_cannot_be_passed(tmp_path):
     def make(**options):
         return weighted_trainer(make_model("llama"), tmp_path, **options)

@@ -107,6 +107,7 @@ def counted_tokens(labels, *, shift=None, shift_labels=None, virtual_tokens=0, *
     """How many labels causal_lm_loss counts, ``[]`` on their device."""
     labels, shift = _target(labels, shift_labels, shift)
     check_tensor(_NAME, "labels", labels)
+    check_length(_NAME, "shift", shift)
     if virtual_tokens:
         labels, options = _behind(virtual_tokens, "labels", labels, options)
     counts = labels[..., shift:] != options.get("ignore_index", _IGNORED)

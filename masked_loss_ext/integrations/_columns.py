@@ -35,7 +35,8 @@ def pass_columns(trainer, *columns, **renamed):
         the trainer.
 
     Raises:
-        ValueError: at the first batch that lacks a column, naming those that it has.
+        ValueError: a forward of (*args, **kwargs) alone; at the first batch that lacks a column,
+            naming those that it has.
     """
     check_trainer(_NAME, trainer)
     names = _names(trainer, columns, renamed)
@@ -92,8 +93,16 @@ def _names(trainer, columns, renamed):
 def _parameters(trainer):
     """Names that the forward of the trainer's own model has, below all that is around it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model = getattr(model, "get_base_model", lambda: model)()
-    return set(inspect.signature(model.forward).parameters)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
+    found = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if not names:
+        raise ValueError(
+            f"{_NAME}: the forward of {type(model).__name__} must name its parameters, got "
+            "(*args, **kwargs): nothing says whether it needs a column itself"
+        )
+    return names
 
 
 def _take(inputs, name, parameters):
