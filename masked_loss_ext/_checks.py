@@ -107,8 +107,8 @@ def check_integers(function, name, tensor):
 
 
 def check_choice(function, name, value, choices, label=""):
-    if value not in choices:
-        *most, last = choices
+    if isinstance(value, torch.Tensor) or value not in choices:  # a tensor compares itself
+        *most, last = map(str, choices)
         raise ValueError(
             f"{function}: {label}{name} must be {', '.join(most)} or {last}, got {value!r}"
         )

@@ -8,10 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is to be downloaded
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from transformers import (  # noqa: E402
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     __version__,
@@ -38,6 +42,19 @@ def make_model(name, dropout=0.0, dtype=torch.float64):
             bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         return GPT2LMHeadModel(config).to(dtype)
+    if name == "bert":
+        config = BertConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )  # fmt: skip
+        return BertForMaskedLM(config).to(dtype)
+    if name == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            dropout_rate=dropout, decoder_start_token_id=PAD, pad_token_id=PAD,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config).to(dtype)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Does a loss, or a whole training step, read what its mask excludes?"""
 
-import torch
-
+from .._checks import as_mask, check_choice, check_int, check_number, check_tensor
 from ._batch import shape_of, sort_entries
 from ._check import Check
 from ._report import Change, PaddingLeak, PaddingReport, Shift, Tolerance
 from ._step import Runner
 
+_NAME = "check_padding"
 __all__ = ["Change", "PaddingLeak", "PaddingReport", "Shift", "check_padding"]
 
 
@@ -97,6 +97,8 @@ def check_padding(
         ValueError: the mask excludes nothing, or no entry begins with its shape: there would be
             nothing to check. What the step raises on the unchanged batch passes through.
     """
+    _check_options(step, rtol, atol, nonfinite=nonfinite, trim=trim)
+    ignore_index = _checked_ignore_index(ignore_index)
     entries = _entries(batch, mask)
     runner = Runner(step, batch, parameters)
     options = {"nonfinite": nonfinite, "ignore_index": ignore_index}
@@ -111,30 +113,59 @@ def check_padding(
     return check.report()
 
 
-def _entries(batch, mask):
-    name = "check_padding"
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{name}: mask must be a torch.Tensor, got {type(mask).__name__}")
+def _check_options(step, rtol, atol, **switches):
+    if not callable(step):
+        raise TypeError(f"{_NAME}: step must be callable, got {type(step).__name__}")
+    if rtol is not None:
+        check_number(_NAME, "rtol", rtol, least=0)
+    check_number(_NAME, "atol", atol, least=0)
+    for name, value in switches.items():
+        check_choice(_NAME, name, value, (True, False))
+
+
+def _checked_ignore_index(value):
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        raise TypeError(f"{_NAME}: ignore_index must be an int or None, got bool")
+    check_int(_NAME, "ignore_index", value)
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{_NAME}: ignore_index must fit int64, got {value}")
+    return int(value)
+
+
+def _check_mask(mask):
+    check_tensor(_NAME, "mask", mask)
+    if mask.is_meta:
+        raise ValueError(f"{_NAME}: mask must hold data, got a tensor on the device meta")
     if mask.dim() == 0 or mask.is_complex():
         raise ValueError(
-            f"{name}: mask must have the first dimensions of the batch's entries, got "
+            f"{_NAME}: mask must have the first dimensions of the batch's entries, got "
             f"{list(mask.shape)} {mask.dtype}"
         )
-    if mask.is_floating_point() and (mask < 0).any():
+    if as_mask(_NAME, "mask", mask).dtype != mask.dtype or not mask.is_floating_point():
+        return
+    if (mask < 0).any():  # as_mask does not look where that means waiting
         raise ValueError(
-            f"{name}: mask must be on where it is not 0, got negative entries: an additive mask? "
+            f"{_NAME}: mask must be on where it is not 0, got negative entries: an additive mask? "
             "Give mask == 0 instead"
         )
+    if mask.isnan().any():
+        raise ValueError(f"{_NAME}: mask must be numbers, got NaN")
+
+
+def _entries(batch, mask):
+    _check_mask(mask)
     if (mask != 0).all():
         raise ValueError(
-            f"{name}: mask must exclude something, got {list(mask.shape)} with every position on: "
+            f"{_NAME}: mask must exclude something, got {list(mask.shape)} with every position on: "
             "there is nothing to check"
         )
     entries = sort_entries(batch, mask)
     if not entries.checked:
         shapes = {entry: shape_of(tensor) for entry, tensor in entries.tensors.items()}
         raise ValueError(
-            f"{name}: mask must have the first dimensions of an entry of batch that is not a mask "
+            f"{_NAME}: mask must have the first dimensions of an entry of batch that is not a mask "
             f"itself, got {list(mask.shape)} and {shapes}; taken for the mask: {entries.masks}"
         )
     return entries

@@ -86,8 +86,9 @@ def sort_entries(batch, mask):
 
 
 def _is_plain(tensor):
-    """What can be filled at a mask's positions: no sparse, nested or quantised one, no float8."""
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+    """What can be filled at a mask's positions: no sparse, nested, quantised or meta one, no
+    float8."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.itemsize > 1 or not tensor.is_floating_point()
 

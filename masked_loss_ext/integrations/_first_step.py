@@ -10,19 +10,15 @@ class PaddingCheck:
     """Waits for a batch with padding, then runs the model and the loss on it again.
 
     The batch is put together where it is seen: the model's own inputs by a hook on its forward,
-    which has no labels where the Trainer has a compute_loss_func; labels and their count by the
-    loss that is called next.
+    which has no labels where the Trainer has a compute_loss_func; labels, their count and columns
+    of the batch by the loss that is called next.
     """
 
     def __init__(self, model, loss_func, autocast):
         self.model, self.loss_func, self.autocast = model, loss_func, autocast
-        self.inputs = self.labels = self.num_items_in_batch = None
-        self.seen_mask = False
+        self.inputs = self.labels = self.num_items_in_batch = self.columns = None
+        self.seen_mask = self.ready = False
         self.hook = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
-
-    @property
-    def ready(self):
-        return self.labels is not None
 
     def _keep_inputs(self, module, args, kwargs):
         mask = kwargs.get("attention_mask")
@@ -32,25 +28,36 @@ class PaddingCheck:
         if mask.dim() == 2 and not mask.all():  # waits for the device, until there is padding
             self.inputs = dict(kwargs)
 
-    def keep_labels(self, labels, num_items_in_batch):
-        """The labels of the batch that the model has just been given, if it is to be kept."""
+    def keep_loss(self, labels, num_items_in_batch, columns):
+        """What the loss got for the batch that the model has just been given, if it is kept."""
         if self.inputs is not None and not self.ready:
-            self.labels, self.num_items_in_batch = labels, num_items_in_batch
+            self.labels, self.num_items_in_batch, self.columns = labels, num_items_in_batch, columns
+            self.ready = True
 
     def run(self):
         """The report."""
         from ..diagnostics import check_padding  # not needed by those who do not check
 
         self.hook.remove()
+        inputs, labels = self.inputs, {"labels": self.labels}
+        fixed = {}  # what attention_mask says nothing about: lengths may agree by chance
+        if "decoder_input_ids" in inputs:
+            fixed = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
+            fixed |= labels | self.columns
 
         def step(batch):
-            batch = dict(batch)
-            labels = batch.pop("labels")
+            batch = {**batch, **fixed}
             with self.autocast():
-                outputs = self.model(**batch)
-                return self.loss_func(outputs, labels, num_items_in_batch=self.num_items_in_batch)
+                outputs = self.model(**{name: batch[name] for name in inputs})
+                columns = {name: batch[name] for name in self.columns}
+                return self.loss_func(
+                    outputs,
+                    batch["labels"],
+                    num_items_in_batch=self.num_items_in_batch,
+                    **columns,
+                )
 
-        batch = {**self.inputs, "labels": self.labels}
+        batch = {k: v for k, v in (inputs | labels | self.columns).items() if k not in fixed}
         return check_padding(step, batch, batch["attention_mask"], parameters=self.model)
 
     def give_up(self):

@@ -6,6 +6,9 @@ import warnings
 import torch
 from transformers import TrainerCallback
 
+from .._checks import check_length
+from ._causal_lm import counted_tokens, keywords_of
+from ._columns import check_trainer
 from ._first_step import PaddingCheck
 
 
@@ -48,18 +51,25 @@ class TokenLossCallback(TrainerCallback):
             :func:`masked_loss_ext.check_padding` on the model and its loss: True or "raise" to stop
             with its report where loss or gradients depend on padding, "warn" to be told. Takes some
             more forward and backward passes of that one batch, and the memory for copies of the
-            parameters and their gradients. Not for models sharded over ranks (FSDP, DeepSpeed).
+            parameters and their gradients. Not for models sharded over ranks (FSDP, DeepSpeed). Of
+            an encoder-decoder the encoder's padding is checked, which attention_mask excludes.
+        shift: by how much the loss shifts the labels, and so which it does not count. None: what
+            causal_lm_loss, or a functools.partial of it, is told; 1 for any other function.
 
     ``padding_report`` holds what the check returned, None before.
     """
 
-    def __init__(self, *, check_padding=False):
-        if check_padding not in (True, False, "raise", "warn"):
+    def __init__(self, *, check_padding=False, shift=None):
+        if not isinstance(check_padding, bool) and not (
+            isinstance(check_padding, str) and check_padding in ("raise", "warn")
+        ):
             raise ValueError(
                 "TokenLossCallback: check_padding must be True, False, 'raise' or 'warn', "
                 f"got {check_padding!r}"
             )
-        self.check_padding = check_padding
+        if shift is not None:
+            check_length("TokenLossCallback", "shift", shift)
+        self.check_padding, self.shift = check_padding, shift
         self.padding_report = None
         self._loss_func = None
         self._check = None
@@ -67,11 +77,7 @@ class TokenLossCallback(TrainerCallback):
 
     def attach(self, trainer):
         """Follow the losses of ``trainer``; returns the callback. Call it before ``train``."""
-        if trainer.compute_loss_func is None:
-            raise ValueError(
-                "TokenLossCallback: the trainer must have a compute_loss_func, for one "
-                "Trainer(..., compute_loss_func=causal_lm_loss)"
-            )
+        check_trainer("TokenLossCallback", trainer)
         if self._loss_func is not None:
             raise ValueError("TokenLossCallback: attached already; make one for each trainer")
         self._loss_func = trainer.compute_loss_func
@@ -84,19 +90,39 @@ class TokenLossCallback(TrainerCallback):
         callbacks.insert(0, self)
         return self
 
-    def _followed_loss(self, outputs, labels, num_items_in_batch=None):
-        if not isinstance(labels, torch.Tensor):  # the loss says so better
-            return self._loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        tokens = (labels[..., 1:] != -100).sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = tokens
-        loss = self._loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        count = torch.as_tensor(num_items_in_batch, device=loss.device).sum()
+    def _followed_loss(self, outputs, labels, num_items_in_batch=None, **columns):
+        given = num_items_in_batch
+        tokens = None
+        if given is None and isinstance(labels, torch.Tensor):
+            num_items_in_batch = tokens = self._count(labels, columns)
+        loss = self._loss_func(outputs, labels, num_items_in_batch=num_items_in_batch, **columns)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise TypeError(
+                "TokenLossCallback: the trainer's compute_loss_func must return one number in a "
+                f"tensor, got {got}"
+            )
+        if tokens is None:  # here the loss has checked what is counted
+            tokens = self._count(labels, columns)
+        count = torch.as_tensor(tokens if given is None else given, device=loss.device).sum()
         follow = self._training if torch.is_grad_enabled() else self._evaluation
-        follow.add(loss.detach().double() * count, tokens)
+        follow.add(loss.detach().double().reshape(()) * count, tokens)
         if self._check is not None:
-            self._check.keep_labels(labels, num_items_in_batch)
+            self._check.keep_loss(labels, num_items_in_batch, columns)
         return loss
+
+    def _count(self, labels, columns):
+        """The labels that the loss counts."""
+        told = keywords_of(self._loss_func)
+        told = {} if told is None else {**told, **columns}
+        if not isinstance(labels, torch.Tensor) and told.get("shift_labels") is None:
+            raise TypeError(
+                f"TokenLossCallback: labels must be a tensor, got {type(labels).__name__}: their "
+                "number would not be known"
+            )
+        if self.shift is not None:
+            told["shift"] = self.shift
+        return counted_tokens(labels, **told)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin anew; wait for a batch with padding where it is to be checked."""

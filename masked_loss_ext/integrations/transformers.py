@@ -19,11 +19,13 @@ masks the label of a token that is not predicted, and both are the same.
 """
 
 import copy
+from collections.abc import Mapping
 
 import torch
 
-from ..ops.masked_cross_entropy import masked_cross_entropy
-from ..padding import mask_labels
+from .._checks import as_mask, check_choice, check_integers, check_tensor
+from ._causal_lm import causal_lm_loss
+from ._columns import pass_columns
 
 try:
     from ._token_loss import TokenLossCallback
@@ -36,61 +38,7 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from None
 
-__all__ = ["MaskLabels", "TokenLossCallback", "causal_lm_loss"]
-
-
-def causal_lm_loss(outputs, labels, num_items_in_batch=None, **options):
-    r"""Cross entropy of each token given those before it, for ``Trainer(compute_loss_func=...)``.
-
-    .. math:: L = \frac1N \sum_{b,\,t:\ y_{b,t+1} \ne -100}
-        \Big(\log\sum_c e^{x_{btc}} - x_{bt,\,y_{b,t+1}}\Big)
-
-    with N = ``num_items_in_batch``, the count of the whole accumulation window over all ranks, as
-    the loss of the models themselves, but the logits are read once, in place and in their own
-    dtype, and those of labels -100 not at all. The gradients of the micro-batches then add up to
-    that of the mean over the window. Equivalent::
-
-        masked_cross_entropy(logits, labels, shift=1, normalizer=num_items_in_batch)
-
-    Where no label counts the loss is 0 (the models' own: NaN). Under ``bf16=True`` accelerate makes
-    a float32 copy of the logits before any loss sees them; a model loaded in bfloat16 has none.
-
-    Args:
-        outputs: the model's: a mapping with "logits", or a tuple that begins with them;
-            ``[B, S, V]``.
-        labels: ``[B, S]``, as the model takes them: not shifted, -100 at what does not count.
-        num_items_in_batch: the denominator, a number or a tensor; None: the labels counted here.
-        options: keywords of masked_cross_entropy (label_smoothing, z_loss, softcap, temperature,
-            focal_gamma, weight, inplace_backward, ...), given with
-            ``functools.partial(causal_lm_loss, z_loss=1e-4)``. The ``label_smoothing_factor`` of
-            TrainingArguments does nothing beside a compute_loss_func.
-
-    Returns:
-        ``[]`` float32 (float64 for float64 logits).
-    """
-    logits = _logits(outputs)
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(
-            f"causal_lm_loss: labels must be a tensor, got {type(labels).__name__}: the collator "
-            "has to make them"
-        )
-    if isinstance(num_items_in_batch, torch.Tensor):
-        # Under DataParallel there is one copy of the count per replica, for a model whose replicas'
-        # losses are averaged; this loss is of all of them, so all copies divide it.
-        num_items_in_batch = num_items_in_batch.to(logits.device).sum()
-    return masked_cross_entropy(
-        logits, labels.to(logits.device), shift=1, normalizer=num_items_in_batch, **options
-    )
-
-
-def _logits(outputs):
-    if isinstance(outputs, (tuple, list)) and outputs:
-        return outputs[0]
-    logits = outputs.get("logits") if hasattr(outputs, "get") else None
-    if logits is None:
-        held = list(outputs) if hasattr(outputs, "keys") else type(outputs).__name__
-        raise ValueError(f"causal_lm_loss: outputs must hold logits, got {held}")
-    return logits
+__all__ = ["MaskLabels", "TokenLossCallback", "causal_lm_loss", "pass_columns"]
 
 
 class MaskLabels:
@@ -102,53 +50,62 @@ class MaskLabels:
     version, and left padding is as safe as right padding: a prediction made at a padding position
     depends on what is stored there. ``mask_sources=False`` masks the labels of padding alone.
 
+    For models whose labels stand where they are predicted: ``MaskLabels(collator,
+    mask_sources=False)`` for a masked language model, if its collator has not masked them already
+    (``DataCollatorForLanguageModeling`` has); for an encoder-decoder ``mask_sources=False,
+    mask="decoder_attention_mask"``, as attention_mask is the encoder's.
+
     Neither the features nor the tensors of the collator are written to. Can be pickled where the
     collator can, so for DataLoaders with workers.
 
     Args:
-        collator: makes a mapping with "labels" and "attention_mask", both ``[B, S]`` tensors, of a
-            list of features; any of transformers', or your own.
+        collator: makes a mapping with "labels" and ``mask``, both ``[B, S]`` tensors, of a list of
+            features; any of transformers', or your own.
         mask_sources: whether labels predicted at padding, or nowhere, are masked as well.
+        mask: name of the mask in the batch.
     """
 
-    def __init__(self, collator, *, mask_sources=True):
+    def __init__(self, collator, *, mask_sources=True, mask="attention_mask"):
         if not callable(collator):
             raise TypeError(f"MaskLabels: collator must be callable, got {type(collator).__name__}")
+        check_choice("MaskLabels", "mask_sources", mask_sources, (True, False))
+        if not isinstance(mask, str):
+            raise TypeError(f"MaskLabels: mask must be a name, got {type(mask).__name__}")
         self.collator = collator
         self.mask_sources = mask_sources
+        self.mask = mask
 
     def __repr__(self):
-        return f"MaskLabels({self.collator!r}, mask_sources={self.mask_sources})"
+        return (
+            f"MaskLabels({self.collator!r}, mask_sources={self.mask_sources}, mask={self.mask!r})"
+        )
 
     def __call__(self, features, *args, **kwargs):
         """The collator's batch, of its own type, with other labels."""
-        batch = copy.copy(self.collator(features, *args, **kwargs))
-        labels, mask = self._tensor(batch, "labels"), self._tensor(batch, "attention_mask")
-        if labels.dim() != 2 or mask.shape != labels.shape:
-            raise ValueError(
-                "MaskLabels: attention_mask must be [B, S] like labels, got "
-                f"{list(mask.shape)} for labels of {list(labels.shape)}"
+        batch = self.collator(features, *args, **kwargs)
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"MaskLabels: the collator must return a mapping, got {type(batch).__name__}"
             )
-        counts = mask != 0
+        batch = copy.copy(batch)
+        labels, mask = self._tensor(batch, "labels"), self._tensor(batch, self.mask)
+        self._check(batch, labels, mask)
+        counts = as_mask("MaskLabels", self.mask, mask) != 0
         if self.mask_sources:
             predicted = torch.zeros_like(counts)
             predicted[:, 1:] = counts[:, :-1]
             counts = counts & predicted
-        batch["labels"] = mask_labels(
-            labels, counts, ignore_index=-100
-        )  # what the Trainer counts by
+        batch["labels"] = torch.where(counts, labels, -100)  # what the Trainer counts by
         return batch
 
     @staticmethod
     def _tensor(batch, name):
         if name not in batch:
-            advice = {
-                "labels": "labels may be a copy of input_ids: they are shifted by the loss",
-                "attention_mask": "without it nothing says what is padding",
-            }
+            advice = "without it nothing says what is padding"
+            if name == "labels":
+                advice = "labels may be a copy of input_ids: they are shifted by the loss"
             raise ValueError(
-                f"MaskLabels: the collator's batch must have {name}, got {sorted(batch.keys())}; "
-                f"{advice[name]}"
+                f"MaskLabels: the collator's batch must have {name}, got {list(batch)}; {advice}"
             )
         value = batch[name]
         if not isinstance(value, torch.Tensor):
@@ -156,4 +113,26 @@ class MaskLabels:
                 f"MaskLabels: {name} must be a tensor, got {type(value).__name__}: "
                 'let the collator return "pt"'
             )
+        check_tensor("MaskLabels", name, value)
         return value
+
+    def _check(self, batch, labels, mask):
+        decoder = [name for name in batch if str(name).startswith("decoder_")]
+        if decoder and not self.mask.startswith("decoder_"):
+            raise ValueError(
+                f"MaskLabels: mask must be about the labels, got {self.mask} beside {decoder}, "
+                'which is the encoder\'s: mask="decoder_attention_mask", mask_sources=False; or '
+                "let the collator pad labels with -100, as DataCollatorForSeq2Seq does"
+            )
+        if labels.dim() != 2 or mask.shape != labels.shape:
+            raise ValueError(
+                f"MaskLabels: {self.mask} must be [B, S] like labels, got "
+                f"{list(mask.shape)} for labels of {list(labels.shape)}"
+            )
+        check_integers("MaskLabels", "labels", labels)
+        if not labels.dtype.is_signed:
+            raise ValueError(
+                f"MaskLabels: labels must be of a signed dtype, which -100 fits, got {labels.dtype}"
+            )
+        if mask.is_floating_point() and mask.isnan().any():
+            raise ValueError(f"MaskLabels: {self.mask} must be numbers, got NaN")

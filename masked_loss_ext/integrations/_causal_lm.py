@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The cross entropy of a language model's outputs, for ``Trainer(compute_loss_func=...)``."""
+
+import functools
+import inspect
+import re
+
+import torch
+import torch.nn.functional as F
+
+from .._checks import (
+    check_device,
+    check_integers,
+    check_length,
+    check_number,
+    check_tensor,
+    refuse_unknown,
+    shape_text,
+)
+from ..ops.masked_cross_entropy import masked_cross_entropy
+
+_NAME = "causal_lm_loss"
+_INSTEAD = {"logits": "outputs", "target": "labels", "normalizer": "num_items_in_batch"}
+_OPTIONS = dict.fromkeys(inspect.signature(masked_cross_entropy).parameters)
+for _name in _INSTEAD:
+    del _OPTIONS[_name]
+_PER_TOKEN = ("mask", "token_weight", "segment_ids")
+_IGNORED = -100  # what the Trainer counts by
+
+
+def causal_lm_loss(
+    outputs,
+    labels=None,
+    num_items_in_batch=None,
+    *,
+    shift=None,
+    shift_labels=None,
+    virtual_tokens=0,
+    **options,
+):
+    r"""Cross entropy of each token given those before it, for ``Trainer(compute_loss_func=...)``.
+
+    .. math:: L = \frac1N \sum_{b,\,t:\ y_{b,t+1} \ne -100}
+        \Big(\log\sum_c e^{x_{btc}} - x_{bt,\,y_{b,t+1}}\Big)
+
+    with N = ``num_items_in_batch``, the count of the whole accumulation window over all ranks, as
+    the loss of the models themselves, but the logits are read once, in place and in their own
+    dtype, and those of labels -100 not at all. The gradients of the micro-batches then add up to
+    that of the mean over the window. Equivalent::
+
+        masked_cross_entropy(logits, labels, shift=1, normalizer=num_items_in_batch)
+
+    Where no label counts the loss is 0 (the models' own: NaN). Under ``bf16=True`` accelerate makes
+    a float32 copy of the logits before any loss sees them; a model loaded in bfloat16 has none.
+
+    Models whose labels stand where they are predicted, masked language models (BERT) and
+    encoder-decoders (T5), take ``functools.partial(causal_lm_loss, shift=0)``. The Trainer keeps
+    the labels from the model where it has a compute_loss_func, so an encoder-decoder needs its
+    ``decoder_input_ids`` from the collator: ``DataCollatorForSeq2Seq(tokenizer, model=model)``, or
+    ``model.prepare_decoder_input_ids_from_labels(labels)``.
+
+    Args:
+        outputs: the model's: a mapping with "logits", or a tuple that begins with them;
+            ``[B, S, V]``.
+        labels: ``[B, S]``, as the model takes them: not shifted, -100 at what does not count.
+        num_items_in_batch: the denominator, a number or a tensor; None: the labels counted here.
+        shift: by how much labels stand after the position that predicts them. None: 1.
+        shift_labels: ``[B, S]`` labels that have been shifted already, by the name that the models'
+            own losses have for them (sequence parallelism shifts before it cuts). ``labels`` is
+            then not looked at and may be None; nothing is shifted. The Trainer hands them over
+            where :func:`pass_columns` tells it to.
+        virtual_tokens: the positions that the model puts before the tokens of every row and gives
+            logits for (prompt tuning, p-tuning: ``num_virtual_tokens``; prefix tuning has none).
+            Labels and what else belongs to the tokens then have that many fewer positions. The last
+            virtual token predicts the first label.
+        options: keywords of masked_cross_entropy (label_smoothing, z_loss, softcap, temperature,
+            focal_gamma, weight, token_weight, inplace_backward, ...), given with
+            ``functools.partial(causal_lm_loss, z_loss=1e-4)``, and what changes with the batch, as
+            token_weight does, by :func:`pass_columns`. mask, token_weight and segment_ids are those
+            of the labels (shift_labels). The Trainer counts labels that are not -100, whatever
+            these say. The ``label_smoothing_factor`` of TrainingArguments does nothing beside a
+            compute_loss_func.
+
+    Returns:
+        ``[]`` float32 (float64 for float64 logits), or what reduction and return_stats ask for.
+
+    Raises:
+        ValueError, TypeError, IndexError: as masked_cross_entropy, in the words used here.
+    """
+    if not options.keys() <= _OPTIONS.keys():
+        _refuse(options)
+    logits, source = _logits(outputs)
+    words = {"logits": source, "target": "labels" if shift_labels is None else "shift_labels"}
+    target, shift = _target(labels, shift_labels, shift)
+    target, options = _beside(logits, words, target, options)
+    if virtual_tokens != 0:
+        _check_virtual(virtual_tokens, logits, words, target)
+        target, options = _behind(virtual_tokens, words["target"], target, options)
+    count = _count(num_items_in_batch, words["logits"], logits)
+    try:
+        return masked_cross_entropy(logits, target, shift=shift, normalizer=count, **options)
+    except (ValueError, TypeError, IndexError) as error:
+        raise type(error)(_in_our_words(str(error), words) + _advice(logits, target)) from None
+
+
+def counted_tokens(labels, *, shift=None, shift_labels=None, virtual_tokens=0, **options):
+    """How many labels causal_lm_loss counts, ``[]`` on their device."""
+    labels, shift = _target(labels, shift_labels, shift)
+    check_tensor(_NAME, "labels", labels)
+    check_length(_NAME, "shift", shift)
+    if virtual_tokens:
+        labels, options = _behind(virtual_tokens, "labels", labels, options)
+    counts = labels[..., shift:] != options.get("ignore_index", _IGNORED)
+    mask, segment_ids = options.get("mask"), options.get("segment_ids")
+    if mask is not None:
+        counts = counts & (mask[..., shift:] != 0)
+    if segment_ids is not None and shift > 0:
+        counts = counts & (segment_ids[..., shift:] == segment_ids[..., :-shift])
+    return counts.sum()
+
+
+def keywords_of(loss_func):
+    """What causal_lm_loss is told by functools.partial; None: it is another function."""
+    keywords = {}
+    while loss_func is not causal_lm_loss:
+        if isinstance(loss_func, functools.partial):
+            keywords = {**loss_func.keywords, **keywords}
+            loss_func = loss_func.func
+        elif hasattr(loss_func, "__wrapped__"):  # by torch.compile, for one
+            loss_func = loss_func.__wrapped__
+        else:
+            return None
+    return keywords
+
+
+def _logits(outputs):
+    """(logits, how the caller knows them)."""
+    if isinstance(outputs, (tuple, list)) and outputs:
+        logits, source = outputs[0], "outputs[0]"
+    else:
+        logits = outputs.get("logits") if hasattr(outputs, "get") else None
+        source = "outputs.logits"
+    if logits is None:
+        held = list(outputs) if hasattr(outputs, "keys") else type(outputs).__name__
+        raise ValueError(f"{_NAME}: outputs must hold logits, got {held}")
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{_NAME}: {source} must be a torch.Tensor, got {type(logits).__name__}")
+    return logits, source
+
+
+def _target(labels, shift_labels, shift):
+    """The labels to take and by how much they are still to be shifted."""
+    name = "labels" if shift_labels is None else "shift_labels"
+    target = labels if shift_labels is None else shift_labels
+    if not isinstance(target, torch.Tensor):
+        raise ValueError(
+            f"{_NAME}: {name} must be a tensor, got {type(target).__name__}: the collator "
+            "has to make them"
+        )
+    if shift_labels is None:
+        return target, 1 if shift is None else shift
+    if shift is not None and shift != 0:
+        raise ValueError(
+            f"{_NAME}: shift must be 0 or None beside shift_labels, which are shifted, got {shift}"
+        )
+    return target, 0
+
+
+def _count(num_items_in_batch, source, logits):
+    """The denominator, on the device of the logits."""
+    name = "num_items_in_batch"
+    if num_items_in_batch is None:
+        return None
+    if not isinstance(num_items_in_batch, torch.Tensor):
+        check_number(_NAME, name, num_items_in_batch, least=0)
+        return num_items_in_batch
+    _check_not_meta(name, num_items_in_batch, source, logits)
+    if num_items_in_batch.numel() == 0:
+        raise ValueError(f"{_NAME}: {name} must hold a number, got an empty tensor")
+    # Under DataParallel there is one copy of the count per replica, for a model whose replicas'
+    # losses are averaged; this loss is of all of them, so all copies divide it.
+    return num_items_in_batch.to(logits.device).sum()
+
+
+def _beside(logits, words, target, options):
+    """All that belongs to the tokens, on the device of the logits (the last of several)."""
+    _check_not_meta(words["target"], target, words["logits"], logits)
+    moved = {}
+    for name in _PER_TOKEN:
+        value = options.get(name)
+        if isinstance(value, torch.Tensor):
+            _check_not_meta(name, value, words["logits"], logits)
+            moved[name] = value.to(logits.device)
+    return target.to(logits.device), {**options, **moved}
+
+
+def _check_not_meta(name, tensor, like_name, like):
+    if tensor.is_meta and not like.is_meta:
+        check_device(_NAME, name, tensor, like_name, like)
+
+
+def _check_virtual(virtual_tokens, logits, words, target):
+    check_length(_NAME, "virtual_tokens", virtual_tokens)
+    check_integers(_NAME, words["target"], target)
+    more = logits.shape[-2] - target.shape[-1] if logits.dim() > 1 and target.dim() else None
+    if more != virtual_tokens:
+        raise ValueError(
+            f"{_NAME}: virtual_tokens must be how many positions {words['logits']} "
+            f"{shape_text(logits)} has more than {words['target']} {shape_text(target)}, got "
+            f"{virtual_tokens}"
+        )
+
+
+def _behind(n, name, target, options):
+    """Labels and options of n more positions in front, whose own labels do not count."""
+    # In front of labels, not cut from the logits: a slice of those has a gradient of their size.
+    ignored = options.get("ignore_index", _IGNORED)
+    target, options = F.pad(target.to(torch.int64), (n, 0), value=ignored), dict(options)
+    for key in _PER_TOKEN:
+        tensor = options.get(key)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.dim() == 0 or tensor.shape[-1] + n != target.shape[-1]:
+            raise ValueError(
+                f"{_NAME}: {key} must be of the positions of {name}, without virtual tokens, got "
+                f"{shape_text(tensor)}"
+            )
+        # The virtual tokens are in the first document.
+        like = tensor[..., :1] if key == "segment_ids" else torch.zeros_like(tensor[..., :1])
+        options[key] = torch.cat([like.expand(*tensor.shape[:-1], n), tensor], -1)
+    return target, options
+
+
+def _refuse(options):
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown[0] in _INSTEAD:
+        raise TypeError(
+            f"{_NAME}: unexpected keyword argument {unknown[0]}; here it is {_INSTEAD[unknown[0]]}"
+        )
+    refuse_unknown(_NAME, unknown, ["shift_labels", "virtual_tokens", *_OPTIONS])
+
+
+def _in_our_words(text, words):
+    words = words | {"normalizer": "num_items_in_batch", "masked_cross_entropy": _NAME}
+    return re.sub(r"\b(" + "|".join(words) + r")\b", lambda found: words[found[0]], text)
+
+
+def _advice(logits, target):
+    """What a user of prompt tuning would have to say."""
+    if logits.is_nested or target.is_nested or not 0 < target.dim() == logits.dim() - 1:
+        return ""
+    more = logits.shape[-2] - target.shape[-1]
+    if more <= 0 or logits.shape[:-2] != target.shape[:-1]:
+        return ""
+    return f"; are there {more} virtual tokens in front? Then virtual_tokens={more}"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Columns of the batch for the loss, which a Trainer shows nothing but labels."""
+
+import functools
+import inspect
+
+_NAME = "pass_columns"
+_OWN = ("outputs", "labels", "num_items_in_batch")  # what the Trainer passes itself
+
+
+def pass_columns(trainer, *columns, **renamed):
+    """Have ``trainer`` give columns of the batch to its compute_loss_func, as keywords.
+
+    A compute_loss_func gets the model's outputs, the labels and their count. What else the loss
+    takes per token stands in the batch beside them and is named here:
+
+    - ``pass_columns(trainer, "token_weight")``: a weight per label, ``[B, S]`` floating, padded by
+      the collator (with anything, where the label is -100). It is no part of the denominator: the
+      loss is the sum of weight times loss over the number of tokens of the whole window.
+    - ``pass_columns(trainer, "shift_labels")``: labels shifted already. "labels" must stay in the
+      batch, or the Trainer does not count; it counts shift_labels where they are.
+    - ``pass_columns(trainer, segment_ids="seq_idx")``: by another name, keyword=column.
+
+    A column that the model's forward has a parameter for is given to both, any other to the loss
+    alone. In training, evaluation and :class:`TokenLossCallback`, before or after its ``attach``.
+
+    Columns of a dataset must get as far as the collator: ``remove_unused_columns=False``.
+
+    Args:
+        trainer: a Trainer that has a compute_loss_func which takes such keywords.
+        columns: names that are both column and keyword.
+        renamed: keyword=column.
+
+    Returns:
+        the trainer.
+
+    Raises:
+        ValueError: a forward of (*args, **kwargs) alone; at the first batch that lacks a column,
+            naming those that it has.
+    """
+    check_trainer(_NAME, trainer)
+    names = _names(trainer, columns, renamed)
+    parameters = _parameters(trainer)
+    compute_loss = trainer.compute_loss
+
+    @functools.wraps(compute_loss)
+    def compute_loss_with_columns(model, inputs, *args, **kwargs):
+        values = {keyword: _take(inputs, name, parameters) for keyword, name in names.items()}
+        loss_func = trainer.compute_loss_func
+        trainer.compute_loss_func = functools.partial(loss_func, **values)
+        try:
+            return compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            trainer.compute_loss_func = loss_func
+
+    compute_loss_with_columns.passed = {*getattr(compute_loss, "passed", ()), *names}
+    trainer.compute_loss = compute_loss_with_columns
+    return trainer
+
+
+def check_trainer(function, trainer):
+    """A Trainer, or what looks like one, that has a compute_loss_func."""
+    needs = ("compute_loss", "compute_loss_func", "callback_handler")
+    if not all(hasattr(trainer, name) for name in needs):
+        raise TypeError(
+            f"{function}: trainer must be a transformers Trainer, got {type(trainer).__name__}"
+        )
+    if trainer.compute_loss_func is None:
+        raise ValueError(
+            f"{function}: the trainer must have a compute_loss_func, for one "
+            "Trainer(..., compute_loss_func=causal_lm_loss)"
+        )
+
+
+def _names(trainer, columns, renamed):
+    """keyword -> column."""
+    names = {}
+    for keyword, column in [*((name, name) for name in columns), *renamed.items()]:
+        if not isinstance(column, str):
+            raise TypeError(f"{_NAME}: columns must be strings, got {type(column).__name__}")
+        if keyword in _OWN:
+            raise ValueError(
+                f"{_NAME}: columns must be others than {', '.join(_OWN)}, got {keyword}"
+            )
+        if keyword in names or keyword in getattr(trainer.compute_loss, "passed", ()):
+            raise ValueError(f"{_NAME}: columns must be passed once, got {keyword} twice")
+        names[keyword] = column
+    if not names:
+        raise ValueError(f"{_NAME}: columns must name at least one, got none")
+    return names
+
+
+def _parameters(trainer):
+    """Names that the forward of the trainer's own model has, below all that is around it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
+    found = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if not names:
+        raise ValueError(
+            f"{_NAME}: the forward of {type(model).__name__} must name its parameters, got "
+            "(*args, **kwargs): nothing says whether it needs a column itself"
+        )
+    return names
+
+
+def _take(inputs, name, parameters):
+    if name not in inputs:
+        raise ValueError(
+            f"{_NAME}: the batch must have {name}, got {list(inputs)}; a column of the dataset "
+            "reaches the collator with TrainingArguments(remove_unused_columns=False)"
+        )
+    return inputs[name] if name in parameters else inputs.pop(name)
