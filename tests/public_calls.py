@@ -152,8 +152,19 @@ CALLS = {
         lambda e: mle.masked_cross_entropy(e["logits"], e["labels"]),
         lambda e: mle.masked_cross_entropy(e["logits"], e["labels"], e["grey"], reduction="none"),
         lambda e: mle.masked_cross_entropy(e["logits"], e["labels"], gradient_in_forward=True),
+        lambda e: mle.masked_cross_entropy(
+            e["logits"].movedim(-1, 1), e["labels"], e["mask"][:1], class_dim=1,
+            reduction="sequence_mean", shift=1, segment_ids=e["documents"][:1],
+        ),
         lambda e: mle.masked_cross_entropy(e["logits"] * 1, e["labels"], inplace_backward=True),
         everything,
+    ],
+    "aggregate_tokens": [
+        lambda e: mle.aggregate_tokens(e["grey"], None, "weighted_mean", token_weight=e["grey"]),
+        lambda e: mle.aggregate_tokens(
+            e["grey"], e["mask"], "sequence_mean", segment_ids=e["documents"]
+        ),
+        lambda e: mle.aggregate_tokens(e["grey"], None, "sequence_sum", normalizer=e["count"]),
     ],
     "row_statistics": [
         lambda e: tuple(mle.row_statistics(e["logits"], e["labels"], e["mask"])),
