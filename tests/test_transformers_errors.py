@@ -45,7 +45,7 @@ CALLS = [  # outputs, labels, further arguments, error, text after "causal_lm_lo
     ((LOGITS,), LABELS, dict(normalizer=1), TypeError, "normalizer; here it is num_items_in_batch"),
     ((LOGITS,), LABELS, dict(target=1), TypeError, "argument target; here it is labels"),
     ((LOGITS,), LABELS, dict(reduction="avg"), ValueError, "reduction must be mean, sum, none,"),
-    ((LOGITS,), LABELS, dict(label_smoothing=2), ValueError, "label_smoothing must be a finite number"),
+    ((LOGITS,), LABELS, dict(label_smoothing=2), ValueError, "label_smoothing must be a finite"),
     ((LOGITS,), LABELS, dict(token_weight=torch.ones(2, 5)), ValueError,
      r"token_weight must have the shape of outputs\[0\] \[2, 6, 11\]"),
     ((LOGITS,), LABELS, dict(weight=torch.ones(3)), ValueError, "weight must .* got "),
