@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 
 import masked_loss_ext as mle
 from masked_loss_ext import reference
+from masked_loss_ext.losses.token_mse import aggregated
 
 NAN = math.nan
 f = mle.masked_cross_entropy
@@ -440,6 +441,16 @@ def test_token_losses_keep_padding_out_and_the_graph(reduction):
         )
 
     assert gradcheck(call, [whole, weighting])
+
+
+def test_a_token_mask_of_size_1_counts_for_every_sample():
+    loss, mask = torch.rand(2, 3), torch.tensor([[0.5, 0, 1]])
+    for reduction in ("mean", *AGGREGATIONS):
+        small, whole = (
+            aggregated("f", loss * (m != 0), m, reduction, 7 if reduction == "mean" else None)
+            for m in (mask, mask.expand(2, 3))
+        )
+        assert torch.equal(small, whole)
 
 
 def test_token_losses_without_a_mask():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_cross_entropy_shift import allocated_bytes
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import masked_loss_ext as mle
 
@@ -205,6 +206,21 @@ def test_dimensions_of_size_1_under_transforms():
         torch.testing.assert_close(compiled(x, TARGET, MASK), f(x, TARGET, MASK))
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+def test_dimensions_of_size_1_are_expanded_in_what_is_traced():
+    """The graphs of make_fx and export hold the operator, which takes no dimension of size 1."""
+    x = torch.randn(B, S, V)
+    traced = make_fx(lambda x, y, m: f(x, y, m), tracing_mode="symbolic")(x, TARGET, MASK)
+    torch.testing.assert_close(traced(x, TARGET, MASK), f(x, TARGET, MASK))
+
+    class Step(torch.nn.Module):
+        def forward(self, x, target, mask):
+            return f(x, target, mask)
+
+    for strict in (False, True):
+        program = torch.export.export(Step(), (x, TARGET, MASK), strict=strict)
+        torch.testing.assert_close(program.module()(x, TARGET, MASK), f(x, TARGET, MASK))
 
 
 def test_rows_that_data_choose_still_compile():

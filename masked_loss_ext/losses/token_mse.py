@@ -86,7 +86,11 @@ def aggregated(function, loss, attention_mask, reduction, normalizer=None):
     """One number of losses ``[B, T]`` of tokens; "weighted_mean" weighs by the mask's values."""
     if normalizer is not None:
         check_normalizer(function, normalizer, reduction)
-    on = torch.ones_like(loss, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if attention_mask is None:
+        on = torch.ones_like(loss, dtype=torch.bool)
+    else:
+        attention_mask = attention_mask.expand(loss.shape)
+        on = attention_mask != 0
     share = on
     if reduction == "weighted_mean" and attention_mask is not None:
         share = select(on, attention_mask.to(loss.dtype))

@@ -206,8 +206,8 @@ def row_statistics(
 
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
     try:
-        compiling = torch.compiler.is_compiling()
-        if compiling or _functorch_is_active():
+        traced = torch.compiler.is_dynamo_compiling() or _functorch_is_active()
+        if traced or type(tensors[0]) is not torch.Tensor:  # fakes of the operator check no shape
             tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         if logits.dim() > 0 and logits.stride(-1) != 1:
@@ -226,7 +226,7 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             _number(name, "normalizer", normalizer, logits),
             *options,
         )
-        if inplace_backward and not compiling:
+        if inplace_backward and not torch.compiler.is_compiling():
             checks.check_overwritable(name, logits)
         if _functorch_is_active():
             checks.check_traced(name, args)
