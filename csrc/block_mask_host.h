@@ -15,11 +15,6 @@ namespace masked_loss_ext {
 
 constexpr int64_t kMaxLength = 2147483647;  // positions are int32 in the results
 
-inline void check_in_range(const char* op, const char* name, int64_t value, int64_t low) {
-  if (value >= low && value <= kMaxLength) return;
-  fail(op, ": ", name, " must be from ", low, " to ", kMaxLength, ", got ", value);
-}
-
 inline void check_tensor_kind(const char* op, const char* name, const Tensor& tensor, ScalarType type,
                               int64_t dims, const char* layout) {
   if (tensor.scalar_type() == type && tensor.dim() == dims) return;
@@ -48,11 +43,19 @@ struct BlockGrid {
   int64_t q_block, kv_block, q_blocks, kv_blocks;
 };
 
-inline BlockGrid block_grid(const char* op, int64_t rows, int64_t kv_len, int64_t q_block,
-                            int64_t kv_block) {
-  check_in_range(op, "q_block", q_block, 1);
-  check_in_range(op, "kv_block", kv_block, 1);
-  return {q_block, kv_block, (rows + q_block - 1) / q_block, (kv_len + kv_block - 1) / kv_block};
+inline BlockGrid block_grid(const char* op, int64_t batch, int64_t rows, int64_t kv_len,
+                            int64_t q_block, int64_t kv_block) {
+  check_length(op, "q_block", q_block, 1, kMaxLength);
+  check_length(op, "kv_block", kv_block, 1, kMaxLength);
+  const BlockGrid grid = {q_block, kv_block, (rows + q_block - 1) / q_block,
+                          (kv_len + kv_block - 1) / kv_block};
+  // The lists have an entry per pair; each side is below 2^31, so the product of two fits.
+  const int64_t pairs = grid.q_blocks * grid.kv_blocks;
+  if (pairs > 0 && batch > kLargestLength / pairs) {
+    fail(op, ": q_block and kv_block must leave at most ", kLargestLength, " pairs of blocks, got ",
+         batch, " x ", grid.q_blocks, " x ", grid.kv_blocks);
+  }
+  return grid;
 }
 
 inline IntervalRows interval_rows(const char* op, const Tensor& lo, const Tensor& hi, int64_t kv_len) {
@@ -60,7 +63,7 @@ inline IntervalRows interval_rows(const char* op, const Tensor& lo, const Tensor
   if (lo.size(1) > kMaxIntervals) {
     fail(op, ": lo must have at most ", kMaxIntervals, " intervals per row, got ", shape_text(lo));
   }
-  check_in_range(op, "the number of rows", lo.size(2), 0);
+  check_length(op, "the number of rows", lo.size(2), 0, kMaxLength);
   check_tensor_kind(op, "hi", hi, ScalarType::Int, 3, "[B, R, Sq]");
   for (int64_t d = 0; d < 3; ++d) {
     if (hi.size(d) != lo.size(d)) {
@@ -68,7 +71,7 @@ inline IntervalRows interval_rows(const char* op, const Tensor& lo, const Tensor
     }
   }
   check_same_device(op, "hi", hi, lo, "lo");
-  check_in_range(op, "kv_len", kv_len, 0);
+  check_length(op, "kv_len", kv_len, 0, kMaxLength);
   IntervalRows in = {};
   in.lo = lo.const_data_ptr<int32_t>();
   in.hi = hi.const_data_ptr<int32_t>();
@@ -159,20 +162,20 @@ inline void check_prefix(const char* op, const PackedArguments& a, PackedMode mo
 inline int64_t window_side(const char* op, const char* name, const std::optional<int64_t>& side,
                            int64_t rows) {
   if (!side) return -1;
-  if (*side < 0) fail(op, ": ", name, " must not be negative (None: unbounded), got ", *side);
+  check_length(op, name, *side);
   return smaller(*side, rows);
 }
 
 // Checks all arguments; lo and hi are set by set_intervals().
 inline PackedRows packed_rows_of(const char* op, const PackedArguments& a) {
   check_packed_tensors(op, a);
-  check_in_range(op, "rows", a.rows, 0);
+  check_length(op, "rows", a.rows, 0, kMaxLength);
   PackedRows p = {};
   p.mode = parse_mode(op, a.mode);
   p.left = window_side(op, "window_left", a.left, a.rows);
   p.right = window_side(op, "window_right", a.right, a.rows);
   check_prefix(op, a, p.mode);
-  if (a.sinks < 0) fail(op, ": sinks must not be negative, got ", a.sinks);
+  check_length(op, "sinks", a.sinks);
   p.dropped = parse_dropped(op, a.dropped);
   const bool front = a.sinks > 0 || p.mode == PackedMode::kCausalLast || p.mode == PackedMode::kPrefix;
   const int64_t pieces = front && (a.left || a.right) ? 2 : 1;

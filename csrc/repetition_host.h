@@ -3,6 +3,7 @@
 // describe. `Allocate` is (like, sizes, dtype) -> Tensor.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,7 +30,7 @@ inline TokenRows token_rows(const char* op, const Tensor& tokens, const std::opt
     check_same_shape(op, "valid", *valid, tokens, "tokens");
     check_same_device(op, "valid", *valid, tokens, "tokens");
   }
-  if (ngram_size < 1) fail(op, ": ngram_size must be at least 1, got ", ngram_size);
+  check_length(op, "ngram_size", ngram_size, 1, std::numeric_limits<int64_t>::max());
   TokenRows in = {};
   in.tokens = array_of(tokens);
   in.valid = array_of(valid);

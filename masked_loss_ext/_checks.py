@@ -54,16 +54,25 @@ def check_rank(function, name, tensor, rank, layout):
         )
 
 
+LARGEST_LENGTH = 2**48  # kLargestLength of csrc/checks.h
+
+
 def check_int(function, name, value):
     # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
-    if not isinstance(value, int) and not hasattr(value, "__index__"):
+    is_int = isinstance(value, int) or hasattr(value, "__index__")
+    if not is_int or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
 
 
-def check_length(function, name, value):
+def check_length(function, name, value, least=0, most=LARGEST_LENGTH):
+    """An int in [least, most]; ``most`` None: any."""
     check_int(function, name, value)
-    if value < 0:
-        raise ValueError(f"{function}: {name} must not be negative, got {value}")
+    if value < least:
+        rule = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{function}: {name} must {rule}, got {value}")
+    # A bound on a size that is kept symbolic would be one more guard; the operators check it.
+    if most is not None and not torch.compiler.is_compiling() and value > most:
+        raise ValueError(f"{function}: {name} must be in [{least}, {most}], got {value}")
 
 
 def check_number(function, name, value, *, least=None, above=None, most=None):

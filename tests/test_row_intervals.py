@@ -183,7 +183,7 @@ REFUSED = [
     (lambda: I(LO, LO, -1), "kv_len must not be negative"),
     (lambda: I.causal(4) & I.causal(5), "both sides of & must have as many queries and keys"),
     (lambda: I.causal(4) | I.causal(4, 5), "both sides of | must have as many queries and keys"),
-    (lambda: I.from_padding([1], 4) | I.from_padding([1, 2], 4), "must have one batch size"),
+    (lambda: I.from_padding([1] * 3, 4) | I.from_padding([1, 2], 4), "must have one batch size"),
     (lambda: I.causal(4).rows(2, 5), "q0 and q1 must be within the 4 queries"),
     (lambda: I.causal(4).block_mask(0), "block_size must be at least 1, got 0"),
     (lambda: I.causal(4).block_mask((1, 2, 3)), "block_size must be an int or a pair"),

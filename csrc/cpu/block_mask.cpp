@@ -33,7 +33,7 @@ EightTensors interval_block_lists_cpu(const Tensor& lo, const Tensor& hi, int64_
                                       int64_t q_block, int64_t kv_block, bool transposes) {
   constexpr const char* op = "interval_block_lists";
   const IntervalRows in = interval_rows(op, lo, hi, kv_len);
-  const BlockGrid grid = block_grid(op, in.rows, kv_len, q_block, kv_block);
+  const BlockGrid grid = block_grid(op, in.batch, in.rows, kv_len, q_block, kv_block);
   const ListTensors kv = allocate_lists(empty_tensor, lo, in.batch, grid.q_blocks, grid.kv_blocks);
   const ListTensors q =
       allocate_lists(empty_tensor, lo, in.batch, grid.kv_blocks, grid.q_blocks, transposes);
@@ -76,7 +76,7 @@ TenTensors nested_dropout_plan_cpu(const Tensor& segment_offsets, const Tensor& 
   PackedRows p = packed_rows_of(op, {segment_offsets, kept, rows, mode, window_left, window_right,
                                      prefix, sinks, dropped});
   check_offsets(op, p);
-  const BlockGrid grid = block_grid(op, rows, rows, q_block, kv_block);
+  const BlockGrid grid = block_grid(op, 1, rows, rows, q_block, kv_block);
   const auto intervals = allocate_intervals(p, kept);
   set_intervals(p, std::get<0>(intervals), std::get<1>(intervals));
   const ListTensors kv = allocate_lists(empty_tensor, kept, 1, grid.q_blocks, grid.kv_blocks);

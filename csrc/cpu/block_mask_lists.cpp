@@ -67,7 +67,8 @@ class Classifier {
     first_ = grid_.kv_blocks;
     last_ = 0;
     add_rows(b, q_block * grid_.q_block, std::min(in_.rows, (q_block + 1) * grid_.q_block));
-    std::memset(classes, kEmptyBlock, grid_.kv_blocks);
+    // Not memset: without kv-blocks there is no memory, and it takes no null pointer.
+    std::fill_n(classes, grid_.kv_blocks, uint8_t{kEmptyBlock});
     int64_t touching = 0, covering = 0;
     for (int64_t j = first_; j < last_; ++j) {
       touching += touched_[j];
@@ -82,6 +83,7 @@ class Classifier {
  private:
   // Equal rows that follow each other, as packed samples have them, are added once.
   void add_rows(int64_t b, int64_t begin, int64_t end) {
+    if (in_.intervals == 0) return;  // lo and hi are null, to which nothing may be added
     const int32_t* lo = in_.lo + b * in_.lo_stride[0];
     const int32_t* hi = in_.hi + b * in_.hi_stride[0];
     Interval intervals[kMaxIntervals];

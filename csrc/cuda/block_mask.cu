@@ -46,7 +46,7 @@ EightTensors interval_block_lists_cuda(const Tensor& lo, const Tensor& hi, int64
                                        int64_t q_block, int64_t kv_block, bool transposes) {
   constexpr const char* op = "interval_block_lists";
   const IntervalRows in = interval_rows(op, lo, hi, kv_len);
-  const BlockGrid grid = block_grid(op, in.rows, kv_len, q_block, kv_block);
+  const BlockGrid grid = block_grid(op, in.batch, in.rows, kv_len, q_block, kv_block);
   const DeviceScope scope(lo);
   const ListTensors kv = allocate_lists(device_empty, lo, in.batch, grid.q_blocks, grid.kv_blocks);
   const ListTensors q =
@@ -86,7 +86,7 @@ TenTensors nested_dropout_plan_cuda(const Tensor& segment_offsets, const Tensor&
   constexpr const char* op = "nested_dropout_plan";
   PackedRows p = packed_rows_of(op, {segment_offsets, kept, rows, mode, window_left, window_right,
                                      prefix, sinks, dropped});
-  const BlockGrid grid = block_grid(op, rows, rows, q_block, kv_block);
+  const BlockGrid grid = block_grid(op, 1, rows, rows, q_block, kv_block);
   const DeviceScope scope(kept);
   const auto intervals = allocate_intervals(p, kept);
   set_intervals(p, std::get<0>(intervals), std::get<1>(intervals));

@@ -3,6 +3,8 @@
 
 import torch
 
+from ._host import is_readable
+
 NOWHERE = 2**31 - 1
 
 
@@ -19,10 +21,11 @@ def combine(a, b, rule, sign):
             f"RowIntervals: both sides of {sign} must be on one device, got {a.device} and "
             f"{b.device}"
         )
-    if a.lo.dim() == b.lo.dim() == 3 and a.lo.shape[0] != b.lo.shape[0]:
+    batches = [x.lo.shape[0] for x in (a, b) if x.lo.dim() == 3 and x.lo.shape[0] != 1]
+    if len(batches) == 2 and batches[0] != batches[1]:
         raise ValueError(
-            f"RowIntervals: both sides of {sign} must have one batch size, got {a.lo.shape[0]} and "
-            f"{b.lo.shape[0]}"
+            f"RowIntervals: both sides of {sign} must have one batch size, got {batches[0]} and "
+            f"{batches[1]}"
         )
     lo, hi = rule(a, b)
     if lo.shape[-2] > a.MAX_INTERVALS:  # rare: only then are the intervals looked at
@@ -41,23 +44,40 @@ def intersection(a, b):
 
 
 def union(a, b):
-    if a.lo.dim() != b.lo.dim():
-        batch = max(a.lo.shape[:-2], b.lo.shape[:-2], key=len)
-        parts = [(x.lo.expand(*batch, -1, -1), x.hi.expand(*batch, -1, -1)) for x in (a, b)]
-    else:
-        parts = [(x.lo, x.hi) for x in (a, b)]
+    parts = [(x.lo, x.hi) for x in (a, b)]
+    if a.lo.shape[:-2] != b.lo.shape[:-2]:
+        batch = torch.broadcast_shapes(a.lo.shape[:-2], b.lo.shape[:-2])
+        parts = [(lo.expand(*batch, -1, -1), hi.expand(*batch, -1, -1)) for lo, hi in parts]
     return merge(torch.cat([p[0] for p in parts], -2), torch.cat([p[1] for p in parts], -2), None)
+
+
+def merge_into(lo, hi, slots):
+    """As ``merge``, but ``slots`` as they are asked for: empty ones added, none cut off."""
+    merged_lo, merged_hi = merge(lo, hi, slots)
+    if not slots:
+        return merged_lo, merged_hi
+    if slots > lo.shape[-2]:
+        added = (0, 0, 0, slots - lo.shape[-2])
+        return tuple(torch.nn.functional.pad(x, added) for x in (merged_lo, merged_hi))
+    if is_readable(lo) and slots < lo.shape[-2]:
+        needed = merge(lo, hi, 0)[0].shape[-2]
+        if needed > slots:
+            raise ValueError(
+                f"RowIntervals.merged: slots must be at least {needed}, which some row needs, got "
+                f"{slots}"
+            )
+    return merged_lo, merged_hi
 
 
 def merge(lo, hi, slots):
     """Maximal intervals, ascending, then (0, 0); ``slots`` per row (None: as before, 0: needed)."""
+    lo = lo.clamp_min(0)
     empty = hi <= lo
     lo, order = lo.masked_fill(empty, NOWHERE).sort(dim=-2)
     hi = hi.masked_fill(empty, 0).gather(-2, order)
-    reached = hi.cummax(-2).values
-    starts = torch.ones_like(empty)
-    starts[..., 1:, :] = lo[..., 1:, :] > reached[..., :-1, :]
-    starts &= lo != NOWHERE
+    # Not an assignment to a slice of bools: what inductor makes of one does not compile.
+    reached = torch.nn.functional.pad(hi.cummax(-2).values[..., :-1, :], (0, 0, 1, 0), value=-1)
+    starts = (lo > reached) & (lo != NOWHERE)
     group = (starts.cumsum(-2) - 1).clamp_min(0)
     merged_lo = torch.full_like(lo, NOWHERE).scatter_reduce(-2, group, lo, "amin")
     merged_hi = torch.zeros_like(hi).scatter_reduce(-2, group, hi, "amax")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """CompactPlan: the kept tokens alone, gathered into a shorter sequence and scattered back."""
 
+from itertools import chain
+
 import torch
 
-from .._checks import check_tensor, shape_text
+from .._checks import check_tensor
+from . import _host, _tokens
 
 
 class CompactPlan:
@@ -47,29 +50,23 @@ class CompactPlan:
             device=layout.device,
         )
         self.source_len = layout.padded_len
-        starts = zip(
-            layout.segment_lengths,
-            lengths,
-            layout.sample_starts,
-            self.layout.sample_starts,
-            strict=False,
+        source = _segment_starts(layout.sample_starts, layout.segment_lengths)
+        target = _segment_starts(self.layout.sample_starts, lengths)
+        kept = _on_host(chain.from_iterable(lengths))
+        count = self.layout.total_len
+        # Where the token stands in all that is kept, and from there to both sequences.
+        place = torch.arange(count, device="cpu")
+        first = kept.cumsum(0) - kept
+        source, target = (
+            (start - first).repeat_interleave(kept, output_size=count).add_(place)
+            for start in (source, target)
         )
-        pieces, length = [], 0
-        for row, kept, source, target in starts:
-            if target > length:
-                pieces.append(torch.full((target - length,), -1))
-            for n, k in zip(row, kept, strict=True):
-                pieces.append(torch.arange(source, source + k))
-                source += n
-            length = target + sum(kept)
-        pieces.append(torch.full((self.layout.padded_len - length,), -1))
-        index = torch.cat(pieces)
-        target = (index >= 0).nonzero().squeeze(1)
-        self.index = index.to(layout.device)
+        index = torch.full((self.layout.padded_len,), -1, device="cpu")
+        self.index = index.index_copy_(0, target, source).to(layout.device)
         # Without gaps the kept tokens are the front of the new sequence.
-        self._is_front = target.numel() == length
+        self._is_front = self.layout.sample_starts[-1] == count
         self._target = target.to(layout.device)
-        self._source = index[target].to(layout.device)
+        self._source = source.to(layout.device)
 
     @property
     def cu_seqlens(self):
@@ -93,6 +90,7 @@ class CompactPlan:
         Differentiable; the gradient of padding in y is exactly 0, whatever is stored there.
         """
         self._check("scatter", "y", y, dim, self.layout.padded_len)
+        _tokens.check_fill("CompactPlan.scatter", fill)
         if self._is_front:
             kept = y.narrow(dim, 0, self._source.numel())
         else:
@@ -108,11 +106,18 @@ class CompactPlan:
     def _check(self, function, name, x, dim, length):
         function = f"CompactPlan.{function}"
         check_tensor(function, name, x)
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
-            raise ValueError(
-                f"{function}: {name} must have {length} tokens in dimension {dim}, got "
-                f"{shape_text(x)}"
-            )
+        _tokens.check_tokens(function, name, x, dim, length)
 
     def __repr__(self):
         return f"CompactPlan({self.source_len} -> {self.layout.padded_len} tokens)"
+
+
+def _on_host(numbers):
+    return _host.to_device(list(numbers), torch.device("cpu"))
+
+
+def _segment_starts(sample_starts, lengths):
+    """Where each segment begins, ``[N * G]`` on the host."""
+    lengths = _on_host(chain.from_iterable(lengths)).view(len(lengths), -1)
+    starts = lengths.cumsum(1) - lengths
+    return (starts + _on_host(sample_starts)[:-1].unsqueeze(1)).flatten()

@@ -17,7 +17,7 @@ class Cut:
     def __init__(self, rows, sample_starts, droppable, keep, tensor, device):
         samples, per_segment = len(rows), _is_per_segment(keep, tensor)
         if keep is None and tensor is None:
-            always, limits = [sum(row) for row in rows], [0] * samples
+            always, limits = list(map(sum, rows)), [0] * samples
         elif per_segment:
             limits = [n for row in rows for n in row]
             always = [0] * len(limits)

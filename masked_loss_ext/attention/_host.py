@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Lengths and keep_k as Python numbers where they are on the host; nothing is read off a device."""
+"""Lengths and keep_k as Python numbers where they are on the host; nothing is read off a device.
+
+Lists, tuples, ranges, arrays of other libraries and tensors on the CPU are all lists of ints here.
+"""
 
 from array import array
 from itertools import chain
@@ -7,37 +10,109 @@ from operator import index
 
 import torch
 
-from .._checks import check_integers, shape_text
+from .._checks import check_int, check_integers, check_length, shape_text
 
 _modes = torch._C._len_torch_dispatch_stack  # private; how many are active
 _CODES = {torch.int32: "i", torch.int64: "q"}
-UNLIMITED = 2**31 - 1  # longer than any segment: positions are int32
+LONGEST = 2**31 - 1  # positions are int32; kMaxLength of csrc/block_mask_host.h
 
 
-def _is_number(value):
-    return isinstance(value, int) or hasattr(value, "__index__")
+def is_number(value):
+    return isinstance(value, int) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
 
 
-def length_rows(function, name, lengths):
-    """``[[n, m], ...]`` (or ``[n, ...]``) on the host -> tuple of tuples of one length."""
-    if isinstance(lengths, torch.Tensor):
-        check_integers(function, name, lengths)
-        if lengths.device.type != "cpu":
+def length(function, name, value, least=0, most=LONGEST):
+    """A length, size or number of tokens, as an int."""
+    check_length(function, name, value, least, most)
+    return value if isinstance(value, int) else index(value)
+
+
+def reach(function, name, value):
+    """A number of tokens of which more than there are means all: windows, sinks, prefixes."""
+    value = length(function, name, value, most=None)
+    return value if torch.compiler.is_compiling() else min(value, LONGEST)
+
+
+def listed(function, name, values, what="a list of ints"):
+    """A list or tuple of what is on the host in any form; not a str or a dict."""
+    if isinstance(values, (list, tuple)):
+        return values
+    if isinstance(values, torch.Tensor):
+        check_integers(function, name, values)
+        if values.device.type != "cpu":
             raise ValueError(
-                f"{function}: {name} must be on the host, got {lengths.device}: the size of the "
+                f"{function}: {name} must be on the host, got {values.device}: the size of the "
                 "result depends on them, and reading them would wait for the device"
             )
-        lengths = lengths.tolist()
-    if not isinstance(lengths, (list, tuple)):
-        raise TypeError(
-            f"{function}: {name} must be a list of lists of ints, got {type(lengths).__name__}"
+        values = values.tolist()
+    elif hasattr(values, "tolist"):
+        values = values.tolist()
+    elif hasattr(values, "__iter__") and not isinstance(values, (str, bytes, dict, set)):
+        values = list(values)
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{function}: {name} must be {what}, got {type(values).__name__}")
+    return values
+
+
+def integers(function, name, values):
+    """Integers of any form as a tensor: one is given back, the rest is made on the CPU to be read;
+    what comes of it belongs on ``device_of`` the argument."""
+    if isinstance(values, torch.Tensor):
+        check_integers(function, name, values)
+        return values
+    values = listed(function, name, values, "a tensor or a list of ints")
+    if values and isinstance(values[0], (list, tuple)):
+        rows = length_rows(function, name, values, signed=True)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return torch.tensor(_ints(function, name, values), dtype=torch.int64, device="cpu")
+
+
+def device_of(values, given=None):
+    """``given``, else that of a tensor, else PyTorch's default."""
+    if given is not None:
+        return torch.device(given)
+    # get_default_device takes eight times as long.
+    return (values if isinstance(values, torch.Tensor) else torch.empty(0)).device
+
+
+def _ints(function, name, values):
+    kinds = set(map(type, values))
+    if not kinds <= {int}:
+        _refuse_kinds(function, name, kinds)
+        values = list(map(index, values))
+    _refuse_large(function, name, values)
+    return values
+
+
+def _refuse_large(function, name, values):
+    if not values or torch.compiler.is_compiling():
+        return
+    for value in (min(values), max(values)):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{function}: {name} must fit int64, got {value}")
+
+
+def lengths(function, name, values):
+    """``[N]`` lengths on the host as a list."""
+    rows = length_rows(function, name, values)
+    if len(rows[0]) != 1:
+        raise ValueError(
+            f"{function}: {name} must be [N], one length per sample, got {len(rows[0])} each"
         )
+    return [row[0] for row in rows]
+
+
+def length_rows(function, name, lengths, signed=False):
+    """``[[n, m], ...]`` (or ``[n, ...]``) on the host -> tuple of tuples of one length."""
+    lengths = listed(function, name, lengths, "a list of lists of ints")
     if len(lengths) == 0:
         raise ValueError(f"{function}: {name} must hold at least one sample, got none")
     if type(lengths[0]) is int:
-        rows = tuple([(row,) if _is_number(row) else tuple(row) for row in lengths])
-    else:
+        rows = tuple([(n,) if type(n) is int else _row(function, name, n) for n in lengths])
+    elif type(lengths[0]) in (list, tuple) and set(map(type, lengths)) <= {list, tuple}:
         rows = tuple(map(tuple, lengths))
+    else:
+        rows = tuple([_row(function, name, row) for row in lengths])
     # Each test runs in C for all rows; only a refusal is looked at one by one.
     if set(map(len, rows)) != {len(rows[0])} or not rows[0]:
         sizes = [len(row) for row in rows]
@@ -49,12 +124,22 @@ def length_rows(function, name, lengths):
     if kinds != {int}:
         _refuse_kinds(function, name, kinds)
         rows = tuple([tuple(map(index, row)) for row in rows])
-    if min(map(min, rows)) < 0:
+    if not signed and min(map(min, rows)) < 0:
         i = [min(row) < 0 for row in rows].index(True)
         raise ValueError(
             f"{function}: {name} must not be negative, got {min(rows[i])} in sample {i}"
         )
     return rows
+
+
+def _row(function, name, row):
+    return (row,) if is_number(row) else tuple(listed(function, f"a sample of {name}", row))
+
+
+def check_total(function, name, total):
+    """Positions are int32 in all results."""
+    if not torch.compiler.is_compiling() and total > LONGEST:
+        raise ValueError(f"{function}: {name} must hold at most {LONGEST} tokens, got {total}")
 
 
 def _refuse_kinds(function, name, kinds):
@@ -72,6 +157,12 @@ def is_readable(tensor):
     )
 
 
+def refuse_negative(function, name, tensor):
+    """For tensors that are on the CPU; on a device negative entries count as 0."""
+    if is_readable(tensor) and tensor.numel() and tensor.min() < 0:
+        raise ValueError(f"{function}: {name} must not be negative, got {int(tensor.min())}")
+
+
 def keep_rows(function, keep_k, samples, groups):
     """keep_k -> (host values or None, tensor or None), of shape ``[N]`` or ``[N, G]``, checked.
 
@@ -85,10 +176,7 @@ def keep_rows(function, keep_k, samples, groups):
         if not is_readable(keep_k):
             return None, keep_k
         keep_k = keep_k.tolist()
-    elif not isinstance(keep_k, (list, tuple)):
-        raise TypeError(
-            f"{function}: keep_k must be a list of ints or a tensor, got {type(keep_k).__name__}"
-        )
+    keep_k = listed(function, "keep_k", keep_k, "a list of ints or a tensor")
     _check_keep_shape(function, (len(keep_k),), samples, groups)
     return _checked_keep(function, keep_k, groups), None
 
@@ -135,18 +223,40 @@ def to_device(numbers, device, dtype=torch.int64):
 
 
 def per_sample(function, name, values, samples, device):
-    """One integer per sample, ``[N]`` int64 on device."""
+    """One integer per sample, ``[N]`` int64 on device; one number is that of all."""
     if isinstance(values, torch.Tensor):
         check_integers(function, name, values)
+        if values.dim() == 0:
+            values = values.expand(samples)
         if tuple(values.shape) != (samples,):
             raise ValueError(f"{function}: {name} must be [{samples}], got {shape_text(values)}")
+        refuse_negative(function, name, values)
         return values.to(device, torch.int64, non_blocking=True)
-    values = [values] * samples if _is_number(values) else list(values)
+    if is_number(values):
+        values = [values] * samples
+    values = listed(function, name, values, "an int, a list of ints or a tensor")
     if len(values) != samples:
         raise ValueError(
             f"{function}: {name} must have one entry per sample ({samples}), got {len(values)}"
         )
     for value in values:
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{function}: {name} must hold ints of at least 0, got {value!r}")
-    return to_device([int(v) for v in values], device)
+    return to_device([min(index(v), LONGEST) for v in values], device)
+
+
+def per_batch(function, name, value, device):
+    """One integer for all, an int or a 0-d tensor; or one per batch row, ``[B, 1, 1]`` int64.
+
+    The second result is the device: that of a tensor, unless told.
+    """
+    if is_number(value) and not isinstance(value, torch.Tensor):
+        check_int(function, name, value)
+        return (value if isinstance(value, int) else index(value)), device
+    device = device_of(value, device)
+    value = integers(function, name, value)
+    if value.dim() > 1:
+        raise ValueError(f"{function}: {name} must be an int or [B], got {shape_text(value)}")
+    # Beyond what positions may be, so that no sum with one can overflow.
+    value = value.to(device, torch.int64).clamp(-LONGEST, LONGEST)
+    return value if value.dim() == 0 else value.view(-1, 1, 1), device

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import check_int
 from ..ops.block_mask import interval_block_lists
+from . import _host
 
 COLOURS = ((255, 255, 255), (164, 196, 232), (38, 84, 148))  # no, some, all pairs allowed
 LINE = (222, 222, 222)
+LARGEST_PICTURE = 1 << 15  # pixels a side
 
 
 class MaskStats(NamedTuple):
@@ -54,9 +55,11 @@ def _lists(lo, hi, kv_len, block):
     return interval_block_lists(lo, hi, kv_len, *block, False)
 
 
-def _cells(intervals, cell, batch):
+def _cells(intervals, cell, batch, name):
     """``[rows, columns]`` uint8 on the host: 0 no pair of the cell is allowed, 1 some, 2 all."""
     lo, hi = intervals.lo, intervals.hi
+    size = lo.shape[0] if lo.dim() == 3 else 1
+    batch = _host.length(name, "batch", batch, -size, size - 1)
     if lo.dim() == 3:
         lo, hi = lo[batch], hi[batch]
     some, some_at, full, full_at = (
@@ -71,16 +74,21 @@ def _cells(intervals, cell, batch):
 
 
 def ascii(intervals, width, batch):
-    check_int("RowIntervals.ascii", "width", width)
+    name = "RowIntervals.ascii"
+    width = _host.length(name, "width", width, 1, None)
     longer = max(intervals.q_len, intervals.kv_len, 1)
-    cells = _cells(intervals, -(-longer // max(1, width)), batch)
+    cells = _cells(intervals, -(-longer // width), batch, name)
     return "\n".join(["".join([".+#"[value] for value in row]) for row in cells.tolist()])
 
 
 def png(intervals, path, size, block_size, batch):
+    name = "RowIntervals.png"
+    size = _host.length(name, "size", size, 1, LARGEST_PICTURE)
+    if block_size is not None:
+        block_size = _host.length(name, "block_size", block_size, 1)
     longer = max(intervals.q_len, intervals.kv_len, 1)
     cell = max(1, -(-longer // size))
-    cells = _cells(intervals, cell, batch)
+    cells = _cells(intervals, cell, batch, name)
     scale = max(1, size // max(cells.shape))
     pixels = torch.tensor(COLOURS, dtype=torch.uint8)[cells.long()]
     pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Attention masks that are row intervals by nature; ``RowIntervals`` has them as static methods."""
 
+from itertools import accumulate
+
 import torch
 
-from .._checks import check_integers, check_length, check_rank
+from .._checks import check_length
 from . import _host
 
 
@@ -18,14 +20,11 @@ def intervals_of(lo, hi, kv_len):
 
 def _query_positions(name, q_len, kv_len, offset, device):
     """Positions of the queries among the keys, ``[1, Sq]`` or ``[B, 1, Sq]``, and kv_len."""
-    check_length(name, "q_len", q_len)
-    if isinstance(offset, torch.Tensor):
-        check_rank(name, "offset", offset, 1, "[B]")
-        device = offset.device if device is None else device
-        offset = offset.to(device).view(-1, 1, 1)
-    if kv_len is None:
-        kv_len = q_len
-    check_length(name, "kv_len", kv_len)
+    q_len = _host.length(name, "q_len", q_len)
+    offset, device = _host.per_batch(name, "offset", offset, device)
+    if not isinstance(offset, torch.Tensor):
+        check_length(name, "offset", offset, -_host.LONGEST, _host.LONGEST)
+    kv_len = q_len if kv_len is None else _host.length(name, "kv_len", kv_len)
     return torch.arange(q_len, device=device).unsqueeze(0) + offset, kv_len
 
 
@@ -39,7 +38,8 @@ def causal(q_len, kv_len=None, *, offset=0, device=None):
     """Keys up to the query's own position, which is its index + ``offset``.
 
     Args:
-        offset: int, or ``[B]`` tensor: of queries that continue a cache of so many keys.
+        offset: of queries that continue a cache of so many keys: an int or a 0-d tensor for all, or
+            ``[B]``. Queries before the first key (a negative offset) see nothing.
     """
     t, kv_len = _query_positions("RowIntervals.causal", q_len, kv_len, offset, device)
     return intervals_of(torch.zeros_like(t), (t + 1).clamp_max(kv_len), kv_len)
@@ -49,7 +49,9 @@ def sliding_window(q_len, window, kv_len=None, *, offset=0, device=None):
     """Keys with ``q - left <= k <= q + right``, q being index + ``offset``.
 
     Args:
-        window: ``(left, right)``, None for no limit; or one int for both.
+        window: ``(left, right)``, None for no limit; or one int for both. Longer than the sequence
+            is all of it.
+        offset: as in ``causal``.
     """
     from .intervals import window_pair
 
@@ -62,24 +64,25 @@ def sliding_window(q_len, window, kv_len=None, *, offset=0, device=None):
 
 
 def prefix_lm(q_len, prefix, *, device=None):
-    """The first ``prefix`` keys (int, or ``[B]`` tensor), and the causal ones."""
+    """The first ``prefix`` keys (int, 0-d tensor, or ``[B]``), and the causal ones.
+
+    A prefix longer than the sequence is all of it.
+    """
     name = "RowIntervals.prefix_lm"
+    prefix, device = _host.per_batch(name, "prefix", prefix, device)
     if isinstance(prefix, torch.Tensor):
-        check_integers(name, "prefix", prefix)
-        check_rank(name, "prefix", prefix, 1, "[B]")
-        device = prefix.device if device is None else device
-        prefix = prefix.to(device).view(-1, 1, 1)
+        _host.refuse_negative(name, "prefix", prefix)
     else:
-        check_length(name, "prefix", prefix)
+        prefix = _host.reach(name, "prefix", prefix)
     t, kv_len = _query_positions(name, q_len, None, 0, device)
     hi = (t + 1).clamp_min(prefix).clamp_max(kv_len)
     return intervals_of(torch.zeros_like(hi), hi, kv_len)
 
 
 def sinks(q_len, count, kv_len=None, *, device=None):
-    """The first ``count`` keys: ``causal & (window | sinks)``."""
+    """The first ``count`` keys (more than there are: all): ``causal & (window | sinks)``."""
     name = "RowIntervals.sinks"
-    check_length(name, "count", count)
+    count = _host.reach(name, "count", count)
     t, kv_len = _query_positions(name, q_len, kv_len, 0, device)
     return intervals_of(torch.zeros_like(t), torch.full_like(t, min(count, kv_len)), kv_len)
 
@@ -93,17 +96,15 @@ def cross(q_lengths, kv_lengths, keep_k=None, *, q_len=None, kv_len=None, device
         q_len, kv_len: lengths of both sequences; what is beyond the samples is padding.
     """
     name = "RowIntervals.cross"
-    queries = [row[0] for row in _host.length_rows(name, "q_lengths", q_lengths)]
-    keys = [row[0] for row in _host.length_rows(name, "kv_lengths", kv_lengths)]
+    queries = _host.lengths(name, "q_lengths", q_lengths)
+    keys = _host.lengths(name, "kv_lengths", kv_lengths)
     if len(queries) != len(keys):
         raise ValueError(
             f"{name}: kv_lengths must have one entry per sample ({len(queries)}), got {len(keys)}"
         )
     q_len = _at_least(name, "q_len", q_len, sum(queries))
     kv_len = _at_least(name, "kv_len", kv_len, sum(keys))
-    if device is None:
-        device = keep_k.device if isinstance(keep_k, torch.Tensor) else "cpu"
-    device = torch.device(device)
+    device = _host.device_of(keep_k, device)
     length = _host.to_device([*keys, 0], device)  # a last sample for the padding
     if keep_k is not None:
         _, tensor = _host.keep_rows(name, keep_k, len(keys), 1)
@@ -111,8 +112,8 @@ def cross(q_lengths, kv_lengths, keep_k=None, *, q_len=None, kv_len=None, device
             name, "keep_k", keep_k if tensor is None else tensor, len(keys), device
         )
         length[:-1] = torch.minimum(length[:-1], kept.clamp_min(0))
-    starts = [sum(keys[:i]) for i in range(len(keys))]
-    begin = _host.to_device([*starts, 0], device)
+    starts = list(accumulate(keys, initial=0))
+    begin = _host.to_device([*starts[:-1], 0], device)
     repeats = _host.to_device([*queries, q_len - sum(queries)], device)
     bounds = torch.stack([begin, begin + length])
     lo, hi = bounds.repeat_interleave(repeats, 1, output_size=q_len).unsqueeze(1)
@@ -120,9 +121,7 @@ def cross(q_lengths, kv_lengths, keep_k=None, *, q_len=None, kv_len=None, device
 
 
 def _at_least(name, argument, value, needed):
-    if value is None:
-        return needed
-    check_length(name, argument, value)
+    value = _host.length(name, argument, needed if value is None else value)
     if value < needed:
         raise ValueError(f"{name}: {argument} must be at least {needed}, got {value}")
     return value
@@ -137,13 +136,13 @@ def shared_prefix(prefix_len, branch_lengths, *, seq_len=None, device=None):
         seq_len: S; the rest is padding.
     """
     name = "RowIntervals.shared_prefix"
-    check_length(name, "prefix_len", prefix_len)
-    branches = [row[0] for row in _host.length_rows(name, "branch_lengths", branch_lengths)]
+    prefix_len = _host.length(name, "prefix_len", prefix_len)
+    branches = _host.lengths(name, "branch_lengths", branch_lengths)
     used = prefix_len + sum(branches)
     seq_len = _at_least(name, "seq_len", seq_len, used)
-    device = torch.device("cpu" if device is None else device)
+    device = _host.device_of(None, device)
     t = torch.arange(seq_len, device=device)
-    starts = [prefix_len + sum(branches[:i]) for i in range(len(branches))]
+    starts = list(accumulate(branches, initial=prefix_len))[:-1]
     # The prompt is a branch that begins at 0, and so is the padding, until it is cut off below.
     begin = _host.to_device([0, *starts, 0], device)
     repeats = _host.to_device([prefix_len, *branches, seq_len - used], device)
@@ -159,13 +158,11 @@ def block_diffusion(seq_len, block, *, device=None):
     """Block diffusion's training mask over ``[noisy ; clean]``, ``2 * seq_len`` tokens.
 
     A noisy token sees its own noisy block and the clean blocks before it, a clean one the clean
-    blocks up to its own.
+    blocks up to its own. A block longer than the sequence is all of it.
     """
     name = "RowIntervals.block_diffusion"
-    check_length(name, "seq_len", seq_len)
-    check_length(name, "block", block)
-    if block == 0:
-        raise ValueError(f"{name}: block must be at least 1, got 0")
+    seq_len = _host.length(name, "seq_len", seq_len, most=_host.LONGEST // 2)
+    block = min(_host.length(name, "block", block, 1, None), max(seq_len, 1))
     t = torch.arange(2 * seq_len, device=device)
     noisy = t < seq_len
     begin = (t % max(seq_len, 1)) // block * block

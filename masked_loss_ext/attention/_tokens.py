@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a PackedLayout says about each token, and tensors in and out of its order."""
 
+import numbers
+
 import torch
 
-from .._checks import check_tensor, shape_text
+from .._checks import check_int, check_tensor, shape_text
 from . import _host
 from ._cut import before_last
 
@@ -69,17 +71,33 @@ def _kept(layout):
     return kept
 
 
+def check_tokens(function, name, x, dim, length):
+    check_int(function, "dim", dim)
+    if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
+        raise ValueError(
+            f"{function}: {name} must have {length} tokens in dimension {dim}, got {shape_text(x)}"
+        )
+
+
+def check_fill(function, fill):
+    is_number = isinstance(fill, (numbers.Number, torch.SymInt, torch.SymFloat))
+    if not is_number and not (isinstance(fill, torch.Tensor) and fill.dim() == 0):
+        raise TypeError(f"{function}: fill must be a number, got {type(fill).__name__}")
+
+
 def pack(layout, samples, dim, fill):
     name = "PackedLayout.pack"
-    if isinstance(samples, torch.Tensor) or len(samples) != layout.num_samples:
+    samples = _listed(name, "samples", samples)
+    if len(samples) != layout.num_samples:
         raise ValueError(
-            f"{name}: samples must be a list of {layout.num_samples} samples, got "
-            f"{type(samples).__name__} of {len(samples)}"
+            f"{name}: samples must be a list of {layout.num_samples} samples, got {len(samples)}"
         )
     pieces, like, end = [], None, 0
     starts = layout.sample_starts
     for i, (sample, row) in enumerate(zip(samples, layout.segment_lengths, strict=True)):
-        segments = [sample] if isinstance(sample, torch.Tensor) else list(sample)
+        if isinstance(sample, torch.Tensor):
+            sample = [sample]
+        segments = _listed(name, f"samples[{i}]", sample)
         if len(segments) != len(row):
             raise ValueError(
                 f"{name}: sample {i} must have {len(row)} segments, got {len(segments)}"
@@ -87,11 +105,8 @@ def pack(layout, samples, dim, fill):
         for j, (tensor, n) in enumerate(zip(segments, row, strict=True)):
             check_tensor(name, f"samples[{i}][{j}]", tensor)
             like = tensor if like is None else like
-            if tensor.dim() < -dim or tensor.shape[dim] != n:
-                raise ValueError(
-                    f"{name}: samples[{i}][{j}] must have {n} tokens in dimension {dim}, got "
-                    f"{shape_text(tensor)}"
-                )
+            check_tokens(name, f"samples[{i}][{j}]", tensor, dim, n)
+            _check_like(name, f"samples[{i}][{j}]", tensor, dim, like)
         if starts[i] > end:
             pieces.append(_zeros(like, dim, starts[i] - end))
         pieces += segments
@@ -99,19 +114,32 @@ def pack(layout, samples, dim, fill):
     if layout.padded_len > end:
         pieces.append(_zeros(like, dim, layout.padded_len - end))
     packed = torch.cat([piece.to(like) for piece in pieces], dim)
-    return packed if fill is None else _fill_dropped(layout, packed, dim, fill)
+    return packed if fill is None else _fill_dropped(name, layout, packed, dim, fill)
+
+
+def _listed(name, argument, values):
+    if isinstance(values, torch.Tensor) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: {argument} must be a list, got {type(values).__name__}")
+    return list(values)
+
+
+def _check_like(name, argument, tensor, dim, like):
+    expected = list(like.shape)
+    if tensor.dim() == like.dim():
+        expected[dim] = tensor.shape[dim]
+    if list(tensor.shape) != expected:
+        raise ValueError(
+            f"{name}: {argument} must have the shape of samples[0][0] {shape_text(like)} but in "
+            f"dimension {dim}, got {shape_text(tensor)}"
+        )
 
 
 def unpack(layout, packed, dim, fill):
     name = "PackedLayout.unpack"
     check_tensor(name, "packed", packed)
-    if packed.dim() < -dim or packed.shape[dim] != layout.padded_len:
-        raise ValueError(
-            f"{name}: packed must have {layout.padded_len} tokens in dimension {dim}, got "
-            f"{shape_text(packed)}"
-        )
+    check_tokens(name, "packed", packed, dim, layout.padded_len)
     if fill is not None:
-        packed = _fill_dropped(layout, packed, dim, fill)
+        packed = _fill_dropped(name, layout, packed, dim, fill)
     samples = []
     for row, start in zip(layout.segment_lengths, layout.sample_starts, strict=False):
         segments = []
@@ -128,7 +156,8 @@ def _zeros(like, dim, count):
     return like.new_zeros(shape)
 
 
-def _fill_dropped(layout, packed, dim, fill):
+def _fill_dropped(name, layout, packed, dim, fill):
+    check_fill(name, fill)
     shape = [1] * packed.dim()
     shape[dim] = layout.padded_len
     # Padding too: it holds no token of anybody.

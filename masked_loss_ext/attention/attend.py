@@ -8,7 +8,7 @@ kernel: inside one, a weight of 0 times a stored NaN would be NaN.
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from .._checks import check_choice, check_tensor, shape_text
+from .._checks import check_choice, check_number, check_tensor, shape_text
 from .attend_slices import attend_slices, interval_columns, interval_rows, sdpa
 from .attend_varlen import attend_varlen
 from .intervals import RowIntervals
@@ -67,16 +67,19 @@ def packed_attention(
         k: ``[B, H, S, D]``, or fewer heads that divide H: each serves H / heads of q.
         v: ``[B, H, S, D]`` as k; its D may differ.
         layout_or_intervals: a PackedLayout (the same for all B) or RowIntervals, whose rows are
-            those of q and whose kv_len is that of k.
+            those of q and whose kv_len is that of k; without a batch dimension, or with one of 1,
+            for all B.
         mode: "full", "causal", "causal_last" or "prefix", for a layout.
         backend: "auto", or one of the above.
         window: for a layout, as in ``PackedLayout.intervals``; with prefix, sinks and dropped.
-        scale: s, 1 / sqrt(D) unless given.
+        scale: s, a finite number; 1 / sqrt(D) unless given.
 
     Returns:
         ``[B, H, S, D]`` of v, in the dtype of q. Differentiable in q, k and v.
     """
     check_choice(_NAME, "backend", backend, BACKENDS)
+    if scale is not None:
+        check_number(_NAME, "scale", scale)
     is_layout = isinstance(layout_or_intervals, PackedLayout)
     options = dict(mode=mode, window=window, prefix=prefix, sinks=sinks, dropped=dropped)
     _check_source(layout_or_intervals, is_layout, options)
@@ -163,7 +166,11 @@ def _check_source(source, is_layout, options):
             f"{type(source).__name__}"
         )
     defaults = dict(mode="full", window=None, prefix=None, sinks=0, dropped="none")
-    given = [name for name, value in options.items() if value != defaults[name]]
+    given = [
+        name
+        for name, value in options.items()
+        if type(value) is not type(defaults[name]) or value != defaults[name]
+    ]
     if given:
         raise ValueError(
             f"{_NAME}: {', '.join(given)} must be left out with RowIntervals, which say themselves "

@@ -4,9 +4,9 @@
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_int, check_length, check_tensor, shape_text
+from .._checks import check_int, check_tensor, shape_text
 from ..ops.block_mask import interval_block_lists
-from . import _algebra, _documents, _pictures, _sources
+from . import _algebra, _documents, _host, _pictures, _sources
 
 
 class RowIntervals:
@@ -36,6 +36,7 @@ class RowIntervals:
 
     Args:
         lo, hi: ``[R, Sq]``, ``[B, R, Sq]`` or ``[Sq]`` int32, R <= 8; empty where ``hi <= lo``.
+            Without B, or with B = 1, it is the mask of every batch row, of however many.
         kv_len: number of keys; intervals are cut to ``[0, kv_len)``.
     """
 
@@ -52,7 +53,7 @@ class RowIntervals:
                 f"{name}: lo and hi must be [R, Sq] or [B, R, Sq] of one shape, got "
                 f"{shape_text(lo)} and {shape_text(hi)}"
             )
-        check_length(name, "kv_len", kv_len)
+        kv_len = _host.length(name, "kv_len", kv_len)
         if lo.dim() == 1:
             lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
         if not 1 <= lo.shape[-2] <= self.MAX_INTERVALS:
@@ -78,6 +79,8 @@ class RowIntervals:
         )
 
     def to(self, device):
+        if self.lo.device == device:
+            return self
         return RowIntervals(self.lo.to(device), self.hi.to(device), self.kv_len)
 
     def rows(self, q0, q1):
@@ -90,6 +93,8 @@ class RowIntervals:
         A sliced ``BlockMask`` keeps its old lengths and is refused by ``flex_attention``; the block
         mask of sliced rows is one of its own.
         """
+        for argument, bound in (("q0", q0), ("q1", q1)):
+            check_int("RowIntervals.rows", argument, bound)
         if not 0 <= q0 <= q1 <= self.q_len:
             raise ValueError(
                 f"RowIntervals.rows: q0 and q1 must be within the {self.q_len} queries, got {q0} "
@@ -106,10 +111,12 @@ class RowIntervals:
     def merged(self, slots=None):
         """The same mask with sorted intervals that neither overlap nor touch.
 
-        ``slots``: so many per row; 0 takes as many as are needed, which waits for the device.
+        ``slots``: so many per row, the last ones empty. None keeps their number; 0 takes as many as
+        are needed, which waits for the device. Too few are refused, where the mask is on the CPU.
         """
-        lo, hi = _algebra.merge(self.lo, self.hi, slots)
-        return RowIntervals(lo, hi, self.kv_len)
+        if slots is not None:
+            slots = _host.length("RowIntervals.merged", "slots", slots, 0, self.MAX_INTERVALS)
+        return RowIntervals(*_algebra.merge_into(self.lo, self.hi, slots), self.kv_len)
 
     def block_mask(self, block_size=128, with_q=True):
         """A BlockMask for ``flex_attention``, equal in every index to ``create_block_mask``'s.
@@ -136,9 +143,10 @@ class RowIntervals:
         """``mask_mod(b, h, q, kv)`` that looks up the query's row alone.
 
         Closures of one code object over fresh tensors: a new mask in each step does not recompile,
-        as long as the number of intervals per row stays.
+        as long as the number of intervals per row stays. Made inside a compiled function on the CPU
+        it reads a copy of them: inductor's FlexAttention takes none that it has computed itself.
         """
-        return interval_mask_mod(self.lo, self.hi)
+        return interval_mask_mod(self.lo, self.hi, opaque)
 
     def dense(self):
         """``[Sq, kv_len]`` bool, or ``[B, 1, Sq, kv_len]``: broadcasts over batch and heads.
@@ -169,7 +177,7 @@ class RowIntervals:
             path: file name.
             size: the longer side in pixels, about.
             block_size: distance of the lines; None draws none.
-            batch: which mask of ``[B, ...]``.
+            batch: which mask of ``[B, ...]``; 0 where there is no B.
         """
         return _pictures.png(self, path, size, block_size, batch)
 
@@ -187,16 +195,27 @@ class RowIntervals:
     block_diffusion = staticmethod(_sources.block_diffusion)
 
 
-def interval_mask_mod(lo, hi):
+def opaque(tensor):
+    """What a mask_mod may capture: inductor's CPU template takes only inputs of the graph and
+    results of operators that it does not know. Elsewhere the tensor itself."""
+    if tensor.device.type == "cpu" and torch.compiler.is_compiling():
+        return torch.ops.masked_loss_ext._snapshot(tensor)
+    return tensor
+
+
+def interval_mask_mod(lo, hi, through=lambda tensor: tensor):
     # Separate 1-D tensors, not one stacked: kernels that turn a mask_mod into intervals of their
     # own understand only these, and 2-D indexing is slow in others.
+    if lo.dim() == 3 and lo.shape[0] == 1:  # the same for every batch row
+        lo, hi = lo.squeeze(0), hi.squeeze(0)
+    los, his = ([through(x) for x in bounds.unbind(-2)] for bounds in (lo, hi))
     if lo.dim() == 3:
-        return _batched(list(lo.unbind(1)), list(hi.unbind(1)))
-    if lo.shape[0] == 1:
-        return _one(lo.squeeze(0), hi.squeeze(0))
-    if lo.shape[0] == 2:
-        return _two(*lo.unbind(0), *hi.unbind(0))
-    return _several(list(lo.unbind(0)), list(hi.unbind(0)))
+        return _batched(los, his)
+    if len(los) == 1:
+        return _one(los[0], his[0])
+    if len(los) == 2:
+        return _two(*los, *his)
+    return _several(los, his)
 
 
 def _one(lo, hi):
@@ -235,24 +254,25 @@ def _batched(los, his):
 
 def block_pair(function, block_size):
     """block_size -> (query block, key block)."""
-    pair = block_size if isinstance(block_size, (list, tuple)) else (block_size, block_size)
+    pair = _pair(function, "block_size", block_size)
     if len(pair) != 2:
         raise ValueError(f"{function}: block_size must be an int or a pair, got {block_size!r}")
-    for size in pair:
-        check_int(function, "block_size", size)
-        if size < 1:
-            raise ValueError(f"{function}: block_size must be at least 1, got {size}")
-    return tuple(pair)
+    return tuple([_host.length(function, "block_size", size, 1) for size in pair])
 
 
 def window_pair(function, window):
     """window -> (left, right), None for no limit."""
     if window is None:
         return None, None
-    pair = window if isinstance(window, (list, tuple)) else (window, window)
+    pair = _pair(function, "window", window)
     if len(pair) != 2:
         raise ValueError(f"{function}: window must be an int or (left, right), got {window!r}")
-    for side in pair:
-        if side is not None:
-            check_length(function, "window", side)
-    return tuple(pair)
+    return tuple([side if side is None else _host.reach(function, "window", side) for side in pair])
+
+
+def _pair(function, name, value):
+    if isinstance(value, (list, tuple)):
+        return value
+    if not hasattr(value, "__iter__") or _host.is_number(value) or isinstance(value, str):
+        return value, value
+    return _host.listed(function, name, value, "an int or a pair of ints")

@@ -5,10 +5,12 @@ Sizes are known on the host, keep_k may live on the device: nothing here waits f
 ``compact``, whose result has the size of what is kept.
 """
 
+from itertools import accumulate
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, check_int, check_length
+from .._checks import check_choice, check_int
 from ..ops.block_mask import nested_dropout_plan, packed_rows
 from . import _host, _tokens
 from ._compact import CompactPlan
@@ -41,7 +43,8 @@ class PackedLayout:
 
     Args:
         segment_lengths: ``[N, G]`` ints on the host, G segments (patches, registers) per sample;
-            or ``[N]`` for samples of one segment.
+            or ``[N]`` for samples of one segment. Lists, ranges, arrays or CPU tensors; at most
+            2^31 - 1 tokens in all, padding included.
         keep_k: ``[N]`` how many tokens of the droppable segment stay, or ``[N, G]`` of each; a list
             or an integer tensor. More than the segment holds keeps all of it. Negative ones are
             refused, but on a device, where keep_k is never read, they count as 0. None keeps all.
@@ -77,12 +80,11 @@ class PackedLayout:
         keep, tensor = None, None
         if keep_k is not None:
             keep, tensor = _host.keep_rows(name, keep_k, samples, segments)
-        if device is None:
-            device = _default_device(keep_k)
         self.segment_lengths, self.num_samples, self.num_segments = rows, samples, segments
-        self.device = torch.device(device)
+        self.device = _host.device_of(keep_k, device)
         self.align_samples = _positive(name, "align_samples", align_samples, 1)
         self.sample_starts = _starts(rows, self.align_samples)
+        _host.check_total(name, "segment_lengths", self.sample_starts[-1])
         self.total_len = sum(map(sum, rows))
         self.padded_len = _padded_len(name, self.sample_starts[-1], pad_to_multiple, max_seq_len)
         self._droppable, self._keep, self._keep_tensor = droppable % segments, keep, tensor
@@ -109,8 +111,9 @@ class PackedLayout:
             mode: as above.
             window: ``(left, right)``: only keys with ``p(q) - left <= p(k) <= p(q) + right``, and
                 the prefix. An int n is ``(n, n)``; None in it is no limit.
-            prefix: int or ``[N]``, of each sample; for mode "prefix" alone.
+            prefix: int, 0-d tensor or ``[N]``, of each sample; for mode "prefix" alone.
             sinks: the first so many positions of a sample are seen from outside the window too.
+                Window, prefix and sinks may be longer than a sample: all of it.
             dropped: what a query that is dropped attends to: "none" (its output is exactly 0),
                 "self" (itself alone), or "attend" (what it would see if it were visible).
         """
@@ -136,7 +139,7 @@ class PackedLayout:
         (query block, key block). Rows and blocks come from one operator, so it can be built inside
         ``torch.compile(fullgraph=True)``.
         """
-        q_block, kv_block = block_pair("block_mask", block_size)
+        q_block, kv_block = block_pair("PackedLayout.block_mask", block_size)
         if self._gap_rows_attend(dropped):
             return self.intervals(mode, window, prefix, sinks, dropped).block_mask(block_size)
         arguments = self._arguments("block_mask", mode, window, prefix, sinks, dropped)
@@ -153,7 +156,7 @@ class PackedLayout:
         name = f"PackedLayout.{function}"
         check_choice(name, "mode", mode, MODES)
         check_choice(name, "dropped", dropped, DROPPED)
-        check_length(name, "sinks", sinks)
+        sinks = _host.reach(name, "sinks", sinks)
         if (prefix is not None) != (mode == "prefix"):
             wrong = "must be given for" if prefix is None else "is for"
             raise ValueError(f"{name}: prefix {wrong} mode 'prefix', got mode {mode!r}")
@@ -181,6 +184,8 @@ class PackedLayout:
             align: each sample begins at a multiple of this.
             bucket: the length becomes a multiple of this, so that fewer lengths occur.
         """
+        align = _positive("PackedLayout.compact", "align", align, None)
+        bucket = _positive("PackedLayout.compact", "bucket", bucket, None)
         return CompactPlan(self, align, bucket)
 
     def pack(self, samples, *, dim=-2, fill=None):
@@ -246,26 +251,17 @@ class PackedLayout:
         return self._cache[name]
 
 
-def _default_device(keep_k):
-    if isinstance(keep_k, torch.Tensor):
-        return keep_k.device
-    return torch.empty(0).device  # PyTorch's default; get_default_device takes eight times as long
-
-
 def _positive(name, argument, value, default):
-    if value is None:
-        return default
-    check_int(name, argument, value)
-    if value < 1:
-        raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
-    return value
+    return default if value is None else _host.length(name, argument, value, 1)
 
 
 def _starts(rows, align):
     """Where each sample begins, and where the last one ends."""
+    if align == 1:
+        return tuple(accumulate(map(sum, rows), initial=0))
     starts, end = [], 0
     for row in rows:
-        start = -(-end // align) * align if align > 1 else end
+        start = -(-end // align) * align
         starts.append(start)
         end = start + sum(row)
     return (*starts, end)
@@ -274,8 +270,10 @@ def _starts(rows, align):
 def _padded_len(name, end, pad_to_multiple, max_seq_len):
     if max_seq_len is None:
         multiple = _positive(name, "pad_to_multiple", pad_to_multiple, 128)
-        return max(1, -(-end // multiple)) * multiple
-    check_length(name, "max_seq_len", max_seq_len)
+        length = max(1, -(-end // multiple)) * multiple
+        _host.check_total(name, "segment_lengths, padded,", length)
+        return length
+    max_seq_len = _host.length(name, "max_seq_len", max_seq_len)
     if max_seq_len < max(1, end):
         raise ValueError(f"{name}: max_seq_len must hold all {end} tokens, got {max_seq_len}")
     return max_seq_len

@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import check_choice, check_integers, check_length
+from .._checks import check_choice, shape_text
 from . import _host
 from .layout import PackedLayout
 
@@ -88,7 +88,8 @@ def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
     Nothing waits for the device.
 
     Args:
-        n: int, or ``[batch]`` of each sample (list, or integer tensor, not read on a device).
+        n: int, or ``[batch]`` of each sample (list, array, or integer tensor, not read on a
+            device), from 1 to 2^31 - 1.
         batch: number of samples.
         mode: as above.
         generator: ``torch.Generator`` of the device.
@@ -99,7 +100,11 @@ def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
     """
     name = "sample_keep_k"
     check_choice(name, "mode", mode, SAMPLING)
-    check_length(name, "batch", batch)
+    batch = _host.length(name, "batch", batch)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
     if device is None:
         device = n.device if isinstance(n, torch.Tensor) else "cpu"
     device = torch.device(device)
@@ -116,19 +121,18 @@ def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
 
 def _sizes(name, n, batch, mode, device):
     if isinstance(n, torch.Tensor):
-        check_integers(name, "n", n)
+        n = _host.integers(name, "n", n)
         if tuple(n.shape) not in ((), (batch,)):
-            raise ValueError(f"{name}: n must be an int or [{batch}], got {list(n.shape)}")
+            raise ValueError(f"{name}: n must be an int or [{batch}], got {shape_text(n)}")
         values = n.reshape(-1).tolist() if _host.is_readable(n) else []
         sizes = n.to(device, torch.int64, non_blocking=True).expand(batch)
     else:
-        values = list(n) if isinstance(n, (list, tuple)) else [n]
-        for value in values:
-            check_length(name, "n", value)
-        sizes = _host.per_sample(name, "n", n, batch, device)
+        is_one = _host.is_number(n) or not hasattr(n, "__iter__") or isinstance(n, str)
+        n = [n] if is_one else _host.listed(name, "n", n)
+        values = [_host.length(name, "n", value, 1) for value in n]
+        sizes = _host.per_sample(name, "n", values[0] if is_one else values, batch, device)
     for value in values:
-        if value < 1:
-            raise ValueError(f"{name}: n must be at least 1, got {value}")
+        _host.length(name, "n", value, 1)
         if mode == "pow2" and value & (value - 1):
             raise ValueError(f"{name}: n must be a power of two for mode 'pow2', got {value}")
     return sizes

@@ -4,11 +4,11 @@
 keep_k is a list with one int per sample, or a 1-D integer tensor that may stay on its device.
 """
 
-import operator
-
 import torch
 
 from .._checks import ArgumentError, check_choice, check_tensor, shape_text
+from . import _host
+from ._entries import check_dict, read_entry
 from ._host import is_readable
 
 MODES = ("uniform", "pow2", "uniform_pow2")
@@ -22,19 +22,20 @@ def check_keep_k(function, keep_k, samples, name="keep_k"):
         keep_k = torch.stack([torch.as_tensor(k).reshape(()) for k in keep_k])
     if isinstance(keep_k, torch.Tensor):
         return _check_keep_k_tensor(function, keep_k, samples, name)
-    if not isinstance(keep_k, (list, tuple)) and not hasattr(keep_k, "tolist"):
+    if hasattr(keep_k, "tolist") and not _host.is_number(keep_k):
+        keep_k = keep_k.tolist()
+    elif not hasattr(keep_k, "__iter__") or isinstance(keep_k, str):
         keep_k = [keep_k] * samples
-    try:
-        keep_k = [operator.index(k) for k in keep_k]
-    except TypeError:
+    keep_k = list(keep_k)
+    if not all(_host.is_number(k) and not isinstance(k, bool) for k in keep_k):
         raise TypeError(
             f"{function}: {name} must be an int, a list of ints or an integer tensor, got "
             f"{keep_k!r}"
-        ) from None
+        )
     _check_count(function, len(keep_k), samples, name)
     if any(k < 0 for k in keep_k):
         raise ValueError(f"{function}: {name} must not be negative, got {keep_k}")
-    return keep_k
+    return [_host.reach(function, name, k) for k in keep_k]
 
 
 def _check_keep_k_tensor(function, keep_k, samples, name):
@@ -79,7 +80,7 @@ def check_samples(function, name, tensors):
 def _draw_below(n, generator):
     """One int, uniform on 0 ... n - 1."""
     if generator is None:
-        return int(torch.randint(n, ()))
+        return int(torch.randint(n, (), device="cpu"))  # whatever the default device
     if isinstance(generator, torch.Generator):
         return int(torch.randint(n, (), generator=generator, device=generator.device))
     if isinstance(generator, str):  # "numpy": its global state, which older training runs seed
@@ -124,13 +125,15 @@ class _NestedDropout(torch.nn.Module):
 
     def sample_keep_k(self, n):
         """How many of ``n`` registers one sample keeps: an int in 1 ... n (0 of 0)."""
+        n = _host.length(f"{type(self).__name__}.sample_keep_k", "n", n)
         return _draw_keep_k(n, self.size_sampling_mode, self.generator)
 
     def _keep_k(self, data_dict):
         """Drawn in training, read in evaluation; None where evaluation drops nothing."""
         name = type(self).__name__
+        check_dict(name, data_dict)
         if self.training:
-            registers = data_dict[self.read_key]
+            registers = read_entry(name, "read_key", data_dict, self.read_key)
             check_samples(name, self.read_key, registers)
             keep_k = [self.sample_keep_k(tokens.shape[1]) for tokens in registers]
             if self.train_keep_k_write_key is not None:
@@ -139,7 +142,7 @@ class _NestedDropout(torch.nn.Module):
         key = self.eval_keep_k_read_key
         if key is None or data_dict.get(key) is None:
             return None
-        registers = data_dict[self.read_key]
+        registers = read_entry(name, "read_key", data_dict, self.read_key)
         check_samples(name, self.read_key, registers)
         return check_keep_k(name, data_dict[key], len(registers), key)
 
@@ -254,7 +257,7 @@ class MaskedNestedDropout(_NestedDropout):
             size_sampling_mode,
             generator,
         )
-        self.dim = dim
+        self.dim = dim = _host.length("MaskedNestedDropout", "dim", dim, 1)
         self.dropout_mask_token = torch.nn.Parameter(torch.empty(dim))
         torch.nn.init.trunc_normal_(self.dropout_mask_token, std=0.02)
 
@@ -264,6 +267,11 @@ class MaskedNestedDropout(_NestedDropout):
         if keep_k is None:
             return data_dict
         # Fewer entries than samples: the rest keeps all.
-        for tokens, k in zip(data_dict[self.read_key], keep_k, strict=False):
+        for i, (tokens, k) in enumerate(zip(data_dict[self.read_key], keep_k, strict=False)):
+            if tokens.shape[-1] != self.dim or not tokens.is_floating_point():
+                raise ValueError(
+                    f"MaskedNestedDropout: {self.read_key}[{i}] must be a floating tensor "
+                    f"[1, n, {self.dim}], got {tokens.dtype} {shape_text(tokens)}"
+                )
             tokens[:, int(k) :] = self.dropout_mask_token.to(tokens.dtype)
         return data_dict

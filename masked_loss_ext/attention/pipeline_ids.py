@@ -1,48 +1,44 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Mask ids of a packed sequence under nested dropout, and the attention rule that reads them."""
 
-import math
-
 import torch
 
 from .._checks import ArgumentError, check_int
+from . import _host
+from ._entries import token_count
 from ._host import to_device
+from .intervals import opaque
 from .pipeline_dropout import check_keep_k
 
 PADDING_ID = -1
 
 
-def token_count(shape):
-    """Tokens of a sub-sequence given as torch.Size, tuple, list or int."""
-    return shape if isinstance(shape, int) else math.prod(shape)
-
-
 def _check(function, ps, keep_k_list, max_seq_len, masked_id, num_sequences_per_sample):
-    check_int(function, "num_sequences_per_sample", num_sequences_per_sample)
-    if num_sequences_per_sample < 1:
+    group = _host.length(function, "num_sequences_per_sample", num_sequences_per_sample, 1)
+    check_int(function, "masked_id", masked_id)
+    if not -(2**63) <= masked_id < 0:
         raise ValueError(
-            f"{function}: num_sequences_per_sample must be at least 1, got "
-            f"{num_sequences_per_sample}"
+            f"{function}: masked_id must be negative, as ids from 0 on are sub-sequences, and fit "
+            f"int64, got {masked_id}"
         )
-    if masked_id >= 0:
+    ps = _host.listed(function, "ps", ps, "a list of shapes")
+    lengths = [token_count(function, f"ps[{i}]", shape) for i, shape in enumerate(ps)]
+    if len(lengths) % group:
         raise ValueError(
-            f"{function}: masked_id must be negative, as ids from 0 on are sub-sequences, got "
-            f"{masked_id}"
-        )
-    lengths = [token_count(shape) for shape in ps]
-    if len(lengths) % num_sequences_per_sample:
-        raise ValueError(
-            f"{function}: ps must hold num_sequences_per_sample={num_sequences_per_sample} shapes "
-            f"per sample, got {len(lengths)}"
+            f"{function}: ps must hold num_sequences_per_sample={group} shapes per sample, got "
+            f"{len(lengths)}"
         )
     total = sum(lengths)
-    if max_seq_len is not None and max_seq_len < total:
+    _host.check_total(function, "ps", total)
+    if max_seq_len is None:
+        max_seq_len = total
+    max_seq_len = _host.length(function, "max_seq_len", max_seq_len)
+    if max_seq_len < total:
         raise ArgumentError(
             f"{function}: max_seq_len must hold all {total} tokens, got {max_seq_len}"
         )
-    samples = len(lengths) // num_sequences_per_sample
-    keep_k = check_keep_k(function, keep_k_list, samples, "keep_k_list")
-    return lengths, total if max_seq_len is None else max_seq_len, keep_k
+    keep_k = check_keep_k(function, keep_k_list, len(lengths) // group, "keep_k_list")
+    return lengths, max_seq_len, keep_k
 
 
 def _kept_lengths(lengths, keep_k, group, device):
@@ -98,7 +94,7 @@ def generate_nested_dropout_mask_ids(
 
     Args:
         ps: shapes of the sub-sequences in their order, patches and registers of sample 0, then
-            of sample 1 ...: torch.Size, tuples or ints.
+            of sample 1 ...: torch.Size, tuples, ints; or an array or CPU tensor of lengths.
         keep_k_list: how many registers each sample keeps: a list of ints, an int for all or an
             integer tensor ``[samples]``. More than there are keeps all. Samples beyond the end of
             the list, and all where it is None, are not cut.
@@ -166,7 +162,7 @@ def generate_nested_dropout_attention_mask(
     rows = torch.stack([starts, ends], dim=1) if spans else starts.new_zeros(0, 2)
     rows = torch.nn.functional.pad(_spread(rows, spans, device), (0, 0, 0, size - sum(spans)))
     rows = torch.where((ids >= 0).unsqueeze(1), rows, 0).to(torch.int32)
-    lo, hi = rows[:, 0].contiguous(), rows[:, 1].contiguous()
+    lo, hi = opaque(rows[:, 0].contiguous()), opaque(rows[:, 1].contiguous())
 
     def mask_mod(b, h, q_idx, kv_idx):
         return (kv_idx >= lo[q_idx]) & (kv_idx < hi[q_idx])

@@ -3,8 +3,9 @@
 
 import torch
 
-from .._checks import ArgumentError, check_length, check_rank, check_tensor, shape_text
-from ._host import to_device
+from .._checks import ArgumentError, check_rank, check_tensor, shape_text
+from ._entries import names, read_entry
+from ._host import LONGEST, length, to_device
 from .layout import PackedLayout
 from .pipeline_dropout import check_keep_k, check_samples
 
@@ -98,14 +99,11 @@ class NestedDropoutSequencePacker(torch.nn.Module):
                 f"{_PACKER}: Only one of max_seq_len and pad_to_multiple may be given, got "
                 f"{max_seq_len} and {pad_to_multiple}"
             )
-        for name, value in (("max_seq_len", max_seq_len), ("pad_to_multiple", pad_to_multiple)):
-            if value is not None:
-                check_length(_PACKER, name, value)
-        if pad_to_multiple == 0:
-            raise ValueError(f"{_PACKER}: pad_to_multiple must be at least 1, got 0")
-        self.input_list_read_keys = list(input_list_read_keys)
-        if not self.input_list_read_keys:
-            raise ValueError(f"{_PACKER}: input_list_read_keys must hold at least one key")
+        if max_seq_len is not None:
+            max_seq_len = length(_PACKER, "max_seq_len", max_seq_len)
+        if pad_to_multiple is not None:
+            pad_to_multiple = length(_PACKER, "pad_to_multiple", pad_to_multiple, 1)
+        self.input_list_read_keys = names(_PACKER, "input_list_read_keys", input_list_read_keys)
         self.packed_seq_write_key = packed_seq_write_key
         self.block_mask_write_key = block_mask_write_key
         self.inner_packed_shapes_write_key = inner_packed_shapes_write_key
@@ -162,7 +160,10 @@ class NestedDropoutSequencePacker(torch.nn.Module):
 
     def _samples(self, data_dict):
         """[samples] lists of the sub-sequences of one sample."""
-        lists = [data_dict[key] for key in self.input_list_read_keys]
+        lists = [
+            read_entry(_PACKER, "input_list_read_keys", data_dict, key)
+            for key in self.input_list_read_keys
+        ]
         for key, tensors in zip(self.input_list_read_keys, lists, strict=True):
             check_samples(_PACKER, key, tensors)
         counts = [len(tensors) for tensors in lists]
@@ -191,6 +192,10 @@ class NestedDropoutSequencePacker(torch.nn.Module):
             size = -(-total // self.pad_to_multiple) * self.pad_to_multiple
         if size < total:
             raise ArgumentError(f"{_PACKER}: max_seq_len must hold all {total} tokens, got {size}")
+        if size > LONGEST:
+            raise ArgumentError(
+                f"{_PACKER}: the packed length must be at most {LONGEST}, got {size}"
+            )
         if size % BLOCK and not self.allow_ragged:
             raise ArgumentError(
                 f"{_PACKER}: the packed length must be a multiple of {BLOCK}, got {size} (give "

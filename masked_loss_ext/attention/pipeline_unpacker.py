@@ -6,6 +6,7 @@ import math
 import torch
 
 from .._checks import ArgumentError, check_rank, check_tensor, shape_text
+from ._entries import names, read_entry, shape_of, token_count
 from .pipeline_dropout import check_keep_k
 
 _UNPACKER = "SequenceUnpacker"
@@ -48,16 +49,27 @@ class SequenceUnpacker(torch.nn.Module):
     ):
         super().__init__()
         self.packed_seq_read_key = packed_seq_read_key
-        self.inner_seq_write_keys = list(inner_seq_write_keys)
+        self.inner_seq_write_keys = names(_UNPACKER, "inner_seq_write_keys", inner_seq_write_keys)
         self.inner_packed_shapes_read_key = inner_packed_shapes_read_key
         self.outer_packed_shapes_read_key = outer_packed_shapes_read_key
         self.keep_k_read_key = keep_k_read_key
 
     def forward(self, data_dict):
         """``data_dict`` itself, with one list of ``[1, ..., D]`` tensors per sub-sequence."""
-        packed = data_dict[self.packed_seq_read_key]
-        inner = data_dict[self.inner_packed_shapes_read_key]
-        outer = [math.prod(shape) for shape in data_dict[self.outer_packed_shapes_read_key]]
+        packed, inner, outer = (
+            read_entry(_UNPACKER, argument, data_dict, getattr(self, argument))
+            for argument in (
+                "packed_seq_read_key",
+                "inner_packed_shapes_read_key",
+                "outer_packed_shapes_read_key",
+            )
+        )
+        inner = self._inner_shapes(inner)
+        key = self.outer_packed_shapes_read_key
+        outer = [
+            token_count(_UNPACKER, f"{key}[{i}]", shape)
+            for i, shape in enumerate(self._listed(key, outer))
+        ]
         keep_k = check_keep_k(
             _UNPACKER, data_dict.get(self.keep_k_read_key), len(outer), self.keep_k_read_key
         )
@@ -71,6 +83,25 @@ class SequenceUnpacker(torch.nn.Module):
         for key, parts in zip(self.inner_seq_write_keys, lists, strict=True):
             data_dict[key] = parts
         return data_dict
+
+    @staticmethod
+    def _listed(key, shapes):
+        if not isinstance(shapes, (list, tuple)):
+            raise TypeError(
+                f"{_UNPACKER}: {key} must be a list with an entry per sample, got "
+                f"{type(shapes).__name__}"
+            )
+        return shapes
+
+    def _inner_shapes(self, inner):
+        key = self.inner_packed_shapes_read_key
+        return [
+            [
+                shape_of(_UNPACKER, f"{key}[{i}][{j}]", shape)
+                for j, shape in enumerate(self._listed(f"{key}[{i}]", shapes))
+            ]
+            for i, shapes in enumerate(self._listed(key, inner))
+        ]
 
     def _split(self, i, sample, shapes, keep_k):
         counts = [math.prod(shape) for shape in shapes]

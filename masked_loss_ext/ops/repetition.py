@@ -9,6 +9,20 @@ from typing import NamedTuple
 
 import torch
 
+from .._checks import (
+    CONVERTED_INTEGERS,
+    as_integers,
+    as_mask,
+    check_device,
+    check_integers,
+    check_length,
+    check_tensor,
+    shape_text,
+)
+
+LONGEST_WINDOW = 2**63 - 1
+LONGEST_ROW = 2**30  # kMaxRowLength of csrc/repetition.h
+
 _counts_op = torch.ops.masked_loss_ext.repetition_counts.default
 _links_op = torch.ops.masked_loss_ext.repetition_links.default
 
@@ -34,10 +48,10 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
     Without ``valid``, ``Counter(zip(*(row[i:] for i in range(n))))`` of a row's list holds the c.
 
     Args:
-        tokens: ``[B, S]`` uint8, int8, int16, int32 or int64, any strides.
+        tokens: ``[B, S]`` integers, any strides, S up to 2^30.
         valid: ``[B, S]`` of any dtype, on where ``!= 0``; None: all are. A position that is off is
             not read, and no window and no run reaches across it.
-        ngram_size: n, at least 1. Where no window fits, the first three counts are 0.
+        ngram_size: n, from 1 to 2^63 - 1. Where no window fits, the first three counts are 0.
 
     Returns:
         RepetitionCounts: ``pairs``, ``windows`` (how many are in W), ``distinct`` (n-grams among
@@ -46,7 +60,8 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
 
     Raises:
         ValueError: tokens that are not integers or not ``[B, S]``, valid of another shape or
-            device, ngram_size below 1.
+            device, or with negative entries, ngram_size out of range.
+        TypeError: no tensors, or an ngram_size that is no int.
 
     Example:
         >>> tokens = torch.tensor([[1, 1, 1, 1, 2]])
@@ -57,6 +72,7 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
         >>> sum(c * (c - 1) // 2 for c in seen.values()), sum(seen.values()), len(seen)
         (3, 4, 2)
     """
+    tokens, valid = _operands("repetition_counts", tokens, valid, ngram_size)
     return RepetitionCounts(*_counts_op(tokens, valid, ngram_size))
 
 
@@ -78,7 +94,7 @@ def repetition_links(tokens, valid=None, ngram_size=4):
         and S for every other t.
 
     Raises:
-        ValueError: as :func:`repetition_counts`.
+        ValueError, TypeError: as :func:`repetition_counts`.
 
     Example:
         >>> tokens = torch.tensor([[7, 8, 7, 9, 7, 8]])
@@ -88,24 +104,60 @@ def repetition_links(tokens, valid=None, ngram_size=4):
         >>> ngram_after  # 7 8 ends at 1 and at 5
         tensor([[6, 5, 6, 6, 6, 6]], dtype=torch.int32)
     """
+    tokens, valid = _operands("repetition_links", tokens, valid, ngram_size)
     return _links_op(tokens, valid, ngram_size)
 
 
-def _refuse_two_devices(function, tokens, valid):
-    if valid is not None and valid.device != tokens.device:
+def _operands(function, tokens, valid, ngram_size):
+    """What the dispatcher would refuse in words of its own; the operator checks the rest."""
+    if type(ngram_size) is not int or ngram_size > LONGEST_WINDOW:
+        check_length(function, "ngram_size", ngram_size, 1, LONGEST_WINDOW)
+    if type(tokens) is not torch.Tensor or tokens.layout != torch.strided:
+        check_tensor(function, "tokens", tokens)
+    if tokens.dtype in CONVERTED_INTEGERS:
+        tokens = as_integers(tokens)
+    if valid is not None and (type(valid) is not torch.Tensor or valid.dtype != torch.bool):
+        check_tensor(function, "valid", valid)
+        valid = as_mask(function, "valid", valid)
+    return tokens, valid
+
+
+def _check_fake(function, tokens, valid, ngram_size):
+    """As token_rows() of csrc/repetition_host.h; sizes that are kept symbolic are not looked at."""
+    check_integers(function, "tokens", tokens)
+    if tokens.dim() != 2:
+        raise ValueError(f"{function}: tokens must be [B, S], got {shape_text(tokens)}")
+    if isinstance(tokens.shape[1], int) and tokens.shape[1] > LONGEST_ROW:
         raise ValueError(
-            f"{function}: valid must be on the device of tokens ({tokens.device}), "
-            f"got {valid.device}"
+            f"{function}: tokens must have at most {LONGEST_ROW} positions per row, got "
+            f"{shape_text(tokens)}"
+        )
+    if valid is not None:
+        if valid.is_complex():
+            raise ValueError(
+                f"{function}: valid must be bool, integer or floating, got {valid.dtype}"
+            )
+        sizes = zip(valid.shape, tokens.shape, strict=False)
+        known = [(m, n) for m, n in sizes if isinstance(m, int) and isinstance(n, int)]
+        if valid.dim() != 2 or any(m != n for m, n in known):
+            raise ValueError(
+                f"{function}: valid must have the shape of tokens {shape_text(tokens)}, got "
+                f"{shape_text(valid)}"
+            )
+        check_device(function, "valid", valid, "tokens", tokens)
+    if isinstance(ngram_size, int) and not 1 <= ngram_size <= LONGEST_WINDOW:
+        raise ValueError(
+            f"{function}: ngram_size must be in [1, {LONGEST_WINDOW}], got {ngram_size}"
         )
 
 
 @torch.library.register_fake("masked_loss_ext::repetition_counts")
 def _counts_fake(tokens, valid=None, ngram_size=4):
-    _refuse_two_devices("repetition_counts", tokens, valid)
+    _check_fake("repetition_counts", tokens, valid, ngram_size)
     return tuple(tokens.new_empty(tokens.shape[:1], dtype=torch.int64) for _ in range(4))
 
 
 @torch.library.register_fake("masked_loss_ext::repetition_links")
 def _links_fake(tokens, valid=None, ngram_size=4):
-    _refuse_two_devices("repetition_links", tokens, valid)
+    _check_fake("repetition_links", tokens, valid, ngram_size)
     return tuple(tokens.new_empty(tokens.shape, dtype=torch.int32) for _ in range(2))
