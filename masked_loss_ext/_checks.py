@@ -14,12 +14,14 @@ _functorch_is_active = torch._C._are_functorch_transforms_active  # private, see
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LARGEST = math.nextafter(math.inf, 0)  # an int may be larger
 # Converted before a kernel sees them: not worth kernels of their own.
 CONVERTED_INTEGERS = (torch.uint16, torch.uint32)
-CONVERTED_MASKS = (
-    *(*CONVERTED_INTEGERS, torch.uint64),
-    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+CONVERTED_MASKS = (*CONVERTED_INTEGERS, torch.uint64, *_FLOAT8)
+_WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
+# As in csrc/checks.h: sums of a few lengths stay far from the end of int64.
+LARGEST_LENGTH = 2**48
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -55,7 +57,8 @@ def check_rank(function, name, tensor, rank, layout):
 
 def check_int(function, name, value):
     # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
-    if not isinstance(value, int) and not hasattr(value, "__index__"):
+    whole = isinstance(value, int) or hasattr(value, "__index__")
+    if isinstance(value, bool) or not whole:
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
 
 
@@ -63,6 +66,8 @@ def check_length(function, name, value):
     check_int(function, name, value)
     if value < 0:
         raise ValueError(f"{function}: {name} must not be negative, got {value}")
+    if value > LARGEST_LENGTH:
+        raise ValueError(f"{function}: {name} must be at most {LARGEST_LENGTH}, got {value}")
 
 
 def check_number(function, name, value, *, least=None, above=None, most=None):
@@ -75,7 +80,7 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     fits = (
-        math.isfinite(value)
+        -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)
@@ -93,15 +98,15 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
 def refuse_unknown(function, unknown, known):
     """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
     for name in unknown:
-        near = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
+        near = " or ".join(difflib.get_close_matches(name, known, 2, 0.4))
+        hint = f"; did you mean {near}?" if near else f"; it takes {', '.join(known)}"
         raise TypeError(f"{function}: unexpected keyword argument {name}{hint}")
 
 
 def check_integers(function, name, tensor):
     """A tensor of integers; bool is not one."""
     check_tensor(function, name, tensor)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.dtype not in (*_INTEGERS, *CONVERTED_INTEGERS, torch.uint64):
         raise ValueError(f"{function}: {name} must be integers, got {tensor.dtype}")
 
 
@@ -117,17 +122,24 @@ def check_prediction(function, name, prediction, target_name, target):
     """Two floating tensors of one shape on one device."""
     check_tensor(function, name, prediction)
     check_tensor(function, target_name, target)
-    for argument, tensor in ((name, prediction), (target_name, target)):
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{function}: {argument} must be a floating tensor, got {tensor.dtype}"
-            )
+    check_floating(function, name, prediction)
+    check_floating(function, target_name, target)
     if target.shape != prediction.shape:
         raise ValueError(
             f"{function}: Shape mismatch: {target_name} must have the shape of {name} "
             f"{shape_text(prediction)}, got {shape_text(target)}"
         )
     check_device(function, target_name, target, name, prediction)
+
+
+def check_floating(function, name, tensor):
+    """Of a dtype that the kernels compute with."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{function}: {name} must be a floating tensor, got {tensor.dtype}")
+    if tensor.dtype not in _FLOATING:
+        raise ValueError(
+            f"{function}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
 
 
 def check_device(function, name, tensor, like_name, like):
@@ -139,20 +151,47 @@ def check_device(function, name, tensor, like_name, like):
         )
 
 
-def check_mask(function, name, mask, like_name, like, dims, label=None):
-    """A mask of the first ``dims`` dimensions of ``like``; None passes."""
+def check_mask(function, name, mask, like_name, like, dims, label=None, broadcast=False):
+    """A mask of the first ``dims`` dimensions of ``like``; None passes.
+
+    broadcast: a size of 1 stands for any.
+    """
     if mask is None:
         return
     check_tensor(function, name, mask)
-    if mask.shape != like.shape[:dims]:
+    sizes = like.shape[:dims]
+    if mask.shape != sizes and not (broadcast and broadcasts(mask.shape, sizes)):
+        rule = " (a size of 1 stands for any)" if broadcast else ""
         raise ValueError(
-            f"{function}: {label or name + ' shape'} must be {sizes_text(like.shape[:dims])}, the "
-            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}"
+            f"{function}: {label or name + ' shape'} must be {sizes_text(sizes)}, the "
+            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}{rule}"
         )
-    if mask.is_complex():
-        raise ValueError(f"{function}: {name} must be bool, integer or floating, got {mask.dtype}")
+    _check_mask_dtype(function, name, mask)
     check_device(function, name, mask, like_name, like)
     check_not_additive(function, name, mask)
+
+
+def check_leading_mask(function, name, mask, like_name, like):
+    """A mask of any of the leading dimensions of ``like``; a size of 1 stands for any."""
+    check_tensor(function, name, mask)
+    dims = mask.dim() if 1 <= mask.dim() <= like.dim() else like.dim()
+    check_mask(function, name, mask, like_name, like, dims, broadcast=True)
+
+
+def broadcasts(shape, sizes):
+    """Whether ``shape`` is ``sizes`` but for sizes of 1."""
+    return len(shape) == len(sizes) and all(
+        n in (1, size) for n, size in zip(shape, sizes, strict=True)
+    )
+
+
+def _check_mask_dtype(function, name, mask):
+    known = (torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS)
+    if mask.dtype not in known:
+        raise ValueError(
+            f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch "
+            f"computes with, got {mask.dtype}: convert it, to bool say"
+        )
 
 
 def as_mask(function, name, mask):
@@ -162,12 +201,17 @@ def as_mask(function, name, mask):
     check_not_additive(function, name, mask)
     if mask.dtype in _FLOATING or mask.dtype in _INTEGERS:
         return mask
-    if mask.dtype in CONVERTED_MASKS:
-        return mask != 0
-    raise ValueError(
-        f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch computes "
-        f"with, got {mask.dtype}: convert it, to bool say"
-    )
+    _check_mask_dtype(function, name, mask)
+    return mask != 0
+
+
+def as_edit_mask(function, name, mask):
+    """An edit mask that the kernels read: integers are 1 where not 0, floats what they are."""
+    if mask is None or mask.dtype in _FLOATING:
+        return mask
+    if mask.dtype in _FLOAT8:
+        return mask.to(torch.float32)
+    return as_mask(function, name, mask)
 
 
 def as_integers(tensor):
@@ -178,7 +222,7 @@ def as_integers(tensor):
 
 
 def check_not_additive(function, name, mask):
-    """A mask of 0 and -inf, as attention layers add it, would select the padding.
+    """A mask of 0 and -inf, as attention layers add it, would select the padding, and so would NaN.
 
     Looks at data, so only at that of floating masks on the CPU, and not while tracing.
     """
@@ -186,7 +230,9 @@ def check_not_additive(function, name, mask):
         return
     if type(mask) is not torch.Tensor:  # a fake tensor, say, has no data
         return
-    if mask.numel() and mask.min() < 0:
+    if mask.numel() and not mask.min() >= 0:
+        if mask.isnan().any():
+            raise ValueError(f"{function}: {name} must be on where it is not 0, got NaN entries")
         raise ValueError(
             f"{function}: {name} must be on where it is not 0, got negative entries: an additive "
             "mask? Give mask == 0 instead"
@@ -198,8 +244,7 @@ def check_weighting(function, weighting, like_name, like):
     if weighting is None:
         return
     check_tensor(function, "weighting", weighting)
-    if not weighting.is_floating_point():
-        raise ValueError(f"{function}: weighting must be a floating tensor, got {weighting.dtype}")
+    check_floating(function, "weighting", weighting)
     pairs = zip(reversed(weighting.shape), reversed(like.shape), strict=False)
     if weighting.dim() > like.dim() or any(w != 1 and w != n for w, n in pairs):
         raise ValueError(
@@ -209,13 +254,14 @@ def check_weighting(function, weighting, like_name, like):
     check_device(function, "weighting", weighting, like_name, like)
 
 
-def as_weighting(weighting, like):
+def as_weighting(function, weighting, like):
     """Numbers and integer tensors as floating tensors; anything else as it is."""
     if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
         return weighting
-    if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
-        return torch.full((), weighting, dtype=torch.float64, device=like.device)
-    if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
+    if isinstance(weighting, (int, float, numbers.Real)) and not isinstance(weighting, bool):
+        check_number(function, "weighting", weighting)
+        return torch.full((), float(weighting), dtype=torch.float64, device=like.device)
+    if isinstance(weighting, torch.Tensor) and weighting.dtype in _WEIGHTS:
         return weighting.to(torch.float32)
     return weighting
 

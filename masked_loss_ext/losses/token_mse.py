@@ -7,15 +7,18 @@ from .._checks import (
     as_weighting,
     check_choice,
     check_mask,
+    check_number,
     check_prediction,
     check_rank,
     check_weighting,
     is_traced,
+    refuse_unknown,
 )
 from ..ops.masked_squared_error import masked_squared_error
 
 REDUCTIONS = ("mean", "sum", "none")
 EDIT_MASK_DEFAULTS = ("unit", "foreground")
+_ARGUMENTS = ("model_pred", "target", "attention_mask", "edit_mask", "weighting")
 _TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
 
 
@@ -25,9 +28,18 @@ def _check(
     check_choice(function, "reduction", reduction, REDUCTIONS, "Invalid reduction: ")
     check_prediction(function, "model_pred", model_pred, "target", target)
     check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
-    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-    check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+    for name, mask, label in (
+        ("attention_mask", attention_mask, mask_label),
+        ("edit_mask", edit_mask, None),
+    ):
+        check_mask(function, name, mask, "model_pred", model_pred, 2, label, broadcast=True)
+    weighting = as_weighting(function, weighting, model_pred)
+    check_weighting(function, weighting, "model_pred", model_pred)
+
+
+def _check_weights(function, foreground_weight, background_weight):
+    check_number(function, "foreground_weight", foreground_weight)
+    check_number(function, "background_weight", background_weight)
 
 
 def _unusual(model_pred, attention_mask, edit_mask):
@@ -53,6 +65,8 @@ def _token_loss(
     function that was called, takes a tenth of a small loss's time: only when it refuses, then.
     """
     model_pred, target, attention_mask, edit_mask, weighting = tensors
+    if type(foreground_weight) is not float or type(background_weight) is not float:
+        _check_weights(function, foreground_weight, background_weight)  # a tensor would be read
     try:
         if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
             _check(function, reduction, mask_label, *tensors)
@@ -61,15 +75,19 @@ def _token_loss(
             target,
             attention_mask,
             edit_mask,
-            as_weighting(weighting, model_pred),
+            as_weighting(function, weighting, model_pred),
             foreground_weight,
             background_weight,
             _TOKEN_REDUCTION[reduction],
         )
     except Exception as error:  # a list has no .dim(), and what else there is
         failure = error
-    _check(function, reduction, mask_label, *tensors)
-    raise failure
+    try:
+        _check(function, reduction, mask_label, *tensors)
+        _check_weights(function, foreground_weight, background_weight)
+        raise failure
+    finally:
+        del failure  # error, traceback, frame and this name would keep the tensors alive
 
 
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
@@ -112,11 +130,15 @@ def masked_edit_token_mean_loss(
     Args:
         model_pred: ``[B, T, C]`` float16, bfloat16, float32 or float64, any strides.
         target: ``[B, T, C]``, any of these dtypes.
-        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
+        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. A size of 1 stands
+            for any, as in edit_mask. None keeps all.
         edit_mask: ``[B, T]`` in [0, 1], may be fractional (see ``map_mask_to_latent``); 1 is
-            foreground. None: see ``edit_mask_default``.
+            foreground. bool and integers are 1 where not 0, so that 0/255 masks work; floating
+            values are taken as they are: 255.0 weighs 255 fg - 254 bg. None: see
+            ``edit_mask_default``.
         weighting: broadcastable to ``[B, T, C]``, or a number.
-        foreground_weight, background_weight: fg and bg.
+        foreground_weight, background_weight: fg and bg, finite numbers (for weights that are
+            tensors, or that a gradient goes to: ``weighting``).
         eps: accepted for compatibility; a count of at least 1 needs none.
         reduction: "mean" over kept tokens, "sum" over them, or "none".
         edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
@@ -130,6 +152,8 @@ def masked_edit_token_mean_loss(
     check_choice(
         "masked_edit_token_mean_loss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
     )
+    if eps != 1e-12:
+        check_number("masked_edit_token_mean_loss", "eps", eps, least=0)
     background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
     return _token_loss(
         "masked_edit_token_mean_loss",
@@ -216,6 +240,8 @@ class AttentionMaskMseLoss(torch.nn.Module):
         check_choice(
             "AttentionMaskMseLoss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
         )
+        _check_weights("AttentionMaskMseLoss", foreground_weight, background_weight)
+        check_number("AttentionMaskMseLoss", "eps", eps, least=0)
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.eps = eps
@@ -223,9 +249,11 @@ class AttentionMaskMseLoss(torch.nn.Module):
         self.edit_mask_default = edit_mask_default
 
     def forward(
-        self, model_pred, target, attention_mask=None, edit_mask=None, weighting=None, **kwargs
+        self, model_pred, target, attention_mask=None, edit_mask=None, weighting=None, **unknown
     ):
-        """Shapes and dtypes as in ``masked_edit_token_mean_loss``; other keywords are ignored."""
+        """Shapes and dtypes as in ``masked_edit_token_mean_loss``; TypeError for other keywords."""
+        if unknown:
+            refuse_unknown("AttentionMaskMseLoss", unknown, _ARGUMENTS)
         return _token_loss(
             "AttentionMaskMseLoss",
             (model_pred, target, attention_mask, edit_mask, weighting),
