@@ -39,7 +39,7 @@ TOKEN_ARGUMENTS = [
     ((P, P[..., :1], A), ValueError, "target", "Shape mismatch", "[2, 3, 4], got [2, 3, 1]"),
     ((P[0], P[0], A[0]), ValueError, "model_pred", "3 dimensions [B, T, C]", "got [3, 4]"),
     ((P[None], P[None], A), ValueError, "model_pred", "3 dimensions", "got [1, 2, 3, 4]"),
-    ((P, P, A[:1]), ValueError, "ttention", "mask shape must be [2, 3]", "got [1, 3]"),
+    ((P, P, A[:1, :2]), ValueError, "ttention", "mask shape must be [2, 3]", "got [1, 2]"),
     ((P, P, P), ValueError, "ttention", "mask shape must be [2, 3]", "got [2, 3, 4]"),
     ((P, P, A[:, :2]), ValueError, "ttention", "mask shape must be [2, 3]", "got [2, 2]"),
     ((P, P, A.to(torch.complex64)), ValueError, "attention_mask", "bool, integer", "complex64"),
@@ -125,7 +125,7 @@ AUTOENCODER_ARGUMENTS = [
     ((X, X.int(), M), ValueError, "x must be a floating tensor, got torch.int32"),
     ((X, X[:1], M), ValueError, "x must have the shape of x_recon [2, 3], got [1, 3]"),
     ((X, X, M[:, :2]), ValueError, "mask shape must be [2, 3]"),
-    ((X, X, M[:, :1]), ValueError, "got [2, 1]"),
+    ((X, X, M.expand(2, 2, 3)[:, :1]), ValueError, "got [2, 1, 3]"),
     ((X, X, P), ValueError, "mask shape must be [2, 3]"),
     ((P, P, torch.ones(2, 4)), ValueError, "first 2 dimensions of x_recon, got [2, 4]"),
     ((X, X.to("meta"), M), ValueError, "x must be on the device of x_recon (cpu), got meta"),
@@ -171,7 +171,7 @@ OP_ARGUMENTS = [
     ),
     ({"mask": P[None]}, "mask must have the leading dimensions of prediction"),
     ({"mask": A.to(torch.complex64)}, "mask must be bool, integer or floating, got ComplexFloat"),
-    ({"edit": A[:1]}, "edit_mask must have the leading dimensions of prediction"),
+    ({"edit": A[:1, :2]}, "edit_mask must have the leading dimensions of prediction"),
     ({"edit": A.to(torch.complex64)}, "edit_mask must be bool, integer or floating"),
     ({"weighting": A}, "weighting must be broadcastable to prediction [2, 3, 4], got [2, 3]"),
     ({"weighting": P.long()}, "weighting must be float16, bfloat16, float32 or float64, got Long"),
@@ -182,7 +182,6 @@ OP_ARGUMENTS = [
 ]
 TWO_DEVICES = [{"target": META}, {"mask": META}, {"edit": META}, {"weighting": META}]
 MANY = torch.zeros([1] * 65)
-SCATTERED = torch.zeros([2] * 12).permute(*range(11, -1, -1))
 
 
 @pytest.mark.parametrize("arguments,text", OP_ARGUMENTS)
@@ -203,8 +202,6 @@ def test_operators_refuse_a_meta_tensor_among_others(arguments):
 
 def test_ranks_the_operator_refuses():
     check(lambda: call_op(MANY, MANY), ValueError, "at most 64 dimensions, got 65")
-    text = "prediction must merge into at most 9 dimensions with these strides, got 12"
-    check(lambda: call_op(SCATTERED, torch.zeros([2] * 12)), ValueError, text)
     number = torch.zeros(())
     check(
         lambda: call_op(number, number, reduction="token"),
