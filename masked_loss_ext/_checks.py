@@ -79,6 +79,8 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
+        value = float(value)
     fits = (
         -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)

@@ -29,7 +29,6 @@ class Case:
     shape: tuple
     mask: str | None = "padded"  # see _mask
     edit: str | None = None  # "tokens", "elements", or "one_row" for all samples
-    edit_dtype: torch.dtype | None = None  # an integer one: 0 and 255
     weighting: tuple | None = None  # its shape
     layout: str = "contiguous"  # of prediction; see _stored_as
     target_layout: str | None = None  # None: the same
@@ -37,6 +36,7 @@ class Case:
     mask_dtype: torch.dtype = torch.bool
     target_dtype: torch.dtype | None = None  # None: that of prediction
     weighting_dtype: torch.dtype | None = None
+    edit_dtype: torch.dtype | None = None  # an integer one: 0 and 255
 
 
 SIZES = [

@@ -70,6 +70,8 @@ def _token_loss(
     try:
         if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
             _check(function, reduction, mask_label, *tensors)
+            if not torch.compiler.is_compiling():  # there the operator sees them, when it runs
+                _check_weights(function, foreground_weight, background_weight)
         return masked_squared_error(
             model_pred,
             target,
