@@ -20,6 +20,7 @@ CONVERTED_INTEGERS = (torch.uint16, torch.uint32)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 CONVERTED_MASKS = (*CONVERTED_INTEGERS, torch.uint64, *_FLOAT8)
 _WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
+_MASKS = frozenset((torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS))
 # As in csrc/checks.h: sums of a few lengths stay far from the end of int64.
 LARGEST_LENGTH = 2**48
 
@@ -188,8 +189,7 @@ def broadcasts(shape, sizes):
 
 
 def _check_mask_dtype(function, name, mask):
-    known = (torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS)
-    if mask.dtype not in known:
+    if mask.dtype not in _MASKS:
         raise ValueError(
             f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch "
             f"computes with, got {mask.dtype}: convert it, to bool say"

@@ -47,6 +47,8 @@ class MaskEditLoss(torch.nn.Module):
     def _weights(self):
         """fg and bg, which may have been set since: by a schedule, say."""
         fg, bg = self.foreground_weight, self.background_weight
+        if type(fg) is float and type(bg) is float and fg - fg == 0 == bg - bg:  # both finite
+            return fg, bg
         check_number("MaskEditLoss", "foreground_weight", fg)
         check_number("MaskEditLoss", "background_weight", bg)
         return float(fg), float(bg)
