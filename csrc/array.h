@@ -24,6 +24,8 @@ MASKED_LOSS_EXT_INLINE int64_t size_of(Kind kind) {
   }
 }
 
+MASKED_LOSS_EXT_INLINE bool is_integer(Kind kind) { return kind >= Kind::kUInt8; }  // or bool
+
 struct Array {
   void* data = nullptr;  // nullptr: absent
   Kind kind = Kind::kFloat;

@@ -56,21 +56,32 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
+// PyTorch's headers refuse a dtype that their stable ABI does not list with a path of this build.
+inline ScalarType type_of(const char* op, const char* name, const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    fail(op, ": ", name, " must be of a dtype that PyTorch computes with, got another");
+  }
+}
+
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-  if (is_floating(tensor.scalar_type())) return;
+  const ScalarType type = type_of(op, name, tensor);
+  if (is_floating(type)) return;
   fail(op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-       torch::headeronly::toString(tensor.scalar_type()));
+       torch::headeronly::toString(type));
 }
 
 // bool, integer or floating: what a mask may be made of.
 inline void check_mask_type(const char* op, const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+  const ScalarType type = type_of(op, name, tensor);
+  switch (type) {
     case ScalarType::Bool: case ScalarType::Byte: case ScalarType::Char: case ScalarType::Short:
     case ScalarType::Int: case ScalarType::Long: return;
     default:
-      if (is_floating(tensor.scalar_type())) return;
+      if (is_floating(type)) return;
       fail(op, ": ", name, " must be bool, integer or floating, got ",
-           torch::headeronly::toString(tensor.scalar_type()));
+           torch::headeronly::toString(type));
   }
 }
 
@@ -109,6 +120,19 @@ inline void check_leading_shape(const char* op, const char* name, const Tensor& 
   if (!leading) {
     fail(op, ": ", name, " must have the leading dimensions of prediction ",
          shape_text(prediction), ", got ", shape_text(tensor));
+  }
+}
+
+// A size of 1 stands for any.
+inline void check_leading_broadcastable(const char* op, const char* name, const Tensor& tensor,
+                                        const Tensor& prediction) {
+  bool fits = tensor.dim() <= prediction.dim();
+  for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
+    fits = tensor.size(d) == 1 || tensor.size(d) == prediction.size(d);
+  }
+  if (!fits) {
+    fail(op, ": ", name, " must have the leading dimensions of prediction ",
+         shape_text(prediction), ", got ", shape_text(tensor), " (a size of 1 stands for any)");
   }
 }
 

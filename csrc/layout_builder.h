@@ -39,6 +39,8 @@ inline Array array_of(const std::optional<Tensor>& tensor) {
 // Collects strides, then merges.
 class LayoutBuilder {
  public:
+  static constexpr int kMostMerged = kMaxOuter + 1;  // dimensions that a layout holds
+
   explicit LayoutBuilder(const Tensor& prediction) : dims_(static_cast<int>(prediction.dim())) {
     for (int d = 0; d < dims_; ++d) size_[d] = prediction.size(d);
   }
@@ -50,15 +52,26 @@ class LayoutBuilder {
   // The tensor's dimension i is dimension i + first of the nest; size-1 dimensions broadcast, and
   // dimensions beyond the nest are left out.
   void add(Operand operand, const Tensor& tensor, int first = 0) {
+    if (tensor.numel() == 0) return;  // its strides may be anything, and nobody follows them
     for (int d = 0; d < tensor.dim() && d + first < dims_; ++d) {
       stride_[d + first][operand] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
     }
   }
 
   Layout build(const char* op) const {
+    Layout layout;
+    const int kept = merge(layout);
+    if (kept > kMostMerged) {
+      fail(op, ": prediction must merge into at most ", kMostMerged,
+           " dimensions with these strides, got ", kept);
+    }
+    return layout;
+  }
+
+  // How many dimensions are left after merging. `layout` is filled where it can hold them.
+  int merge(Layout& layout) const {
     int keep[kTorchDims], kept = 0;
     int64_t size[kTorchDims];
-    Layout layout;
     for (int d = 0; d < dims_; ++d) {
       if (size_[d] == 1) continue;
       if (kept > 0 && mergeable(keep[kept - 1], d)) {
@@ -69,12 +82,8 @@ class LayoutBuilder {
         keep[kept++] = d;
       }
     }
-    if (kept - 1 > kMaxOuter) {
-      fail(op, ": prediction must merge into at most ", kMaxOuter + 1,
-           " dimensions with these strides, got ", kept);
-    }
-    if (kept > 0) fill(layout, keep, size, kept);
-    return layout;
+    if (kept > 0 && kept <= kMostMerged) fill(layout, keep, size, kept);
+    return kept;
   }
 
  private:

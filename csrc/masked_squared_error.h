@@ -17,7 +17,7 @@
 
 namespace masked_loss_ext {
 
-// m is the edit mask's value; 1 = foreground.
+// m is the edit mask's value; 1 = foreground. An integer mask has 1 wherever it is not 0.
 template <class A>
 MASKED_LOSS_EXT_INLINE A edit_weight(A m, A foreground, A background) {
   return foreground * m + background * (A(1) - m);

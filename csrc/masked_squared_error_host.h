@@ -3,10 +3,14 @@
 // lay out. Each side brings its own `Device` with allocate(like, sizes, dtype).
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "allocate.h"
 #include "layout_builder.h"
 
 namespace masked_loss_ext {
@@ -56,12 +60,26 @@ inline ScalarType accumulate_type(const SquaredErrorInputs& in) {
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction reduction) {
-  check_floating(op, "prediction", in.prediction);
-  if (in.prediction.dim() > kTorchDims) {
-    fail(op, ": prediction must have at most ", kTorchDims, " dimensions, got ",
-         in.prediction.dim());
+// So that no product of sizes, and with it no offset, comes near the end of int64.
+inline void check_sizes(const char* op, const Tensor& prediction) {
+  if (prediction.dim() > kTorchDims) {
+    fail(op, ": prediction must have at most ", kTorchDims, " dimensions, got ", prediction.dim());
   }
+  int64_t elements = 1;
+  for (int64_t d = 0; d < prediction.dim(); ++d) {
+    const int64_t size = std::max<int64_t>(prediction.size(d), 1);
+    if (size > kLargestLength / elements) {
+      fail(op, ": prediction must have at most ", kLargestLength, " elements, got ",
+           shape_text(prediction));
+    }
+    elements *= size;
+  }
+}
+
+inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction reduction,
+                         double foreground_weight, double background_weight) {
+  check_floating(op, "prediction", in.prediction);
+  check_sizes(op, in.prediction);
   check_floating(op, "target", in.target);
   check_same_shape(op, "target", in.target, in.prediction);
   check_same_device(op, "target", in.target, in.prediction);
@@ -70,12 +88,12 @@ inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction
   }
   if (in.mask) {
     check_mask_type(op, "mask", *in.mask);
-    check_leading_shape(op, "mask", *in.mask, in.prediction);
+    check_leading_broadcastable(op, "mask", *in.mask, in.prediction);
     check_same_device(op, "mask", *in.mask, in.prediction);
   }
   if (in.edit_mask) {
     check_mask_type(op, "edit_mask", *in.edit_mask);
-    check_leading_shape(op, "edit_mask", *in.edit_mask, in.prediction);
+    check_leading_broadcastable(op, "edit_mask", *in.edit_mask, in.prediction);
     check_same_device(op, "edit_mask", *in.edit_mask, in.prediction);
   }
   if (in.weighting) {
@@ -83,6 +101,8 @@ inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction
     check_broadcastable(op, "weighting", *in.weighting, in.prediction);
     check_same_device(op, "weighting", *in.weighting, in.prediction);
   }
+  check_finite(op, "foreground_weight", foreground_weight);
+  check_finite(op, "background_weight", background_weight);
 }
 
 inline void check_grad_loss(const char* op, const Tensor& grad_loss, const SquaredErrorInputs& in,
@@ -142,6 +162,37 @@ inline LayoutBuilder input_layout(const SquaredErrorInputs& in) {
   return builder;
 }
 
+// Contiguous copies, for strides that leave more dimensions than a layout holds. Three or four are left
+// of these: masks have their leading dimensions, weighting has all, but that its last may be 1.
+struct MergingInputs {
+  Tensor prediction, target;
+  std::optional<Tensor> mask, edit_mask, weighting;
+
+  explicit MergingInputs(const SquaredErrorInputs& in)
+      : prediction(expanded(in.prediction, sizes(in, in.prediction.dim()))),
+        target(expanded(in.target, sizes(in, in.prediction.dim()))) {
+    if (in.mask) mask = expanded(*in.mask, sizes(in, in.mask->dim()));
+    if (in.edit_mask) edit_mask = expanded(*in.edit_mask, sizes(in, in.edit_mask->dim()));
+    if (in.weighting) {
+      weighting = expanded(*in.weighting,
+                           output_sizes(in.prediction, weighting_gradient_shape(*in.weighting)));
+    }
+  }
+
+  static Tensor expanded(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+    Tensor copy = empty_tensor(tensor, sizes, tensor.scalar_type());
+    torch::stable::copy_(copy, tensor);
+    return copy;
+  }
+
+ private:
+  static std::vector<int64_t> sizes(const SquaredErrorInputs& in, int64_t dims) {
+    std::vector<int64_t> leading = output_sizes(in.prediction, OutputShape::kElements);
+    leading.resize(dims);
+    return leading;
+  }
+};
+
 // Which gradients are made, and of what shape; the sizes of one that is not are [0].
 struct GradientPlan {
   bool prediction, target, weighting;
@@ -163,16 +214,16 @@ inline GradientPlan plan_gradients(const SquaredErrorInputs& in, bool prediction
   return plan;
 }
 
-inline Layout backward_layout(const char* op, const SquaredErrorInputs& in, const GradientPlan& plan,
-                              Reduction reduction, const Tensor& grad_loss,
-                              const Tensor& grad_prediction, const Tensor& grad_target,
-                              const Tensor& grad_weighting) {
+inline LayoutBuilder backward_layout(const SquaredErrorInputs& in, const GradientPlan& plan,
+                                     Reduction reduction, const Tensor& grad_loss,
+                                     const Tensor& grad_prediction, const Tensor& grad_target,
+                                     const Tensor& grad_weighting) {
   LayoutBuilder builder = input_layout(in);
   if (!is_scalar(reduction)) builder.add(kLoss, grad_loss);
   if (plan.prediction) builder.add(kGrad, grad_prediction);
   if (plan.target) builder.add(kGrad, grad_target);
   if (plan.weighting) builder.add(kGradWeighting, grad_weighting);
-  return builder.build(op);
+  return builder;
 }
 
 }  // namespace masked_loss_ext

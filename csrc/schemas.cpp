@@ -15,8 +15,10 @@
 
 // Token-wise weighted squared error over what `mask` keeps (formula: masked_squared_error.h).
 //   prediction, target  [...]         floating, same shape, any strides; dtypes may differ
-//   mask                leading dims  any dtype, on where != 0; None keeps everything
-//   edit_mask           leading dims  m in [0, 1]; the weight is fg * m + bg * (1 - m); None: bg
+//   mask                leading dims  any dtype, on where != 0; None keeps everything; a size of 1
+//                                     stands for any, as in edit_mask
+//   edit_mask           leading dims  m in [0, 1]; the weight is fg * m + bg * (1 - m); None: bg. A bool
+//                                     or an integer is 1 where it is not 0
 //   weighting           broadcastable to prediction
 //   reduction           "mean"        sum / selected elements    -> []
 //                       "sum"         sum                        -> []

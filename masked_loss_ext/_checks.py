@@ -17,10 +17,12 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = math.nextafter(math.inf, 0)  # an int may be larger
 # Converted before a kernel sees them: not worth kernels of their own.
 CONVERTED_INTEGERS = (torch.uint16, torch.uint32)
-CONVERTED_MASKS = (
-    *(*CONVERTED_INTEGERS, torch.uint64),
-    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+CONVERTED_MASKS = (*CONVERTED_INTEGERS, torch.uint64, *_FLOAT8)
+_WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
+_MASKS = frozenset((torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS))
+# kLargestLength of csrc/checks.h: sums of a few lengths stay far from the end of int64.
+LARGEST_LENGTH = 2**48
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -54,9 +56,6 @@ def check_rank(function, name, tensor, rank, layout):
         )
 
 
-LARGEST_LENGTH = 2**48  # kLargestLength of csrc/checks.h
-
-
 def check_int(function, name, value):
     # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
     is_int = isinstance(value, int) or hasattr(value, "__index__")
@@ -84,6 +83,8 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
+        value = float(value)
     fits = (
         -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)
@@ -103,15 +104,15 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
 def refuse_unknown(function, unknown, known):
     """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
     for name in unknown:
-        near = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
+        near = " or ".join(difflib.get_close_matches(name, known, 2, 0.4))
+        hint = f"; did you mean {near}?" if near else f"; it takes {', '.join(known)}"
         raise TypeError(f"{function}: unexpected keyword argument {name}{hint}")
 
 
 def check_integers(function, name, tensor):
     """A tensor of integers; bool is not one."""
     check_tensor(function, name, tensor)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.dtype not in (*_INTEGERS, *CONVERTED_INTEGERS, torch.uint64):
         raise ValueError(f"{function}: {name} must be integers, got {tensor.dtype}")
 
 
@@ -127,17 +128,24 @@ def check_prediction(function, name, prediction, target_name, target):
     """Two floating tensors of one shape on one device."""
     check_tensor(function, name, prediction)
     check_tensor(function, target_name, target)
-    for argument, tensor in ((name, prediction), (target_name, target)):
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{function}: {argument} must be a floating tensor, got {tensor.dtype}"
-            )
+    check_floating(function, name, prediction)
+    check_floating(function, target_name, target)
     if target.shape != prediction.shape:
         raise ValueError(
             f"{function}: Shape mismatch: {target_name} must have the shape of {name} "
             f"{shape_text(prediction)}, got {shape_text(target)}"
         )
     check_device(function, target_name, target, name, prediction)
+
+
+def check_floating(function, name, tensor):
+    """Of a dtype that the kernels compute with."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{function}: {name} must be a floating tensor, got {tensor.dtype}")
+    if tensor.dtype not in _FLOATING:
+        raise ValueError(
+            f"{function}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
 
 
 def check_device(function, name, tensor, like_name, like):
@@ -149,19 +157,38 @@ def check_device(function, name, tensor, like_name, like):
         )
 
 
-def check_mask(function, name, mask, like_name, like, dims, label=None):
-    """A mask of the first ``dims`` dimensions of ``like``; None passes."""
+def check_mask(function, name, mask, like_name, like, dims, label=None, broadcast=False):
+    """A mask of the first ``dims`` dimensions of ``like``; None passes.
+
+    broadcast: a size of 1 stands for any.
+    """
     if mask is None:
         return
     check_tensor(function, name, mask)
-    if mask.shape != like.shape[:dims]:
+    sizes = like.shape[:dims]
+    if mask.shape != sizes and not (broadcast and broadcasts(mask.shape, sizes)):
+        rule = " (a size of 1 stands for any)" if broadcast else ""
         raise ValueError(
-            f"{function}: {label or name + ' shape'} must be {sizes_text(like.shape[:dims])}, the "
-            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}"
+            f"{function}: {label or name + ' shape'} must be {sizes_text(sizes)}, the "
+            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}{rule}"
         )
     check_mask_dtype(function, name, mask)
     check_device(function, name, mask, like_name, like)
     check_not_additive(function, name, mask)
+
+
+def check_leading_mask(function, name, mask, like_name, like):
+    """A mask of any of the leading dimensions of ``like``; a size of 1 stands for any."""
+    check_tensor(function, name, mask)
+    dims = mask.dim() if 1 <= mask.dim() <= like.dim() else like.dim()
+    check_mask(function, name, mask, like_name, like, dims, broadcast=True)
+
+
+def broadcasts(shape, sizes):
+    """Whether ``shape`` is ``sizes`` but for sizes of 1."""
+    return len(shape) == len(sizes) and all(
+        n in (1, size) for n, size in zip(shape, sizes, strict=True)
+    )
 
 
 def as_mask(function, name, mask):
@@ -175,10 +202,18 @@ def as_mask(function, name, mask):
     return mask != 0
 
 
+def as_edit_mask(function, name, mask):
+    """An edit mask that the kernels read: integers are 1 where not 0, floats what they are."""
+    if mask is None or mask.dtype in _FLOATING:
+        return mask
+    if mask.dtype in _FLOAT8:
+        return mask.to(torch.float32)
+    return as_mask(function, name, mask)
+
+
 def check_mask_dtype(function, name, mask):
     """Some dtypes can hold a mask and not even be compared with 0."""
-    known = (torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS)
-    if mask.dtype not in known:
+    if mask.dtype not in _MASKS:
         raise ValueError(
             f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch "
             f"computes with, got {mask.dtype}: convert it, to bool say"
@@ -193,7 +228,7 @@ def as_integers(tensor):
 
 
 def check_not_additive(function, name, mask):
-    """A mask of 0 and -inf, as attention layers add it, would select the padding.
+    """A mask of 0 and -inf, as attention layers add it, would select the padding, and so would NaN.
 
     Looks at data, so only at that of floating masks on the CPU, and not while tracing.
     """
@@ -201,7 +236,9 @@ def check_not_additive(function, name, mask):
         return
     if type(mask) is not torch.Tensor:  # a fake tensor, say, has no data
         return
-    if mask.numel() and mask.min() < 0:
+    if mask.numel() and not mask.min() >= 0:
+        if mask.isnan().any():
+            raise ValueError(f"{function}: {name} must be on where it is not 0, got NaN entries")
         raise ValueError(
             f"{function}: {name} must be on where it is not 0, got negative entries: an additive "
             "mask? Give mask == 0 instead"
@@ -213,8 +250,7 @@ def check_weighting(function, weighting, like_name, like):
     if weighting is None:
         return
     check_tensor(function, "weighting", weighting)
-    if not weighting.is_floating_point():
-        raise ValueError(f"{function}: weighting must be a floating tensor, got {weighting.dtype}")
+    check_floating(function, "weighting", weighting)
     pairs = zip(reversed(weighting.shape), reversed(like.shape), strict=False)
     if weighting.dim() > like.dim() or any(w != 1 and w != n for w, n in pairs):
         raise ValueError(
@@ -224,13 +260,14 @@ def check_weighting(function, weighting, like_name, like):
     check_device(function, "weighting", weighting, like_name, like)
 
 
-def as_weighting(weighting, like):
+def as_weighting(function, weighting, like):
     """Numbers and integer tensors as floating tensors; anything else as it is."""
     if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
         return weighting
-    if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
-        return torch.full((), weighting, dtype=torch.float64, device=like.device)
-    if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
+    if isinstance(weighting, (int, float, numbers.Real)) and not isinstance(weighting, bool):
+        check_number(function, "weighting", weighting)
+        return torch.full((), float(weighting), dtype=torch.float64, device=like.device)
+    if isinstance(weighting, torch.Tensor) and weighting.dtype in _WEIGHTS:
         return weighting.to(torch.float32)
     return weighting
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import (
+    as_mask,
+    check_device,
     check_int,
     check_integers,
     check_length,
@@ -12,13 +14,14 @@ from ._checks import (
     check_mask_dtype,
     check_rank,
     check_tensor,
+    is_traced,
     shape_text,
 )
 
 PATCH = 16  # pixels per latent token and side: 8 by the autoencoder, 2 by packing
 
 
-def lengths_to_mask(lengths, max_len=None):
+def lengths_to_mask(lengths, max_len=None, *, clip=False):
     """Mask of right-padded rows: ``mask[b, t] = t < lengths[b]``.
 
     >>> lengths_to_mask([1, 3])
@@ -26,27 +29,67 @@ def lengths_to_mask(lengths, max_len=None):
             [ True,  True,  True]])
 
     Args:
-        lengths: ``[B]`` integer tensor, or a list of ints.
+        lengths: ``[B]`` integer tensor, or a list, range or NumPy array of ints; not negative.
         max_len: T. None takes the longest, which waits for the device where lengths is on a GPU.
+        clip: cut lengths above max_len to it; otherwise they are refused. Lengths on a GPU are not
+            looked at, nor while tracing: there they are always cut.
 
     Returns:
         ``[B, T]`` bool, on the device of lengths.
+
+    Raises:
+        ValueError: a length that is negative, or above max_len without ``clip``.
     """
     name = "lengths_to_mask"
-    if not isinstance(lengths, torch.Tensor):
-        if not isinstance(lengths, (list, tuple)):
-            raise TypeError(
-                f"{name}: lengths must be a tensor or a list of ints, got {type(lengths).__name__}"
-            )
-        # Its own dtype, so that 1.5 is refused below instead of cut to 1.
-        lengths = torch.as_tensor(lengths) if lengths else torch.zeros(0, dtype=torch.int64)
-    check_rank(name, "lengths", lengths, 1, "[B]")
+    host = not isinstance(lengths, torch.Tensor)
+    if host:
+        lengths = _tensor_of(name, lengths)
     check_integers(name, "lengths", lengths)
-    if max_len is None:
-        max_len = int(lengths.max()) if lengths.numel() else 0
-    else:
+    check_rank(name, "lengths", lengths, 1, "[B]")
+    if max_len is not None:
         check_length(name, "max_len", max_len)
+    elif lengths.device.type == "meta":
+        raise ValueError(f"{name}: max_len must be given where lengths has no data (device meta)")
+    lengths = lengths.to(torch.int64)  # unsigned ones have no maximum
+    shortest, longest = _extremes(lengths) if _has_values(lengths) else (0, max_len)
+    if shortest < 0:
+        raise ValueError(f"{name}: lengths must not be negative, got {shortest}")
+    if max_len is None:
+        max_len = int(lengths.max()) if longest is None else longest
+        check_length(name, "lengths", max_len)
+    elif longest > max_len and not clip:
+        raise ValueError(
+            f"{name}: lengths must be at most max_len {max_len}, got {longest}; clip=True cuts them"
+        )
+    if host:
+        lengths = lengths.to(torch.get_default_device())
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _tensor_of(function, lengths):
+    """Ints of the host as a tensor there, in their own dtype, so that 1.5 is not cut to 1."""
+    array = hasattr(lengths, "__array__") and not isinstance(lengths, (int, float))
+    if not (array or isinstance(lengths, (list, tuple, range))):
+        raise TypeError(
+            f"{function}: lengths must be a tensor or a list of ints, got {type(lengths).__name__}"
+        )
+    if not array and not lengths:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    try:
+        return torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{function}: lengths must be ints of at most 64 bits: {error}") from None
+
+
+def _has_values(tensor):
+    """Values that may be looked at without waiting for a device, and without a break in a graph."""
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not is_traced()
+
+
+def _extremes(tensor):
+    if tensor.numel() == 0:
+        return 0, 0
+    return tuple(int(value) for value in tensor.aminmax())
 
 
 def pad_latents_for_multi_res(latents, max_seq_len=None):
@@ -57,7 +100,8 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     (torch.Size([2, 3, 2]), [1, 3])
 
     Args:
-        latents: list of ``[n_i, C]`` tensors. dtype and device of the first win.
+        latents: list of ``[n_i, C]`` tensors. dtype and device of the first win; it must be able to
+            hold the others (no float becomes an integer, no complex number a real one).
         max_seq_len: T. None takes the longest.
 
     Returns:
@@ -80,6 +124,13 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
                 f"{name}: Channel mismatch: latents[{i}] must have {latents[0].shape[1]} channels "
                 f"like the first, got {latent.shape[1]}"
             )
+        if not torch.can_cast(latent.dtype, latents[0].dtype):
+            raise ValueError(
+                f"{name}: latents[{i}] must be of a dtype that fits that of the first "
+                f"{latents[0].dtype}, got {latent.dtype}"
+            )
+        if latent.device.type == "meta" != latents[0].device.type:
+            check_device(name, f"latents[{i}]", latent, "latents[0]", latents[0])
     if max_seq_len is not None:
         check_length(name, "max_seq_len", max_seq_len)
     lengths = [latent.shape[0] for latent in latents]
@@ -90,7 +141,8 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     first = latents[0]
     padded = torch.nn.utils.rnn.pad_sequence([x.to(first) for x in latents], batch_first=True)
     padded = F.pad(padded, (0, 0, 0, length - max(lengths)))
-    return padded, lengths_to_mask(torch.tensor(lengths), length).to(first.device)
+    mask = lengths_to_mask(torch.tensor(lengths, device="cpu"), length)
+    return padded, mask.to(first.device)
 
 
 def unpad(padded, mask):
@@ -103,7 +155,8 @@ def unpad(padded, mask):
 
     Args:
         padded: ``[B, T, ...]``.
-        mask: ``[B, T]`` any dtype, kept where not 0 (padding may be anywhere).
+        mask: ``[B, T]`` any dtype, kept where not 0 (padding may be anywhere); a size of 1 stands
+            for any.
 
     Returns:
         list of B tensors ``[n_b, ...]``, differentiable in padded.
@@ -111,13 +164,8 @@ def unpad(padded, mask):
     check_tensor("unpad", "padded", padded)
     check_tensor("unpad", "mask", mask)
     check_rank("unpad", "mask", mask, 2, "[B, T]")
-    if padded.shape[:2] != mask.shape:
-        raise ValueError(
-            f"unpad: mask must have the first two dimensions of padded {shape_text(padded)}, "
-            f"got {shape_text(mask)}"
-        )
-    check_mask_dtype("unpad", "mask", mask)
-    keep = mask != 0
+    check_mask("unpad", "mask", mask, "padded", padded, 2, broadcast=True)
+    keep = (mask != 0).expand(padded.shape[:2])
     return list(padded[keep].split(keep.sum(1).tolist()))
 
 
@@ -139,7 +187,8 @@ def mask_labels(labels, mask, *, ignore_index=-100):
 
     Args:
         labels: ``[...]`` integers of any width.
-        mask: ``[...]``, the same shape, any dtype, a label stays where it is not 0.
+        mask: ``[...]``, the same shape, any dtype, a label stays where it is not 0. A size of 1
+            stands for any.
         ignore_index: must fit the dtype of labels (-100 does not fit uint8: ValueError).
 
     Returns:
@@ -148,7 +197,7 @@ def mask_labels(labels, mask, *, ignore_index=-100):
     name = "mask_labels"
     check_integers(name, "labels", labels)
     check_tensor(name, "mask", mask)
-    check_mask(name, "mask", mask, "labels", labels, labels.dim())
+    check_mask(name, "mask", mask, "labels", labels, labels.dim(), broadcast=True)
     check_int(name, "ignore_index", ignore_index)
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
@@ -172,7 +221,8 @@ def map_mask_to_latent(image_mask):
 
     Args:
         image_mask: ``[B, H, W]``, H // 8 and W // 8 even. bool and integers count as 1 where not 0
-            (so 0/255 image masks work); floating values are taken as they are, in [0, 1].
+            (so 0/255 image masks work); floating values are taken as they are, in [0, 1]. On the
+            CPU, where that costs next to nothing, a mask of 0 to 255.0 is refused.
 
     Returns:
         ``[B, (H // 16) * (W // 16)]`` float32 (float64), in [0, 1]: an edit mask for the losses.
@@ -181,7 +231,7 @@ def map_mask_to_latent(image_mask):
     check_rank("map_mask_to_latent", "image_mask", image_mask, 3, "[B, H, W]")
     check_mask_dtype("map_mask_to_latent", "image_mask", image_mask)
     if not image_mask.is_floating_point():
-        image_mask = image_mask != 0
+        image_mask = as_mask("map_mask_to_latent", "image_mask", image_mask) != 0
     height, width = image_mask.shape[1:]
     if height // 8 % 2 or width // 8 % 2:
         raise ValueError(
@@ -193,4 +243,11 @@ def map_mask_to_latent(image_mask):
     if height < PATCH or width < PATCH:  # no token; the pooling functions refuse this
         return image_mask.new_zeros(image_mask.shape[0], 0)
     cells = F.avg_pool2d(image_mask.unsqueeze(1), 8)
-    return F.max_pool2d(cells, 2).flatten(1)
+    tokens = F.max_pool2d(cells, 2).flatten(1)
+    # Resampling an image may leave a little more than 1; two is another scale.
+    if _has_values(tokens) and tokens.numel() and (tokens.max() > 2 or tokens.min() < -1):
+        raise ValueError(
+            f"map_mask_to_latent: image_mask must be in [0, 1], got averages of 8 x 8 pixels from "
+            f"{tokens.min():g} to {tokens.max():g}; divide a mask of 0 to 255 by 255"
+        )
+    return tokens

@@ -28,7 +28,7 @@ class Case:
     reason: str
     shape: tuple
     mask: str | None = "padded"  # see _mask
-    edit: str | None = None  # "tokens" or "elements"
+    edit: str | None = None  # "tokens", "elements", or "one_row" for all samples
     weighting: tuple | None = None  # its shape
     layout: str = "contiguous"  # of prediction; see _stored_as
     target_layout: str | None = None  # None: the same
@@ -36,6 +36,7 @@ class Case:
     mask_dtype: torch.dtype = torch.bool
     target_dtype: torch.dtype | None = None  # None: that of prediction
     weighting_dtype: torch.dtype | None = None
+    edit_dtype: torch.dtype | None = None  # an integer one: 0 and 255
 
 
 SIZES = [
@@ -70,6 +71,15 @@ MASKS = [
     Case("samples", "mask of the first dimension only", (6, 3, 4), mask="samples"),
     Case("edit_elements", "edit mask per element", (3, 7, 5), edit="elements"),
     Case("edit_no_mask", "edit mask alone", (3, 7, 5), mask=None, edit="tokens"),
+]
+MASKS += [
+    Case("one_row", "[1, T] for all samples", (4, 9, 6), mask="one_row", edit="one_row"),
+    Case("column", "[B, 1] for all tokens", (4, 9, 6), mask="column", weighting=(4, 9, 6)),
+    Case("pixels", "[B, 1, H, W] for all channels", (2, 3, 4, 5), mask="pixels"),
+    Case("pixels_long", "the same, longer than a block", (2, 3, 30, 40), mask="pixels"),
+    Case("pixels_edit", "[1, T, 1] of [B, T, C]", (3, 7, 5), mask="middle", edit="tokens"),
+    Case("edit_int64", "on where not 0", (3, 7, 5), edit="tokens", edit_dtype=torch.int64),
+    Case("edit_uint8", "255 is 1", (3, 7, 5), edit="elements", edit_dtype=torch.uint8),
 ]
 MASKS += [
     Case(f"mask_{str(d)[6:]}_{kind}", "masks of any dtype", (2, 6, 5), mask=kind, mask_dtype=d)
@@ -143,7 +153,10 @@ def make(case, dtype, seed=0):
     def values(shape):
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
-    edit_shape = {"tokens": case.shape[:2], "elements": case.shape, None: None}[case.edit]
+    edit_shape = {
+        **{"tokens": case.shape[:2], "elements": case.shape, None: None},
+        "one_row": (1, *case.shape[1:2]),
+    }[case.edit]
     weighting = None
     if case.weighting is not None:
         weighting = values(case.weighting).abs().add(0.1).to(case.weighting_dtype or dtype)
@@ -152,6 +165,8 @@ def make(case, dtype, seed=0):
         mask = stored_as(_mask_values(mask, case.mask_dtype), case.mask_layout)
     target_layout = case.target_layout or case.layout
     edit = None if edit_shape is None else torch.rand(edit_shape, generator=g)
+    if case.edit_dtype is not None:
+        edit = (edit < 0.5).to(case.edit_dtype) * 255
     return {
         "prediction": stored_as(values(case.shape).to(dtype), case.layout),
         "target": stored_as(values(case.shape).to(case.target_dtype or dtype), target_layout),
@@ -180,6 +195,10 @@ def _mask(kind, shape, generator):
         "random": lambda: random(tokens),
         "elements": lambda: random(shape),
         "samples": lambda: random(shape[:1]),
+        "one_row": lambda: random((1, *shape[1:2])),
+        "column": lambda: random((shape[0], 1)),
+        "pixels": lambda: random((shape[0], 1, *shape[2:])),
+        "middle": lambda: random((1, shape[1], 1)),
         "nothing": lambda: torch.zeros(tokens, dtype=torch.bool),
         "no_element": lambda: torch.zeros(shape, dtype=torch.bool),
         "everything": lambda: torch.ones(tokens, dtype=torch.bool),

@@ -67,7 +67,8 @@ def selected(inputs):
     mask, prediction = inputs["mask"], inputs["prediction"]
     if mask is None:
         return prediction.numel()
-    return int((mask != 0).sum()) * prediction.shape[mask.dim() :].numel()
+    rest = (1,) * (prediction.dim() - mask.dim())
+    return int((mask != 0).reshape(*mask.shape, *rest).expand(prediction.shape).sum())
 
 
 def check(op, inputs, grad_loss=None, what="", **options):

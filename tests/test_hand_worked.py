@@ -85,7 +85,7 @@ def test_token_loss_module(cls, pair):
     check(cls(reduction="sum")(*pair, ATTENTION, EDIT, OMEGA), 26.0)
     check(cls(reduction="none")(*pair, ATTENTION), [[2.5, 5, 0], [2, 0, 0]])
     check(cls(edit_mask_default="foreground")(*pair, ATTENTION), 19 / 3)
-    check(cls()(*pair, ATTENTION, weighting=2.0, unknown_keyword=1), 19 / 3)
+    check(cls()(*pair, ATTENTION, weighting=2.0), 19 / 3)
 
 
 @BOTH
@@ -190,6 +190,52 @@ def test_padding_helpers(module):
     assert module.lengths_to_mask(torch.tensor([1]), 3).tolist() == [[True, False, False]]
     rows = module.unpad(padded, torch.tensor([[1, 0, 0], [1, 0, 1]]))
     assert [row.tolist() for row in rows] == [[[1.0, 2]], [[3.0, 4], [7.0, 8]]]
+
+
+@BOTH
+def test_masks_with_one_row_or_column(module, pair):
+    f = module.masked_edit_token_mean_loss
+    check(f(*pair, torch.tensor([[1, 0, 1]])), (2.5 + 81 + 2 + 25) / 4)
+    check(f(*pair, torch.tensor([[0], [1]])), (2 + 49 + 25) / 3)
+    check(f(*pair, None, torch.tensor([[1.0, 0, 0]])), (2 * 2.5 + 5 + 81 + 2 * 2 + 49 + 25) / 6)
+
+
+@BOTH
+def test_one_mask_for_all_channels(module):
+    # [B, C, H, W] = [2, 2, 1, 2], mask [2, 1, 1, 2]: the first pixel of one image, the second of
+    # the other, so 1, 9 and 36, 64; four elements count
+    recon = torch.tensor([[[[1.0, NAN]], [[3, 4]]], [[[5, 6]], [[NAN, 8]]]], requires_grad=True)
+    x, mask = torch.zeros(2, 2, 1, 2), torch.tensor([[[[1, 0]]], [[[0, 1]]]])
+    check(module.masked_mse(recon, x, mask), 110 / 4)
+    check(module.masked_sse(recon, x, mask), 110 / 2)
+    module.masked_mse(recon, x, mask).backward()
+    check(recon.grad, [[[[0.5, 0]], [[1.5, 0]]], [[[0, 3.0]], [[0, 4]]]])  # 2 d / 4
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.uint16])
+def test_edit_masks_of_0_and_255(module, pair, dtype):
+    edit = torch.tensor([[255, 0, 255], [0, 255, 0]]).to(dtype)
+    f = module.masked_edit_token_mean_loss
+    check(f(*pair, ATTENTION, edit), (2 * 2.5 + 5 + 2) / 3)
+    elements = torch.full((1, 2), 255, dtype=torch.uint8)  # an edit mask per element
+    op = mle.ops.masked_squared_error.masked_squared_error
+    terms = op(torch.ones(1, 2), torch.zeros(1, 2), None, elements, reduction="none")
+    check(terms, [[2.0, 2.0]])
+
+
+def test_mse_loss_takes_what_the_other_losses_take(pair):
+    check(mle.MseLoss()(*pair, attention_mask=ATTENTION), 19 / 6)
+    check(mle.MseLoss("sum")(*pair, attention_mask=ATTENTION, edit_mask=EDIT), 19.0)
+    check(mle.MseLoss()(*pair, None, attention_mask=None, edit_mask=EDIT), 329 / 12)
+    keywords = {"attention_mask": ATTENTION, "edit_mask": None, "weighting": OMEGA}
+    for loss, weight in (
+        (mle.MseLoss(), 1),
+        (mle.AttentionMaskMseLoss(), 1),
+        (mle.MaskEditLoss(), 2),
+    ):
+        expected = weight * (5 + 3 * 10 + 2 * 4) / 6
+        check(loss(model_pred=pair[0], target=pair[1], **keywords), expected)
 
 
 def test_doubling_the_channels_changes_nothing(pair):

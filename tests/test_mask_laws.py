@@ -41,7 +41,8 @@ def poisoned(inputs, value):
     if inputs["edit_mask"] is not None:
         edit = inputs["edit_mask"]
         all_off = off if edit.dim() == off.dim() else off.flatten(edit.dim()).all(-1)
-        result["edit_mask"] = poison(edit, all_off, value)
+        all_off = (~all_off).float().sum_to_size(edit.shape) == 0
+        result["edit_mask"] = poison(edit, all_off, value if edit.is_floating_point() else 77)
     if inputs["weighting"] is not None:
         weighting = inputs["weighting"]
         all_off = (~off).float().sum_to_size(weighting.shape) == 0

@@ -91,6 +91,18 @@ def test_by_hand_with_segments():
     assert loss_dict["loss_t2"] == 0
 
 
+@pytest.mark.parametrize("sources", [False, True])
+def test_one_row_of_mask_and_segments_for_a_batch(sources):
+    logits, labels = heads(2)
+    mask, segments = right_padded([6], 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    loss_fn = Loss(2, (2.0, 1.0), mask_sources=sources)
+    rows = mask.expand(3, 7).contiguous(), segments.expand(3, 7).contiguous()
+    expected = loss_fn(logits, labels, rows[0], segment_ids=rows[1])[0]
+    assert torch.equal(loss_fn(logits, labels, mask, segment_ids=segments)[0], expected)
+    counts = loss_fn.count_targets(labels, mask, segment_ids=segments)
+    assert counts.tolist() == [12, 6]  # 2 + 2 and 1 + 1 in each of three rows
+
+
 def test_default_weights():
     assert Loss().aux_loss_weights == pytest.approx((0.5, 0.25, 0.15, 0.1), abs=1e-15)
     assert Loss(3, [1, 1, 2]).aux_loss_weights == (0.25, 0.25, 0.5)

@@ -154,6 +154,7 @@ def test_gradients_written_over_the_logits():
 
 X, Y = [torch.zeros(2, 3, 5)] * 2, torch.zeros(2, 3, dtype=torch.int64)
 META = torch.zeros(2, 3, device="meta")
+NESTED = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
 both = (ValueError, AssertionError)
 CASES = [
     ((X[:1], Y), both, "logits_list must have one tensor per head, n_pred_tokens 2, got 1"),
@@ -171,13 +172,30 @@ CASES = [
     ((X, Y, torch.zeros(2, 1, 3, 3)), ValueError, "attention_mask must have 2 dimensions [B, S]"),
     ((X, Y, torch.zeros(2, 1, 3, 3)), ValueError, "got [2, 1, 3, 3] (a 4-D mask [B, 1, S, S]"),
     ((X, Y, Y[0]), ValueError, "attention_mask must have 2 dimensions [B, S]"),
-    ((X, Y, Y[:1]), ValueError, "attention_mask shape must be [2, 3]"),
+    ((X, Y, Y[:1, :2]), ValueError, "attention_mask shape must be [2, 3]"),
+    ((X, Y, Y.to_sparse()), ValueError, "attention_mask must be a dense tensor"),
+    ((X, Y, NESTED), ValueError, "attention_mask must be a plain tensor"),
+    (
+        (X, Y, torch.empty(2, 3, dtype=torch.int1)),
+        ValueError,
+        "attention_mask must be bool, integer",
+    ),
+    ((X, torch.empty(2, 3, dtype=torch.uint4)), ValueError, "labels must be integers, got torch.u"),
+    (([X[0].to(torch.float8_e5m2)] * 2, Y), ValueError, "logits_list[0] must be float16, bfloat16"),
     ((X, Y, META), ValueError, "attention_mask must be on the device of labels (cpu), got meta"),
     ((X, Y, -torch.ones(2, 3)), ValueError, "an additive mask?"),
 ]
 KEYWORDS = [
     ({"segment_ids": Y.float()}, ValueError, "segment_ids must be integers, got torch.float32"),
-    ({"segment_ids": Y[:1]}, ValueError, "segment_ids must have the shape of labels [2, 3]"),
+    ({"segment_ids": Y[:1, :2]}, ValueError, "segment_ids must have the shape of labels [2, 3]"),
+    ({"normalizer": [1, 2]}, TypeError, "normalizer must be a number, got list"),
+    ({"normalizer": "3"}, TypeError, "normalizer must be a number, got str"),
+    (
+        {"normalizer": math.nan},
+        ValueError,
+        "normalizer must be a finite number at least 0, got nan",
+    ),
+    ({"normalizer": -1}, ValueError, "normalizer must be a finite number at least 0, got -1"),
     ({"segment_ids": META.long()}, ValueError, "segment_ids must be on the device of labels"),
     ({"normalizer": torch.ones(3)}, both, "normalizer must be a number or have one entry per head"),
 ]
@@ -204,8 +222,21 @@ def test_bad_keywords(keywords, kinds, text):
 def test_bad_construction():
     check_refused(lambda: Loss(2), both, "aux_loss_weights must have one entry per head")
     check_refused(lambda: Loss(4, (1.0,)), both, "n_pred_tokens 4, got 1")
-    for weights in ((0.0, 0.0), (1.0, -2.0), (math.nan, 1.0), (math.inf, 1.0)):
+    for weights in ((0.0, 0.0), (1.7e308, 1.7e308)):
         text = "aux_loss_weights must have a positive, finite sum"
         check_refused(lambda w=weights: Loss(2, w), ValueError, text)
+    for bad in (-1, math.nan, math.inf, 10**400):  # (2, -1) has a positive sum
+        text = "aux_loss_weights[1] must be a finite number at least 0, got "
+        check_refused(lambda w=bad: Loss(2, (2, w)), ValueError, text)
+    for bad in ("1", None, 1j, True, torch.tensor(1.0)):
+        text = "aux_loss_weights[1] must be a number, got "
+        check_refused(lambda w=bad: Loss(2, (2, w)), TypeError, text)
+    for bad in ("12", None, 3.0):
+        text = "aux_loss_weights must be a list of numbers, got "
+        check_refused(lambda w=bad: Loss(2, w), TypeError, text)
+    check_refused(lambda: Loss(2, torch.ones(2, 1)), ValueError, "aux_loss_weights must have 1 dim")
+    check_refused(lambda: Loss(True, (1.0,)), TypeError, "n_pred_tokens must be an int, got bool")
+    check_refused(lambda: Loss(-1, ()), ValueError, "n_pred_tokens must not be negative, got -1")
+    check_refused(lambda: Loss(ignore_index=True), TypeError, "ignore_index must be an int, got b")
     check_refused(lambda: Loss(0, ()), ValueError, "positive, finite sum")
     check_refused(lambda: Loss(2.0, (1.0, 1.0)), TypeError, "n_pred_tokens must be an int")

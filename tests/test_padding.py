@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Ragged -> padded + mask, and back; masks -> labels; image masks -> token masks."""
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -15,12 +16,56 @@ pad = mle.pad_latents_for_multi_res
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.int8])
 def test_lengths_to_mask(max_len, dtype):
     lengths = [5, 0, 3, 5, 1]
-    mask = mle.lengths_to_mask(torch.tensor(lengths, dtype=dtype), max_len)
+    mask = mle.lengths_to_mask(torch.tensor(lengths, dtype=dtype), max_len, clip=True)
     width = 5 if max_len is None else max_len
     assert mask.dtype == torch.bool and mask.shape == (5, width)
     assert mask.tolist() == [[t < n for t in range(width)] for n in lengths]
-    assert torch.equal(mask, mle.lengths_to_mask(lengths, max_len))
+    assert torch.equal(mask, mle.lengths_to_mask(lengths, max_len, clip=True))
+    if width >= 5:
+        assert torch.equal(mask, mle.lengths_to_mask(lengths, max_len))
     assert torch.equal(mask, reference.lengths_to_mask(torch.tensor(lengths), width))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        range(3),
+        (0, 1, 2),
+        np.array([0, 1, 2]),
+        np.array([0, 1, 2], dtype=np.uint16),
+        [np.int64(0), 1, torch.tensor(2)],
+        torch.tensor([0, 1, 2], dtype=torch.uint32),
+        torch.tensor([0, 1, 2], dtype=torch.uint64),
+    ],
+    ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
+)
+def test_lengths_of_any_kind(lengths):
+    expected = [[False, False], [True, False], [True, True]]
+    assert mle.lengths_to_mask(lengths).tolist() == expected
+    assert mle.lengths_to_mask(lengths, 2).tolist() == expected
+    with pytest.raises(
+        ValueError, match="lengths must be at most max_len 1, got 2; clip=True cuts"
+    ):
+        mle.lengths_to_mask(lengths, 1)
+    assert mle.lengths_to_mask(lengths, 1, clip=True).tolist() == [[False], [True], [True]]
+
+
+def test_lengths_are_not_looked_at_where_that_would_wait_or_break_a_graph():
+    meta = mle.lengths_to_mask(torch.tensor([7, -1], device="meta"), 3)
+    assert meta.shape == (2, 3) and meta.device.type == "meta"
+    compiled = torch.compile(mle.lengths_to_mask, fullgraph=True, dynamic=True, backend="aot_eager")
+    for width in (2, 5):
+        mask = compiled(torch.tensor([1, 9]), width)
+        assert mask.tolist() == [[t < 1 for t in range(width)], [True] * width]
+    rows = torch.vmap(lambda x: mle.lengths_to_mask(x, 2))(torch.tensor([[1, 9], [0, 2]]))
+    assert rows.tolist() == [[[True, False], [True] * 2], [[False] * 2, [True] * 2]]
+
+
+def test_masks_of_lists_are_on_the_default_device():
+    with torch.device("meta"):
+        assert mle.lengths_to_mask([1, 2]).device.type == "meta"
+        padded, mask = pad([torch.ones(2, 3, device="cpu")], 3)
+    assert mask.tolist() == [[True, True, False]] and padded.device.type == "cpu"
 
 
 def test_no_lengths():
@@ -34,6 +79,24 @@ BAD_LENGTHS = [
     (([True],), ValueError, "lengths must be integers, got torch.bool"),
     ((torch.ones(2, 2, dtype=torch.int64),), ValueError, "lengths must have 1 dimensions [B]"),
     ((3,), TypeError, "lengths must be a tensor or a list of ints, got int"),
+    ((iter([1]),), TypeError, "lengths must be a tensor or a list of ints, got list_iterator"),
+    (([1, -2],), ValueError, "lengths must not be negative, got -2"),
+    ((torch.tensor([-1, 3]), 4), ValueError, "lengths must not be negative, got -1"),
+    ((range(-1, 2),), ValueError, "lengths must not be negative, got -1"),
+    (([3, 5], 4), ValueError, "lengths must be at most max_len 4, got 5; clip=True cuts them"),
+    (([2**50],), ValueError, f"lengths must be at most {2**48}, got {2**50}"),
+    (([10**30],), ValueError, "lengths must be ints of at most 64 bits"),
+    ((["1"],), ValueError, "lengths must be ints of at most 64 bits"),
+    (([None],), ValueError, "lengths must be ints of at most 64 bits"),
+    ((np.array([1.5]),), ValueError, "lengths must be integers, got torch.float64"),
+    ((np.array(3),), ValueError, "lengths must have 1 dimensions [B], got []"),
+    ((torch.empty(2, dtype=torch.int1),), ValueError, "lengths must be integers, got torch.int1"),
+    ((torch.tensor([1]).to_sparse(),), ValueError, "lengths must be a dense tensor"),
+    ((torch.nested.nested_tensor([torch.ones(2)]),), ValueError, "lengths must be a plain tensor"),
+    ((torch.ones(2, device="meta").long(),), ValueError, "max_len must be given where lengths has"),
+    (([1], True), TypeError, "max_len must be an int, got bool"),
+    (([1], 2**50), ValueError, f"max_len must be at most {2**48}, got {2**50}"),
+    (([1], 2**63), ValueError, f"max_len must be at most {2**48}, got {2**63}"),
     (("12",), TypeError, "lengths must be a tensor or a list of ints, got str"),
     (([1], -1), ValueError, "max_len must not be negative, got -1"),
     (([1], 2.0), TypeError, "max_len must be an int, got float"),
@@ -115,6 +178,26 @@ BAD_LATENTS = [
     (([torch.ones(2, 3)], 1), ValueError, "latents[0] of length 2 exceeds max_seq_len 1"),
     (([torch.ones(2, 3)], "3"), TypeError, "max_seq_len must be an int, got str"),
     (([torch.ones(2, 3)], -1), ValueError, "max_seq_len must not be negative, got -1"),
+    (([torch.ones(2, 3)], True), TypeError, "max_seq_len must be an int, got bool"),
+    (([torch.ones(2, 3)], 3.0), TypeError, "max_seq_len must be an int, got float"),
+    (([torch.ones(2, 3)], 2**63), ValueError, f"max_seq_len must be at most {2**48}"),
+    # what the first latent's dtype would cut
+    (
+        ([torch.ones(2, 3).long(), torch.ones(2, 3)],),
+        ValueError,
+        "latents[1] must be of a dtype that fits that of the first torch.int64, got torch.float32",
+    ),
+    (
+        ([torch.ones(2, 3), torch.ones(2, 3).to(torch.complex64)],),
+        ValueError,
+        "latents[1] must be of a dtype that fits that of the first",
+    ),
+    (
+        ([torch.ones(2, 3), torch.ones(2, 3, device="meta")],),
+        ValueError,
+        "latents[1] must be on the device of latents[0] (cpu), got meta",
+    ),
+    (([torch.ones(2, 3).to_sparse()],), ValueError, "latents[0] must be a dense tensor"),
 ]
 
 
@@ -132,6 +215,8 @@ def test_unpad_any_mask_and_any_rank():
         assert torch.equal(first, padded[0, 1:]) and second.shape == (0, 2, 2)
     assert [x.tolist() for x in mle.unpad(torch.tensor([[5, 6]]), torch.tensor([[0, 1]]))] == [[6]]
     assert mle.unpad(torch.zeros(0, 3, 2), torch.zeros(0, 3)) == []
+    one_for_all = mle.unpad(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 0, 1]]))
+    assert [x.tolist() for x in one_for_all] == [[1, 3], [4, 6]]
 
 
 def test_bad_unpad():
@@ -139,7 +224,14 @@ def test_bad_unpad():
         (([[1]], torch.ones(1, 1)), TypeError, "padded must be a torch.Tensor, got list"),
         ((torch.ones(1, 1), [[1]]), TypeError, "mask must be a torch.Tensor, got list"),
         ((torch.ones(2, 3), torch.ones(2)), ValueError, "mask must have 2 dimensions [B, T]"),
-        ((torch.ones(2, 3), torch.ones(2, 2)), ValueError, "padded [2, 3], got [2, 2]"),
+        ((torch.ones(2, 3), torch.ones(2, 2)), ValueError, "dimensions of padded, got [2, 2]"),
+        ((torch.ones(2), torch.ones(2, 2)), ValueError, "mask shape must be [2]"),
+        ((torch.ones(2, 3), torch.tensor([[0, -1e9, 0]] * 2)), ValueError, "an additive mask?"),
+        ((torch.ones(2, 3), torch.full((2, 3), torch.nan)), ValueError, "got NaN entries"),
+        ((torch.ones(2, 3), torch.ones(2, 3).to(torch.complex64)), ValueError, "must be bool, int"),
+        ((torch.ones(2, 3), torch.empty(2, 3, dtype=torch.uint4)), ValueError, "must be bool, int"),
+        ((torch.ones(2, 3), torch.ones(2, 3).to("meta")), ValueError, "on the device of padded"),
+        ((torch.ones(2, 3).to_sparse(), torch.ones(2, 3)), ValueError, "padded must be a dense"),
     ]
     for arguments, kind, text in cases:
         with pytest.raises(kind) as caught:
@@ -169,9 +261,11 @@ def test_mask_labels_of_any_rank_and_strides():
     assert torch.equal(reference.mask_labels(labels, mask), expected)
     assert mle.mask_labels(torch.tensor(3), torch.tensor(0.0)).item() == -100
     assert mle.mask_labels(torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 4)).shape == (0, 4)
-    # weights are not masks: 0.5 is on, and so is NaN
-    halves = torch.tensor([0.5, 0.0, float("nan")])
+    # weights are not masks: 0.5 is on
+    halves = torch.tensor([0.5, 0.0, 1e-30])
     assert mle.mask_labels(torch.tensor([1, 2, 3]), halves).tolist() == [1, -100, 3]
+    rows = mle.mask_labels(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 0]]))
+    assert rows.tolist() == [[1, -100], [3, -100]]
 
 
 def test_labels_that_are_not_masked_do_not_alias():
@@ -208,6 +302,28 @@ BAD_LABELS = [
     ((Y, Y.to("meta")), ValueError, "mask must be on the device of labels (cpu), got meta"),
     ((Y, torch.tensor([[0.0, 0, -1e9]] * 2)), ValueError, "an additive mask?"),
     ((Y, Y.to(torch.complex64)), ValueError, "mask must be bool, integer or floating"),
+    (
+        (Y, Y[:1, :2]),
+        ValueError,
+        "mask shape must be [2, 3], the first 2 dimensions of labels, got",
+    ),
+    ((Y[:1], Y), ValueError, "mask shape must be [1, 3]"),
+    (
+        (Y, torch.tensor([[0.0, 1, torch.nan]] * 2)),
+        ValueError,
+        "mask must be on where it is not 0,",
+    ),
+    (
+        (Y, torch.empty(2, 3, dtype=torch.int1)),
+        ValueError,
+        "mask must be bool, integer or floating",
+    ),
+    (
+        (torch.empty(2, 3, dtype=torch.int1), Y),
+        ValueError,
+        "labels must be integers, got torch.int",
+    ),
+    ((Y, Y.to_sparse()), ValueError, "mask must be a dense tensor"),
 ]
 BAD_IGNORE_INDEX = [
     (
@@ -221,6 +337,7 @@ BAD_IGNORE_INDEX = [
     (torch.int64, 2**63, ValueError, "got 9223372036854775808"),
     (torch.int64, -100.0, TypeError, "ignore_index must be an int, got float"),
     (torch.int64, None, TypeError, "ignore_index must be an int, got NoneType"),
+    (torch.int64, True, TypeError, "ignore_index must be an int, got bool"),
 ]
 
 
@@ -260,6 +377,16 @@ def test_bad_image_masks():
         mle.map_mask_to_latent([[0]])
     with pytest.raises(ValueError, match=r"image_mask must have 3 dimensions \[B, H, W\]"):
         mle.map_mask_to_latent(torch.ones(16, 16))
+    for dtype in (torch.complex64, torch.uint4):
+        with pytest.raises(ValueError, match="image_mask must be bool, integer or floating"):
+            mle.map_mask_to_latent(torch.empty(1, 16, 16, dtype=dtype))
+    half = torch.zeros(1, 16, 16)
+    half[:, :, :8] = 255
+    text = r"image_mask must be in \[0, 1\], got averages .* from 255 to 255; divide .* by 255"
+    for image, got in ((half, text), (torch.full((1, 16, 16), -2.0), "from -2 to -2")):
+        with pytest.raises(ValueError, match=got):
+            mle.map_mask_to_latent(image)
+    assert torch.allclose(mle.map_mask_to_latent(half / 255 * 1.1), torch.tensor([[1.1]]))
     for shape in ((1, 24, 32), (1, 32, 8)):
         with pytest.raises(ValueError, match="H // 8 and W // 8 even.*got .1, "):
             mle.map_mask_to_latent(torch.ones(shape))

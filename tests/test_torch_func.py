@@ -121,7 +121,7 @@ def test_arguments_are_checked_under_vmap():
     for bad, text in (
         (lambda a: mle.masked_mse(a, target[:1], mask), "x must have the shape of x_recon"),
         (lambda a: mle.masked_mse(a.long(), target, mask), "x_recon must be a floating tensor"),
-        (lambda a: mle.masked_mse(a, target, mask[:, :1]), "mask shape must be"),
+        (lambda a: mle.masked_mse(a, target, mask[:1, :2]), "mask shape must be"),
         (lambda a: mle.MseLoss()(a, target, x), "weighting must be broadcastable"),
         (lambda a: token_loss(a[None], target[None, :1]), "Shape mismatch"),
         (lambda a: token_loss(a[None].long(), target[None]), "must be a floating tensor"),

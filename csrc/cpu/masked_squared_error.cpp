@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
   constexpr const char* op = "masked_squared_error";
   const SquaredErrorInputs in{prediction, target, mask, edit_mask, weighting};
   const Reduction reduction = parse_reduction(op, reduction_name);
-  check_inputs(op, in, reduction);
+  check_inputs(op, in, reduction, foreground_weight, background_weight);
   const double denominator = fixed_denominator(reduction, prediction);
   Tensor loss = allocate(prediction, output_sizes(prediction, loss_shape(reduction)),
                          accumulate_type(in));
@@ -90,7 +90,13 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cpu(
 
   LayoutBuilder builder = input_layout(in);
   if (!is_scalar(reduction)) builder.add(kLoss, loss);
-  const Layout layout = builder.build(op);
+  Layout layout;
+  if (builder.merge(layout) > LayoutBuilder::kMostMerged) {
+    const MergingInputs copies(in);
+    return masked_squared_error_forward_cpu(copies.prediction, copies.target, copies.mask,
+                                            copies.edit_mask, copies.weighting, foreground_weight,
+                                            background_weight, reduction_name);
+  }
   SquaredErrorProblem q = problem_of(in, foreground_weight, background_weight);
   if (!is_scalar(reduction)) q.loss = array_of(loss);
   q.scale = 1 / denominator;
@@ -136,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   constexpr const char* op = "_masked_squared_error_backward";
   const SquaredErrorInputs in{prediction, target, mask, edit_mask, weighting};
   const Reduction reduction = parse_reduction(op, reduction_name);
-  check_inputs(op, in, reduction);
+  check_inputs(op, in, reduction, foreground_weight, background_weight);
   check_grad_loss(op, grad_loss, in, reduction);
   check_count(op, count, prediction);
   const GradientPlan plan =
@@ -145,8 +151,15 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cpu(
   Tensor grad_target = allocate(prediction, plan.target_sizes, target.scalar_type());
   Tensor grad_weighting = allocate(prediction, plan.weighting_sizes, accumulate_type(in));
 
-  const Layout layout = backward_layout(op, in, plan, reduction, grad_loss, grad_prediction,
-                                        grad_target, grad_weighting);
+  Layout layout;
+  if (backward_layout(in, plan, reduction, grad_loss, grad_prediction, grad_target, grad_weighting)
+          .merge(layout) > LayoutBuilder::kMostMerged) {
+    const MergingInputs copies(in);
+    return masked_squared_error_backward_cpu(
+        torch::stable::contiguous(grad_loss), copies.prediction, copies.target, copies.mask,
+        copies.edit_mask, copies.weighting, count, foreground_weight, background_weight,
+        reduction_name, needs_prediction, needs_target, needs_weighting);
+  }
   SquaredErrorProblem q = problem_of(in, foreground_weight, background_weight);
   if (!is_scalar(reduction)) q.loss = array_of(grad_loss);
   if (plan.prediction) q.grad_prediction = array_of(grad_prediction);

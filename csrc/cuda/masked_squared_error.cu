@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cuda(
   constexpr const char* op = "masked_squared_error";
   const SquaredErrorInputs in{prediction, target, mask, edit_mask, weighting};
   const Reduction reduction = parse_reduction(op, reduction_name);
-  check_inputs(op, in, reduction);
+  check_inputs(op, in, reduction, foreground_weight, background_weight);
   const DeviceScope scope(prediction);
   Tensor loss = device_empty(prediction, output_sizes(prediction, loss_shape(reduction)),
                              accumulate_type(in));
@@ -149,7 +149,12 @@ std::tuple<Tensor, Tensor> masked_squared_error_forward_cuda(
     builder.add(kLoss, loss);
     q.loss = array_of(loss);
   }
-  q.layout = builder.build(op);
+  if (builder.merge(q.layout) > LayoutBuilder::kMostMerged) {
+    const MergingInputs copies(in);
+    return masked_squared_error_forward_cuda(copies.prediction, copies.target, copies.mask,
+                                             copies.edit_mask, copies.weighting, foreground_weight,
+                                             background_weight, reduction_name);
+  }
   cut(q, reduction == Reduction::kToken);
   launch_squared_error_forward(op, q, prediction, loss, count, is_scalar(reduction));
   return {loss, count};
@@ -174,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cuda(
   constexpr const char* op = "_masked_squared_error_backward";
   const SquaredErrorInputs in{prediction, target, mask, edit_mask, weighting};
   const Reduction reduction = parse_reduction(op, reduction_name);
-  check_inputs(op, in, reduction);
+  check_inputs(op, in, reduction, foreground_weight, background_weight);
   check_grad_loss(op, grad_loss, in, reduction);
   check_count(op, count, prediction);
   const DeviceScope scope(prediction);
@@ -184,8 +189,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_squared_error_backward_cuda(
   Tensor grad_target = device_empty(prediction, plan.target_sizes, target.scalar_type());
   Tensor grad_weighting = device_empty(prediction, plan.weighting_sizes, accumulate_type(in));
   SquaredErrorParams q = params_of(in, reduction, foreground_weight, background_weight);
-  q.layout = backward_layout(op, in, plan, reduction, grad_loss, grad_prediction, grad_target,
-                             grad_weighting);
+  if (backward_layout(in, plan, reduction, grad_loss, grad_prediction, grad_target, grad_weighting)
+          .merge(q.layout) > LayoutBuilder::kMostMerged) {
+    const MergingInputs copies(in);
+    return masked_squared_error_backward_cuda(
+        torch::stable::contiguous(grad_loss), copies.prediction, copies.target, copies.mask,
+        copies.edit_mask, copies.weighting, count, foreground_weight, background_weight,
+        reduction_name, needs_prediction, needs_target, needs_weighting);
+  }
   (is_scalar(reduction) ? q.grad_loss : q.loss) = array_of(grad_loss);
   q.count = count.const_data_ptr<int64_t>();
   if (plan.prediction) q.grad_prediction = array_of(grad_prediction);

@@ -64,12 +64,18 @@ __device__ __forceinline__ Item item_at(const SquaredErrorParams& q, int64_t ind
   return item;
 }
 
+// The edit mask's m. An integer is on where it is not 0, as in any mask: 255 is 1.
+template <class A>
+__device__ __forceinline__ A load_edit(const Array& array, int64_t offset) {
+  return is_integer(array.kind) ? A(is_on(array, offset)) : load<A>(array, offset);
+}
+
 // Product of the factors that one row shares.
 template <class A>
 __device__ __forceinline__ A row_factor(const SquaredErrorParams& q, const Item& item, Factors use) {
   A factor = q.edit_mask.data ? A(1) : A(q.background);
   if (q.edit_mask.data && !varies(q, q.edit_mask, kEditMask)) {
-    const A m = load<A>(q.edit_mask, item.offset[kEditMask]);
+    const A m = load_edit<A>(q.edit_mask, item.offset[kEditMask]);
     factor = edit_weight<A>(m, A(q.foreground), A(q.background));
   }
   if (use.weighting && q.weighting.data && !varies(q, q.weighting, kWeighting)) {
@@ -86,15 +92,16 @@ template <class A>
 __device__ __forceinline__ A element_factor(const SquaredErrorParams& q, const Item& item, int64_t col,
                                             Factors use) {
   const int64_t* stride = q.layout.col_stride;
-  auto value = [&](const Array& array, Operand o) {
-    return load<A>(array, item.offset[o] + col * stride[o]);
-  };
+  auto place = [&](Operand o) { return item.offset[o] + col * stride[o]; };
   A factor = 1;
   if (varies(q, q.edit_mask, kEditMask)) {
-    factor = edit_weight<A>(value(q.edit_mask, kEditMask), A(q.foreground), A(q.background));
+    const A m = load_edit<A>(q.edit_mask, place(kEditMask));
+    factor = edit_weight<A>(m, A(q.foreground), A(q.background));
   }
-  if (use.weighting && varies(q, q.weighting, kWeighting)) factor *= value(q.weighting, kWeighting);
-  if (use.loss && varies(q, q.loss, kLoss)) factor *= value(q.loss, kLoss);
+  if (use.weighting && varies(q, q.weighting, kWeighting)) {
+    factor *= load<A>(q.weighting, place(kWeighting));
+  }
+  if (use.loss && varies(q, q.loss, kLoss)) factor *= load<A>(q.loss, place(kLoss));
   return factor;
 }
 

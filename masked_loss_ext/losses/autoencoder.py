@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Reconstruction errors of masked autoencoders: only the hidden positions count."""
 
-from .._checks import check_choice, check_mask, check_prediction, check_tensor
+from .._checks import check_choice, check_leading_mask, check_prediction
 from ..ops.masked_squared_error import masked_squared_error
 
 REDUCTIONS = ("sum", "mean", "batch_mean")
@@ -10,9 +10,7 @@ REDUCTIONS = ("sum", "mean", "batch_mean")
 def _reconstruction_error(function, x_recon, x, mask, reduction):
     check_choice(function, "reduction", reduction, REDUCTIONS, "unknown reduction: ")
     check_prediction(function, "x_recon", x_recon, "x", x)
-    check_tensor(function, "mask", mask)
-    dims = mask.dim() if 1 <= mask.dim() <= x_recon.dim() else x_recon.dim()
-    check_mask(function, "mask", mask, "x_recon", x_recon, dims)
+    check_leading_mask(function, "mask", mask, "x_recon", x_recon)
     return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction)
 
 
@@ -31,9 +29,11 @@ def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
     NaN for "mean". Positions outside are not read: NaN there changes nothing.
 
     Args:
-        x_recon: ``[B, L]`` or ``[B, L, D]`` float16, bfloat16, float32 or float64.
+        x_recon: ``[B, L]``, ``[B, L, D]`` or any other rank, float16, bfloat16, float32 or float64.
         x: the same shape, any of these dtypes.
-        mask: ``[B, L]`` (leading dimensions of x), any dtype, included where not 0.
+        mask: ``[B, L]`` (leading dimensions of x), any dtype, included where not 0. A size of 1
+            stands for any: ``[B, 1, H, W]`` against ``[B, C, H, W]`` includes its pixels in every
+            channel, and counts C of them each.
         reduction: "batch_mean", "sum" or "mean".
 
     Returns:

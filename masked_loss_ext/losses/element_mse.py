@@ -6,13 +6,19 @@ import torch
 from .._checks import (
     as_weighting,
     check_choice,
+    check_leading_mask,
     check_mask,
+    check_number,
     check_prediction,
     check_rank,
     check_weighting,
+    refuse_unknown,
 )
 from ..ops.masked_squared_error import masked_squared_error
 from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated
+
+_MSE_ARGUMENTS = ("model_pred", "target", "weighting", "attention_mask", "edit_mask")
+_MASK_EDIT_ARGUMENTS = (*_MSE_ARGUMENTS, "reduction")
 
 
 class MaskEditLoss(torch.nn.Module):
@@ -27,13 +33,25 @@ class MaskEditLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss, 2 * torch.nn.functional.mse_loss(model_pred, target))
 
     Args:
-        foreground_weight, background_weight: fg and bg; ``forground_weight`` is accepted too.
+        foreground_weight, background_weight: fg and bg, finite numbers (for weights that are
+            tensors, or that a gradient goes to: ``weighting``); ``forground_weight`` is accepted
+            too.
     """
 
     def __init__(self, foreground_weight=2.0, background_weight=1.0, *, forground_weight=None):
         super().__init__()
         self.foreground_weight = foreground_weight if forground_weight is None else forground_weight
         self.background_weight = background_weight
+        self._weights()
+
+    def _weights(self):
+        """fg and bg, which may have been set since: by a schedule, say."""
+        fg, bg = self.foreground_weight, self.background_weight
+        if type(fg) is float and type(bg) is float and fg - fg == 0 == bg - bg:  # both finite
+            return fg, bg
+        check_number("MaskEditLoss", "foreground_weight", fg)
+        check_number("MaskEditLoss", "background_weight", bg)
+        return float(fg), float(bg)
 
     @property
     def forground_weight(self):
@@ -52,28 +70,36 @@ class MaskEditLoss(torch.nn.Module):
         reduction="mean",
         *,
         attention_mask=None,
-        **kwargs,
+        **unknown,
     ):
         """Loss of ``[B, T, C]`` tensors.
 
         Args:
             model_pred, target: ``[B, T, C]`` floating.
             weighting: broadcastable to ``[B, T, C]``, or a number.
-            edit_mask: ``[B, T]`` in [0, 1]; None: all foreground.
+            edit_mask: ``[B, T]`` in [0, 1], bool or integers: 1 where not 0; a size of 1 stands for
+                any. None: all foreground.
             reduction: "mean" over kept elements, "sum", or "none" (``[B, T, C]``); of tokens,
                 each its mean over C, "sequence_mean", "sequence_sum" or "weighted_mean", as in
                 ``masked_edit_token_mean_loss``.
-            attention_mask: ``[B, T]``, selects tokens. None keeps all.
+            attention_mask: ``[B, T]``, selects tokens; a size of 1 stands for any. None keeps all.
+
+        Raises:
+            TypeError: any other keyword.
         """
         name = "MaskEditLoss"
+        if unknown:
+            refuse_unknown(name, unknown, _MASK_EDIT_ARGUMENTS)
         check_choice(name, "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction mode: ")
         check_prediction(name, "model_pred", model_pred, "target", target)
         check_rank(name, "model_pred", model_pred, 3, "[B, T, C]")
-        check_mask(name, "attention_mask", attention_mask, "model_pred", model_pred, 2)
-        check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-        weighting = as_weighting(weighting, model_pred)
+        check_mask(
+            name, "attention_mask", attention_mask, "model_pred", model_pred, 2, broadcast=True
+        )
+        check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2, broadcast=True)
+        weighting = as_weighting(name, weighting, model_pred)
         check_weighting(name, weighting, "model_pred", model_pred)
-        fg, bg = float(self.foreground_weight), float(self.background_weight)
+        fg, bg = self._weights()
         of_tokens = reduction not in REDUCTIONS
         loss = masked_squared_error(
             model_pred,
@@ -103,6 +129,13 @@ class MseLoss(torch.nn.Module):
     >>> torch.testing.assert_close(
     ...     MseLoss()(model_pred, target), torch.nn.functional.mse_loss(model_pred, target))
 
+    With an attention mask the mean is over what it keeps:
+
+    >>> a = attention_mask.bool()
+    >>> torch.testing.assert_close(
+    ...     MseLoss()(model_pred, target, attention_mask=attention_mask),
+    ...     torch.nn.functional.mse_loss(model_pred[a], target[a]))
+
     Args:
         reduction: "mean", "sum" or "none".
     """
@@ -112,13 +145,40 @@ class MseLoss(torch.nn.Module):
         check_choice("MseLoss", "reduction", reduction, REDUCTIONS, "Invalid reduction: ")
         self.reduction = reduction
 
-    def forward(self, model_pred, target, weighting=None, **kwargs):
-        """model_pred, target ``[...]`` floating; weighting broadcastable to them, or a number."""
-        check_prediction("MseLoss", "model_pred", model_pred, "target", target)
-        weighting = as_weighting(weighting, model_pred)
-        check_weighting("MseLoss", weighting, "model_pred", model_pred)
+    def forward(
+        self,
+        model_pred,
+        target,
+        weighting=None,
+        *,
+        attention_mask=None,
+        edit_mask=None,
+        **unknown,
+    ):
+        """Loss of tensors of any rank; it takes what the other losses take, so that a trainer may
+        call any of them with the same keywords.
+
+        Args:
+            model_pred, target: ``[...]`` floating.
+            weighting: broadcastable to them, or a number.
+            attention_mask: their leading dimensions, ``[B, T]`` say; selects, so that "mean" is
+                over what it keeps; a size of 1 stands for any. None keeps all.
+            edit_mask: likewise; foreground and background weigh 1 here, so that it changes nothing.
+
+        Raises:
+            TypeError: any other keyword.
+        """
+        name = "MseLoss"
+        if unknown:
+            refuse_unknown(name, unknown, _MSE_ARGUMENTS)
+        check_prediction(name, "model_pred", model_pred, "target", target)
+        for argument, mask in (("attention_mask", attention_mask), ("edit_mask", edit_mask)):
+            if mask is not None:
+                check_leading_mask(name, argument, mask, "model_pred", model_pred)
+        weighting = as_weighting(name, weighting, model_pred)
+        check_weighting(name, weighting, "model_pred", model_pred)
         return masked_squared_error(
-            model_pred, target, None, None, weighting, 1.0, 1.0, self.reduction
+            model_pred, target, attention_mask, None, weighting, 1.0, 1.0, self.reduction
         )
 
     def extra_repr(self):

@@ -7,11 +7,14 @@ import torch
 
 from .._checks import (
     ArgumentError,
+    broadcasts,
     check_device,
+    check_floating,
     check_int,
     check_integers,
     check_length,
     check_mask,
+    check_number,
     check_rank,
     check_tensor,
     shape_text,
@@ -58,8 +61,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
 
     Args:
         n_pred_tokens: n, the number of heads.
-        aux_loss_weights: n numbers with a positive sum. The attribute of this name holds them
-            divided by it.
+        aux_loss_weights: n numbers, none negative, with a positive sum. The attribute of this name
+            holds them divided by it.
         ignore_index: targets with this label do not count.
         mask_sources: let a position predict only where its own mask is on, too. It makes a
             difference where padding comes first: its last position predicts the first token.
@@ -85,7 +88,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         super().__init__()
         check_length(_NAME, "n_pred_tokens", n_pred_tokens)
         check_int(_NAME, "ignore_index", ignore_index)
-        weights = [float(weight) for weight in aux_loss_weights]
+        weights = _numbers(aux_loss_weights)
         if len(weights) != n_pred_tokens:
             raise ArgumentError(
                 f"{_NAME}: aux_loss_weights must have one entry per head, n_pred_tokens "
@@ -112,6 +115,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             logits_list: n tensors ``[B, S, V]`` floating, the head of the next token first.
             labels: ``[B, S]`` integers, not shifted.
             attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
+                ``[1, S]`` is for the whole batch, as with segment_ids.
             segment_ids: ``[B, S]`` integers, for packed documents: no head predicts a token of
                 another segment.
             normalizer: what is divided by instead of each head's own count: a number or 0-d tensor
@@ -124,6 +128,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             the device.
         """
         self._check(logits_list, labels, attention_mask, segment_ids)
+        attention_mask, segment_ids = _for_batch(labels, attention_mask, segment_ids)
         segments = self._segments(attention_mask, segment_ids)
         losses = [
             masked_cross_entropy(
@@ -157,6 +162,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         """How many targets each head has, ``[n]`` int64: add them up over the micro-batches of a
         step and give the sum as ``normalizer``. Arguments as in ``forward``."""
         _check_rows(labels, attention_mask, segment_ids)
+        attention_mask, segment_ids = _for_batch(labels, attention_mask, segment_ids)
         return self._count(labels, attention_mask, self._segments(attention_mask, segment_ids))
 
     def _count(self, labels, attention_mask, segments):
@@ -179,6 +185,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         return off if segment_ids is None else 2 * segment_ids.long() + off
 
     def _divisors(self, normalizer):
+        if not isinstance(normalizer, (torch.Tensor, type(None))):
+            check_number(_NAME, "normalizer", normalizer, least=0)
         if not _is_per_head(normalizer):
             return [normalizer] * self.n_pred_tokens
         if normalizer.shape != (self.n_pred_tokens,):
@@ -211,8 +219,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             name = f"logits_list[{i}]"
             check_tensor(_NAME, name, logits)
             check_rank(_NAME, name, logits, 3, "[B, S, V]")
-            if not logits.is_floating_point():
-                raise ValueError(f"{_NAME}: {name} must be a floating tensor, got {logits.dtype}")
+            check_floating(_NAME, name, logits)
             if logits.shape[:2] != labels.shape:
                 raise ValueError(
                     f"{_NAME}: {name} must have the B and S of labels {shape_text(labels)}, "
@@ -230,25 +237,51 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         return text
 
 
+def _numbers(weights):
+    """The heads' weights as floats; a tensor of them is read once, here."""
+    if isinstance(weights, torch.Tensor):
+        check_tensor(_NAME, "aux_loss_weights", weights)
+        check_rank(_NAME, "aux_loss_weights", weights, 1, "[n_pred_tokens]")
+        weights = weights.tolist()
+    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
+        raise TypeError(
+            f"{_NAME}: aux_loss_weights must be a list of numbers, got {type(weights).__name__}"
+        )
+    weights = list(weights)
+    for i, weight in enumerate(weights):
+        check_number(_NAME, f"aux_loss_weights[{i}]", weight, least=0)
+    return [float(weight) for weight in weights]
+
+
 def _is_per_head(normalizer):
     return isinstance(normalizer, torch.Tensor) and normalizer.dim() > 0
+
+
+def _for_batch(labels, *rows):
+    """``[1, S]`` rows as ``[B, S]``: one mask, or one layout of documents, for all of a batch."""
+    return [
+        row if row is None or row.shape == labels.shape else row.expand(labels.shape)
+        for row in rows
+    ]
 
 
 def _check_rows(labels, attention_mask, segment_ids):
     check_integers(_NAME, "labels", labels)
     check_rank(_NAME, "labels", labels, 2, "[B, S]")
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+    if attention_mask is not None:
+        check_tensor(_NAME, "attention_mask", attention_mask)
+    if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"{_NAME}: attention_mask must have 2 dimensions [B, S], the tokenizer's, got "
             f"{shape_text(attention_mask)} (a 4-D mask [B, 1, S, S] that attention adds to its "
             "scores says nothing about targets)"
         )
-    check_mask(_NAME, "attention_mask", attention_mask, "labels", labels, 2)
+    check_mask(_NAME, "attention_mask", attention_mask, "labels", labels, 2, broadcast=True)
     if segment_ids is not None:
         check_integers(_NAME, "segment_ids", segment_ids)
-        if segment_ids.shape != labels.shape:
+        if not broadcasts(segment_ids.shape, labels.shape):
             raise ValueError(
                 f"{_NAME}: segment_ids must have the shape of labels {shape_text(labels)}, "
-                f"got {shape_text(segment_ids)}"
+                f"got {shape_text(segment_ids)} (a size of 1 stands for any)"
             )
         check_device(_NAME, "segment_ids", segment_ids, "labels", labels)

@@ -8,10 +8,12 @@ from .._checks import (
     as_weighting,
     check_choice,
     check_mask,
+    check_number,
     check_prediction,
     check_rank,
     check_weighting,
     is_traced,
+    refuse_unknown,
 )
 from ..ops.masked_squared_error import masked_squared_error
 from ..reference.squared_error import select
@@ -19,6 +21,7 @@ from ..reference.squared_error import select
 REDUCTIONS = ("mean", "sum", "none")
 TOKEN_REDUCTIONS = (*REDUCTIONS, *AGGREGATIONS)
 EDIT_MASK_DEFAULTS = ("unit", "foreground")
+_ARGUMENTS = ("model_pred", "target", "attention_mask", "edit_mask", "weighting", "normalizer")
 _TOKEN_REDUCTION = {"mean": "mean", "sum": "token_sum", "none": "token"}
 _TOKEN_REDUCTION |= dict.fromkeys(AGGREGATIONS, "token")
 
@@ -29,9 +32,18 @@ def _check(
     check_choice(function, "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction: ")
     check_prediction(function, "model_pred", model_pred, "target", target)
     check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-    check_mask(function, "attention_mask", attention_mask, "model_pred", model_pred, 2, mask_label)
-    check_mask(function, "edit_mask", edit_mask, "model_pred", model_pred, 2)
-    check_weighting(function, as_weighting(weighting, model_pred), "model_pred", model_pred)
+    for name, mask, label in (
+        ("attention_mask", attention_mask, mask_label),
+        ("edit_mask", edit_mask, None),
+    ):
+        check_mask(function, name, mask, "model_pred", model_pred, 2, label, broadcast=True)
+    weighting = as_weighting(function, weighting, model_pred)
+    check_weighting(function, weighting, "model_pred", model_pred)
+
+
+def _check_weights(function, foreground_weight, background_weight):
+    check_number(function, "foreground_weight", foreground_weight)
+    check_number(function, "background_weight", background_weight)
 
 
 def _unusual(model_pred, attention_mask, edit_mask):
@@ -58,9 +70,13 @@ def _token_loss(
     function that was called, takes a tenth of a small loss's time: only when it refuses, then.
     """
     model_pred, target, attention_mask, edit_mask, weighting = tensors
+    if type(foreground_weight) is not float or type(background_weight) is not float:
+        _check_weights(function, foreground_weight, background_weight)  # a tensor would be read
     try:
         if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
             _check(function, reduction, mask_label, *tensors)
+            if not torch.compiler.is_compiling():  # there the operator sees them, when it runs
+                _check_weights(function, foreground_weight, background_weight)
         how = _TOKEN_REDUCTION[reduction]
         apart = normalizer is not None or reduction in AGGREGATIONS  # the operator cannot
         loss = masked_squared_error(
@@ -68,7 +84,7 @@ def _token_loss(
             target,
             attention_mask,
             edit_mask,
-            as_weighting(weighting, model_pred),
+            as_weighting(function, weighting, model_pred),
             foreground_weight,
             background_weight,
             "token" if apart else how,
@@ -78,8 +94,12 @@ def _token_loss(
         return aggregated(function, loss, attention_mask, reduction, normalizer)
     except Exception as error:  # a list has no .dim(), and what else there is
         failure = error
-    _check(function, reduction, mask_label, *tensors)
-    raise failure
+    try:
+        _check(function, reduction, mask_label, *tensors)
+        _check_weights(function, foreground_weight, background_weight)
+        raise failure
+    finally:
+        del failure  # error, traceback, frame and this name would keep the tensors alive
 
 
 def aggregated(function, loss, attention_mask, reduction, normalizer=None):
@@ -140,11 +160,15 @@ def masked_edit_token_mean_loss(
     Args:
         model_pred: ``[B, T, C]`` float16, bfloat16, float32 or float64, any strides.
         target: ``[B, T, C]``, any of these dtypes.
-        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
+        attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. A size of 1 stands
+            for any, as in edit_mask. None keeps all.
         edit_mask: ``[B, T]`` in [0, 1], may be fractional (see ``map_mask_to_latent``); 1 is
-            foreground. None: see ``edit_mask_default``.
+            foreground. bool and integers are 1 where not 0, so that 0/255 masks work; floating
+            values are taken as they are: 255.0 weighs 255 fg - 254 bg. None: see
+            ``edit_mask_default``.
         weighting: broadcastable to ``[B, T, C]``, or a number.
-        foreground_weight, background_weight: fg and bg.
+        foreground_weight, background_weight: fg and bg, finite numbers (for weights that are
+            tensors, or that a gradient goes to: ``weighting``).
         eps: accepted for compatibility; a count of at least 1 needs none.
         reduction: "mean" over kept tokens, "sum" over them, or "none"; "sequence_mean" (mean over
             samples of the mean over their kept tokens), "sequence_sum" (mean over samples of the
@@ -164,6 +188,8 @@ def masked_edit_token_mean_loss(
     check_choice(
         "masked_edit_token_mean_loss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
     )
+    if eps != 1e-12:
+        check_number("masked_edit_token_mean_loss", "eps", eps, least=0)
     background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
     return _token_loss(
         "masked_edit_token_mean_loss",
@@ -252,6 +278,8 @@ class AttentionMaskMseLoss(torch.nn.Module):
         check_choice(
             "AttentionMaskMseLoss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
         )
+        _check_weights("AttentionMaskMseLoss", foreground_weight, background_weight)
+        check_number("AttentionMaskMseLoss", "eps", eps, least=0)
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.eps = eps
@@ -267,10 +295,12 @@ class AttentionMaskMseLoss(torch.nn.Module):
         weighting=None,
         *,
         normalizer=None,
-        **kwargs,
+        **unknown,
     ):
-        """Shapes, dtypes and normalizer as in ``masked_edit_token_mean_loss``; other keywords are
-        ignored."""
+        """Shapes, dtypes and normalizer as in ``masked_edit_token_mean_loss``; TypeError for other
+        keywords."""
+        if unknown:
+            refuse_unknown("AttentionMaskMseLoss", unknown, _ARGUMENTS)
         return _token_loss(
             "AttentionMaskMseLoss",
             (model_pred, target, attention_mask, edit_mask, weighting),

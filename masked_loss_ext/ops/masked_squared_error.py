@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
-from .._checks import CONVERTED_MASKS, as_mask
+from .._checks import as_edit_mask, as_mask
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -39,8 +39,7 @@ def masked_squared_error(
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
     mask = as_mask("masked_squared_error", "mask", mask)
-    if edit_mask is not None and edit_mask.dtype in CONVERTED_MASKS:
-        edit_mask = edit_mask.to(torch.float32)
+    edit_mask = as_edit_mask("masked_squared_error", "edit_mask", edit_mask)
     args = (
         prediction,
         target,

@@ -11,7 +11,8 @@ def accumulate_dtype(prediction, target):
 
 
 def align_leading(tensor, like):
-    """View a tensor of ``like``'s leading dimensions so that it broadcasts to ``like``."""
+    """View a tensor of ``like``'s leading dimensions, or with 1 in their place, so that it
+    broadcasts to ``like``."""
     return tensor.reshape(tensor.shape + (1,) * (like.dim() - tensor.dim()))
 
 
@@ -29,6 +30,8 @@ def factors(prediction, target, mask, edit_mask, weighting, foreground_weight, b
     difference = select(on, prediction.to(dtype)) - select(on, target.to(dtype))
     edit = torch.full((), background_weight, dtype=dtype, device=prediction.device)
     if edit_mask is not None:
+        if not edit_mask.is_floating_point():
+            edit_mask = edit_mask != 0
         m = select(on, align_leading(edit_mask, prediction).to(dtype))
         edit = foreground_weight * m + background_weight * (1 - m)
     omega = torch.ones((), dtype=dtype, device=prediction.device)
