@@ -7,6 +7,7 @@ MASKED_LOSS_EXT_JIT=1 ignores a built library; MASKED_LOSS_EXT_BUILD=aot refuses
 import hashlib
 import os
 import platform
+import pwd
 from pathlib import Path
 
 import torch
@@ -109,13 +110,20 @@ def cache_root():
     if named:
         return Path(named).absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
-    home = os.path.expanduser("~")
+    home = os.environ.get("HOME") or _home_of_record()
     if not cache and not os.path.isabs(home):
         raise BuildError(
             f"user {os.geteuid()} has no home folder to keep the compiled kernels in; set "
             "TORCH_EXTENSIONS_DIR to a folder that only you can write to"
         )
     return Path(cache or Path(home, ".cache")).absolute() / "torch_extensions"
+
+
+def _home_of_record():
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # a number without a name, as containers give them
+        return ""
 
 
 def compile_at_import():
