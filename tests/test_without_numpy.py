@@ -18,12 +18,9 @@ MISSING = ("numpy", "einops")
 FILES = [
     "test_hand_worked.py",
     "test_cross_entropy_hand_worked.py",
-    "test_unified_on_paper.py",
     "test_padding.py",
-    "test_row_intervals.py",
     "test_diagnostics.py",
     "test_nested_dropout_ids.py",
-    "test_repetition.py",
 ]
 # PyTorch's own words, said once when it is imported.
 OF_PYTORCH = "Failed to initialize NumPy"
@@ -76,7 +73,7 @@ def test_tests_pass(run):
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "-W", f"ignore:{OF_PYTORCH}"]
     done = run("-m", "pytest", "--rootdir", str(TESTS.parent), *options, *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300, done.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200, done.stdout[-500:]
 
 
 def test_only_functions_import_them():
