@@ -7,6 +7,7 @@ imported: this runs in build environments and under CMake, and an import takes s
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -152,8 +153,8 @@ def identity(program):
 def cxx_identity():
     """Of every program that CXX names (ccache g++), or of the compiler found; [] without one."""
     words = _words_of_cxx()
-    programs = list(filter(None, map(shutil.which, words or COMPILERS)))
-    return [identity(program) for program in (programs if words else programs[:1])]
+    programs = filter(None, map(shutil.which, words or COMPILERS))
+    return [identity(program) for program in (programs if words else itertools.islice(programs, 1))]
 
 
 def find_ninja():
