@@ -6,8 +6,6 @@ build would download several GB of it, and not the one that is installed.
 """
 
 import filecmp
-import os
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +13,13 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, OptionError
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "masked_loss_ext"))
 import _build  # noqa: E402
-from _toolchain import BuildError, find_toolchain, say  # noqa: E402
+import _files  # noqa: E402
+from _toolchain import BuildError, check_settings, find_toolchain, say, setting  # noqa: E402
 
 sys.path.pop(0)
 
@@ -37,28 +36,28 @@ class BuildLibrary(build_ext):
     """Hands the one extension to the project's own build."""
 
     def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
         try:
             tools = find_toolchain()
             # A folder that outlives the command: only what changed is compiled the next time.
             kind = "cuda" if tools.cuda_home else "cpu"
             folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"
             library = _build.compile_library(tools, folder)
+            if not target.is_file() or not filecmp.cmp(library, target, shallow=False):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _files.copy_whole(library, target)
         except BuildError as error:
             raise CompileError(f"masked_loss_ext: {error}") from None
-        target = Path(self.get_ext_fullpath(ext.name))
-        if target.is_file() and filecmp.cmp(library, target, shallow=False):
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Under a new inode: a process that has the old one mapped keeps it.
-        partial = target.with_suffix(".part")
-        shutil.copy(library, partial)
-        partial.replace(target)
+        except OSError as error:
+            raise CompileError(f"masked_loss_ext: {_files.sentence(error, target)}") from None
 
 
 def ahead_of_time():
-    mode = os.environ.get("MASKED_LOSS_EXT_BUILD") or "auto"
-    if mode not in ("auto", "aot", "jit"):
-        raise OptionError(f"MASKED_LOSS_EXT_BUILD must be auto, aot or jit, got {mode!r}")
+    try:
+        check_settings()
+    except BuildError as error:
+        sys.exit(f"masked_loss_ext: {error}")
+    mode = setting("MASKED_LOSS_EXT_BUILD")
     if mode == "auto" and find_spec("torch") is None:
         say(
             "PyTorch is not visible to this build, so the kernels will be compiled at the first "

@@ -7,26 +7,43 @@ of the package, so it runs before either can be imported. ninja is driven direct
 torch.utils.cpp_extension, because that cannot build CUDA kernels against a CPU-only torch.
 """
 
-import contextlib
-import fcntl
+import filecmp
 import hashlib
+import mmap
 import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 if __package__:
-    from ._toolchain import BuildError, say, torch_about
+    from ._files import (
+        copy_whole,
+        is_whole,
+        make_folder,
+        told_in_a_sentence,
+        workshop,
+        write_if_changed,
+    )
+    from ._ninja import Ninja
+    from ._toolchain import BuildError, torch_about
 else:  # run or imported as a plain file, by CMake and setup.py
-    from _toolchain import BuildError, say, torch_about
+    from _files import (
+        copy_whole,
+        is_whole,
+        make_folder,
+        told_in_a_sentence,
+        workshop,
+        write_if_changed,
+    )
+    from _ninja import Ninja
+    from _toolchain import BuildError, torch_about
 
 PACKAGE = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
 LIBRARY = "_C.abi3.so"
+LINKED = "linked.so"  # what ninja makes, and what becomes the library once it is found whole
 
 # Relative to csrc/, which is the include root of all of them.
 CPU_SOURCES = [  # what takes longest first: it is started first
@@ -77,7 +94,6 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2", "-Xptxas=-v"]
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]  # cudart's symbols stay inside
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
-SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 8, 70  # rough, for the progress message alone
 INFO_MARKER = "masked_loss_ext build info:"
 
 
@@ -96,30 +112,36 @@ def source_fingerprint():
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(root.rglob("*")):
         if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+            digest.update(os.fsencode(path.relative_to(root)) + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build_info_source(architectures, torch_version):
-    """A C++ file that lets a library say, without being loaded, what it was built from."""
-    info = {
+def build_info(architectures, torch_version):
+    """What a library is built from; it can say so without being loaded."""
+    return {
         "version": VERSION,
         "sources": source_fingerprint(),
         "cuda": " ".join(architectures) or "none",
         "torch": torch_version,
     }
+
+
+def build_info_source(info):
+    """The C++ file that puts it there."""
     text = INFO_MARKER + ";".join(f"{key}={value}" for key, value in info.items())
     return f'extern "C" __attribute__((used)) const char masked_loss_ext_build_info[] = "{text}";\n'
 
 
 def read_build_info(library):
-    """{"version", "sources", "cuda", "torch"} of a library file; {} if it is not one of ours."""
-    data = Path(library).read_bytes()
-    start = data.find(INFO_MARKER.encode())
-    if start < 0:
-        return {}
-    text = data[start + len(INFO_MARKER) : data.index(b"\0", start)].decode()
-    return dict(item.split("=", 1) for item in text.split(";"))
+    """What build_info gave for a library file; {} if it is not one of ours."""
+    with open(library, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return {}
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = data.rfind(INFO_MARKER.encode())  # constants lie behind the code
+            text = data[start : start + 1000] if start >= 0 else b""
+    words = text[len(INFO_MARKER) :].partition(b"\0")[0].decode("ascii", "replace")
+    return dict(re.findall(r"(\w+)=([^;]*)", words))
 
 
 def _shell(words):
@@ -164,111 +186,46 @@ def ninja_file(tools, output):
         objects.append(_path(f"{relative}.o"))
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {objects[-1]}: {rule} {_path(source)}")
-    # Linked beside its place and moved: a reader never meets half a library.
+    # Under a name of its own, the shell's number: a linker may outlive a builder that was killed.
     link = _shell([*tools.cxx, "-shared", *LINK_FLAGS, "$in", *libraries, "-o"])
-    lines += ["rule link", f"  command = {link} $out.part && mv $out.part $out"]
+    partial = "$out.$$$$.part"
+    lines += ["rule link", f"  command = {link} {partial} && mv {partial} $out"]
     lines += [f"build {_path(output)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
 
-def _write_if_changed(path, text):
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+def is_ours(library, info):
+    """Is this file whole, and built from what `info` says?"""
+    return is_whole(library) and read_build_info(library) == info
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """One builder per folder; the lock goes with its process, so a killed one leaves none."""
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is compiling the kernels, waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def compile_library(tools, folder, note="", advice="it must be a folder that can be written to"):
+    """Bring folder/_C.abi3.so up to date (only what changed is compiled) and return its path.
+
+    `note` follows the announcement, `advice` an error about the folder.
+    """
+    folder = Path(folder).absolute()
+    library = folder / LIBRARY
+    with told_in_a_sentence(folder, advice):
+        make_folder(folder)
+        with workshop(folder) as (place, lock):
+            info = build_info(tools.architectures, tools.torch_version)
+            write_if_changed(place / "build_info.cpp", build_info_source(info))
+            write_if_changed(place / "build.ninja", ninja_file(tools, LINKED))
+            linked = _linked(Ninja(tools, place, lock, advice), info, note)
+            if not library.is_file() or not filecmp.cmp(linked, library, shallow=False):
+                copy_whole(linked, library)
+    return library
 
 
-def compile_library(tools, folder, note=""):
-    """Bring folder/_C.abi3.so up to date (only what changed is compiled) and return its path."""
-    folder = Path(folder).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            info = build_info_source(tools.architectures, tools.torch_version)
-            _write_if_changed(folder / "build_info.cpp", info)
-            _write_if_changed(folder / "build.ninja", ninja_file(tools, LIBRARY))
-            _announce_and_run(tools, folder, note)
-    except PermissionError as error:
-        raise BuildError(
-            f"no permission to write {error.filename}; "
-            "set TORCH_EXTENSIONS_DIR to a folder of yours"
-        ) from None
-    return folder / LIBRARY
-
-
-def _announce_and_run(tools, folder, note):
-    command = [tools.ninja, "-C", str(folder)]
-    if os.environ.get("MAX_JOBS"):
-        command += ["-j", os.environ["MAX_JOBS"]]
-    would_do = subprocess.run([*command, "-n"], capture_output=True, text=True)
-    if "no work to do" in would_do.stdout:
-        return
-    kinds = "the CPU kernels"
-    if tools.cuda_home:
-        kinds += f" and the CUDA kernels ({', '.join(tools.architectures)})"
-    seconds = _estimate(would_do.stdout)
-    say(f"compiling {kinds} with PyTorch {tools.torch_version}, takes about {seconds} s{note}")
-    started = time.monotonic()
-    _run_ninja(command, started)
-    say(f"compiled in {time.monotonic() - started:.0f} s")
-
-
-def _estimate(steps):
-    """Seconds, roughly, for ninja's list of steps."""
-    cuda = len(re.findall(r"^\[.*bin/nvcc ", steps, re.M))
-    cpu = len(re.findall(r"^\[.* -c .*\.cpp ", steps, re.M)) - cuda
-    cores = len(os.sched_getaffinity(0))
-    longest = SECONDS_PER_CUDA_SOURCE if cuda else SECONDS_PER_CPU_SOURCE
-    total = cuda * SECONDS_PER_CUDA_SOURCE + cpu * SECONDS_PER_CPU_SOURCE
-    return max(total // cores, longest)
-
-
-def _run_ninja(command, started):
-    verbose = os.environ.get("MASKED_LOSS_EXT_VERBOSE") == "1"
-    command = [*command, *(["-v"] if verbose else [])]
-    environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
-    output = []
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as ninja:
-        for line in ninja.stdout:
-            output.append(line)
-            _show(line, started, verbose)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    if ninja.returncode:
-        raise BuildError(_failure(output))
-
-
-def _show(line, started, verbose):
-    step = re.match(r"\[\d+/\d+\]", line)
-    if verbose:
-        print(line, end="", file=sys.stderr, flush=True)
-    elif step and sys.stderr.isatty():
-        seconds = time.monotonic() - started
-        text = f"\rmasked_loss_ext: compiling {step[0]} {seconds:.0f} s"
-        print(text, end="", file=sys.stderr, flush=True)
-
-
-def _failure(output):
-    """The first failed step in the compiler's own words, without the long command line."""
-    start = next((i for i, line in enumerate(output) if line.startswith("FAILED:")), None)
-    if start is None:
-        return "ninja failed: " + "".join(output[-3:]).strip()
-    words = [line for line in output[start + 2 :] if not line.startswith("ninja:")]
-    return f"the compiler failed at {output[start][len('FAILED:') :].strip()}:\n" + "".join(
-        words[:30]
-    )
+def _linked(ninja, info, note):
+    linked = ninja.folder / LINKED
+    for _ in range(2):  # again where a crash or a full disk once cut short what is there
+        ninja.bring_up_to_date(note)
+        if is_ours(linked, info):
+            return linked
+        linked.unlink()
+    raise BuildError(f"the linker has made no whole library in {ninja.folder}; {ninja.advice}")
 
 
 def cmake_lists():
@@ -298,4 +255,4 @@ def cmake_lists():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--cmake"]:
         sys.exit("usage: python masked_loss_ext/_build.py --cmake")
-    print(cmake_lists(), end="")
+    sys.stdout.buffer.write(os.fsencode(cmake_lists()))  # paths need not be UTF-8

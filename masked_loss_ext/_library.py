@@ -7,14 +7,28 @@ MASKED_LOSS_EXT_JIT=1 ignores a built library; MASKED_LOSS_EXT_BUILD=aot refuses
 import hashlib
 import os
 import platform
+import pwd
 from pathlib import Path
 
 import torch
 
-from . import _build
-from ._build import BuildError, say
-from ._toolchain import cuda_home, find_toolchain, torch_about
+from . import _build, _files
+from ._toolchain import (
+    BuildError,
+    check_settings,
+    cuda_home,
+    cxx_identity,
+    find_architectures,
+    find_toolchain,
+    identity,
+    say,
+    setting,
+    wants_cuda,
+)
 from ._version import __version__
+
+# What compilers read by themselves; CXX is looked at apart.
+CUDA_VARIABLES = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def load():
@@ -24,22 +38,32 @@ def load():
     except BuildError as error:
         # The text is the whole story; the frames that led here would bury it.
         raise ImportError(f"masked_loss_ext: {error}") from None
+    except OSError as error:
+        raise ImportError(f"masked_loss_ext: {_files.sentence(error, _build.PACKAGE)}") from None
 
 
 def _load():
+    check_settings()
     # A second copy in one process crashes it, so ask the dispatcher before touching any file.
     if hasattr(torch.ops.masked_loss_ext, "_version"):
         _check_version("the library that is already loaded in this process")
         return "preloaded"
     library = _build.PACKAGE / _build.LIBRARY
-    if os.environ.get("MASKED_LOSS_EXT_JIT") != "1" and library.is_file() and _usable(library):
-        torch.ops.load_library(str(library))
-        _check_version(str(library))
+    if setting("MASKED_LOSS_EXT_JIT") == "0" and library.is_file() and _usable(library):
+        _register(library, "reinstall masked_loss_ext")
         return "aot"
     library = compile_at_import()
-    torch.ops.load_library(str(library))
-    _check_version(str(library))
+    _register(library, f"remove the folder {library.parent}, then it is compiled again")
     return "jit"
+
+
+def _register(library, cure):
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise BuildError(f"{library} cannot be loaded ({why}); {cure}") from None
+    _check_version(str(library))
 
 
 def _check_version(what):
@@ -53,6 +77,8 @@ def _check_version(what):
 
 def _usable(library):
     """False for a library that must not be used in silence: it is older than its sources."""
+    if not _files.is_whole(library):
+        raise BuildError(f"{library} is damaged, it is no whole library; reinstall it")
     info = _build.read_build_info(library)
     if info.get("version") != __version__:
         raise BuildError(
@@ -64,8 +90,8 @@ def _usable(library):
     if in_source_tree and info["sources"] != _build.source_fingerprint():
         say(f"{library.name} is older than csrc, so it is not used; `make build` renews it")
         return False
-    wants_cuda = torch.version.cuda and os.environ.get("MASKED_LOSS_EXT_CUDA") != "0"
-    if info["cuda"] == "none" and wants_cuda and _nvcc_is_here():
+    only_cpu = torch.version.cuda and info["cuda"] == "none"
+    if only_cpu and wants_cuda(torch.version.cuda) and _cuda_home():
         say(
             "WARNING: the library has only CPU kernels, but PyTorch is built for CUDA "
             f"{torch.version.cuda} and nvcc is here; to use CUDA tensors build it again: "
@@ -74,40 +100,87 @@ def _usable(library):
     return True
 
 
-def _nvcc_is_here():
-    return cuda_home(torch_about()[0]) is not None
+def _cuda_home():
+    return cuda_home(Path(torch.__file__).parent)
 
 
 def cache_root():
     """Where torch's own extensions are cached too."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "torch_extensions"
+        return Path(named).absolute()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    home = os.environ.get("HOME") or _home_of_record()
+    if not cache and not os.path.isabs(home):
+        raise BuildError(
+            f"user {os.geteuid()} has no home folder to keep the compiled kernels in; set "
+            "TORCH_EXTENSIONS_DIR to a folder that only you can write to"
+        )
+    return Path(cache or Path(home, ".cache")).absolute() / "torch_extensions"
+
+
+def _home_of_record():
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # a number without a name, as containers give them
+        return ""
 
 
 def compile_at_import():
     """Compile into the cache, or find it there; returns the library's path."""
-    if os.environ.get("MASKED_LOSS_EXT_BUILD") == "aot":
+    if setting("MASKED_LOSS_EXT_BUILD") == "aot":
         raise BuildError(
             "MASKED_LOSS_EXT_BUILD=aot, but there is no built library that fits; build one with: "
             "pip install --no-build-isolation ."
         )
-    folder = cache_root() / f"masked_loss_ext-{_cache_key()}"
-    library = folder / _build.LIBRARY
-    if library.is_file():
-        return library
-    note = f", once (kept in {folder})"
-    return _build.compile_library(find_toolchain(), folder, note)
+    root = cache_root()
+    advice = "set TORCH_EXTENSIONS_DIR to a folder with room that only you can write to"
+    with _files.told_in_a_sentence(root, advice):
+        _files.make_folder(root)
+        _refuse(_files.distrust_around(root), advice)
+        sources = _build.source_fingerprint()
+        folders = _cache_folders(root, sources)
+        for folder in filter(os.path.lexists, folders):
+            _refuse(_files.distrust(folder), advice)
+            library = folder / _build.LIBRARY
+            if os.path.lexists(library):
+                _refuse(_files.distrust(library), advice)
+                if _is_sound(library, sources):
+                    return library
+        tools, folder = find_toolchain(), folders[0]
+        _files.make_folder(folder)
+        _refuse(_files.distrust(folder), advice)
+        return _build.compile_library(tools, folder, f", once (kept in {folder})", advice)
 
 
-def _cache_key():
-    """Everything that could make another library; cheap, as every later import computes it."""
-    names = ("CXX", "TORCH_CUDA_ARCH_LIST", "MASKED_LOSS_EXT_CUDA", "CUDA_HOME", "CUDA_PATH")
-    parts = [_build.source_fingerprint(), torch.__version__, platform.machine()]
-    parts += [str(os.environ.get(name)) for name in names]
-    if torch.version.cuda:
-        # Installing nvcc later must not leave the CPU-only library in use.
-        parts.append(_nvcc_is_here())
+def _refuse(distrusted, advice):
+    if distrusted is not None:
+        raise BuildError(f"{distrusted}, so no kernels are taken from it; remove it, or {advice}")
+
+
+def _is_sound(library, sources):
+    info = _build.read_build_info(library) if _files.is_whole(library) else {}
+    if info.get("sources") == sources:
+        return True
+    say(f"{library} is damaged or of another program, so it is compiled again")
+    return False
+
+
+def _cache_folders(root, sources):
+    """The folder for everything that could make another library; if the C++ compiler alone cannot
+    be found, all that differ in it. Cheap, as every later import asks."""
+    parts = [sources, torch.__version__, platform.machine(), os.environ.get("CXX")]
+    if wants_cuda(torch.version.cuda):
+        # Installing nvcc later must not leave the CPU-only library in use, nor a node with other
+        # GPUs and the same home a library without their code.
+        home = _cuda_home()
+        parts += [setting("MASKED_LOSS_EXT_CUDA"), *map(os.environ.get, CUDA_VARIABLES)]
+        parts.append(home and [identity(home / "bin/nvcc"), find_architectures()])
+    name, compiler = f"masked_loss_ext-{_short_hash(parts)}", cxx_identity()
+    if compiler:
+        return [root / f"{name}-{_short_hash(compiler)}"]
+    return sorted(root.glob(f"{name}-*"))
+
+
+def _short_hash(parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -5,6 +5,9 @@ Every failure is one sentence that says what is missing and how to get it. torch
 imported: this runs in build environments and under CMake, and an import takes seconds.
 """
 
+import contextlib
+import ctypes
+import itertools
 import os
 import platform
 import re
@@ -17,6 +20,15 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+# What the package asks the environment; the first value stands for a variable that is not set.
+SETTINGS = {
+    "MASKED_LOSS_EXT_BUILD": ("auto", "aot", "jit"),
+    "MASKED_LOSS_EXT_CPU_CAPABILITY": ("avx512", "avx2", "default"),  # read in csrc/cpu/capability
+    "MASKED_LOSS_EXT_CUDA": ("auto", "1", "0"),
+    "MASKED_LOSS_EXT_JIT": ("0", "1"),
+    "MASKED_LOSS_EXT_VERBOSE": ("0", "1"),
+}
+COMPILERS = ["c++", "g++", "clang++"]
 # The GPUs of the last years that most users have; PTX lets newer ones compile at load.
 DEFAULT_ARCHITECTURES = "8.0;9.0;9.0+PTX"
 
@@ -25,8 +37,48 @@ class BuildError(RuntimeError):
     """The library cannot be built here; the text says why and what to do."""
 
 
+def show(text, end="\n"):
+    """On the standard error, where there is one that takes it: services close theirs."""
+    if sys.stderr is None:
+        return  # print would take the standard output instead
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 def say(text):
-    print(f"masked_loss_ext: {text}", file=sys.stderr, flush=True)
+    show(f"masked_loss_ext: {text}")
+
+
+def setting(name):
+    """The value of one of SETTINGS."""
+    known = SETTINGS[name]
+    value = os.environ.get(name) or known[0]
+    if value not in known:
+        listed = ", ".join(known[:-1]) + " or " + known[-1]
+        raise BuildError(f"{name} must be {listed}, got {value!r}")
+    return value
+
+
+def check_settings():
+    for name in SETTINGS:
+        setting(name)
+
+
+def answer_of(command, timeout=120):
+    """What a program that answers at once says, whatever its encoding."""
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            timeout=timeout,
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be started: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} has not answered in {timeout} s") from None
 
 
 @dataclass
@@ -70,9 +122,17 @@ def torch_about():
     return root, version, about["cuda"]
 
 
+def _words_of_cxx():
+    command = os.environ.get("CXX", "")
+    try:
+        return shlex.split(command)
+    except ValueError as error:  # a quotation that is not closed
+        raise BuildError(f"CXX must be a command line, got {command!r}: {error}") from None
+
+
 def find_cxx():
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    names = [wanted[0]] if wanted else ["c++", "g++", "clang++"]
+    wanted = _words_of_cxx()
+    names = [wanted[0]] if wanted else COMPILERS
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         what = f"CXX={os.environ['CXX']} names no program" if wanted else "no C++ compiler is found"
@@ -83,10 +143,27 @@ def find_cxx():
     return [found, *wanted[1:]]
 
 
+def identity(program):
+    """What changes when a program does. Not its --version: an import would wait for a process."""
+    real = os.path.realpath(program)
+    about = os.stat(real)
+    return real, about.st_size, about.st_mtime_ns
+
+
+def cxx_identity():
+    """Of every program that CXX names (ccache g++), or of the compiler found; [] without one."""
+    words = _words_of_cxx()
+    programs = filter(None, map(shutil.which, words or COMPILERS))
+    return [identity(program) for program in (programs if words else itertools.islice(programs, 1))]
+
+
 def find_ninja():
-    # A virtual environment that was not activated has its ninja beside python, not on PATH.
-    beside_python = Path(sys.executable).parent / "ninja"
-    found = shutil.which("ninja") or (str(beside_python) if beside_python.is_file() else None)
+    # A virtual environment that was not activated has its ninja beside python, not on PATH; where
+    # a program embeds Python, there may be no python.
+    folders = [Path(sys.executable).parent] if sys.executable else []
+    folders.append(Path(sys.prefix, "bin"))
+    beside = (str(folder / "ninja") for folder in folders if (folder / "ninja").is_file())
+    found = shutil.which("ninja") or next(beside, None)
     if found is None and find_spec("ninja") is not None:
         import ninja
 
@@ -104,22 +181,30 @@ def cuda_home(torch_root):
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places += [nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
     places += sorted(torch_root.parent.glob("nvidia/cu[0-9]*"), reverse=True)
-    for home in (Path(place) for place in places if place):
-        if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
-            return home
-    return None
+    return next(filter(_is_toolkit, (Path(place) for place in places if place)), None)
+
+
+def _is_toolkit(home):
+    return (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file()
+
+
+def wants_cuda(torch_cuda):
+    """MASKED_LOSS_EXT_CUDA = auto | 1 | 0."""
+    wanted = setting("MASKED_LOSS_EXT_CUDA")
+    return wanted == "1" or (wanted == "auto" and torch_cuda is not None)
 
 
 def find_cuda(torch_root, torch_cuda):
-    """The CUDA toolkit to build with, or None. MASKED_LOSS_EXT_CUDA = auto | 1 | 0."""
-    wanted = os.environ.get("MASKED_LOSS_EXT_CUDA") or "auto"
-    if wanted not in ("auto", "1", "0"):
-        raise BuildError(f"MASKED_LOSS_EXT_CUDA must be auto, 1 or 0, got {wanted!r}")
-    if wanted == "0" or (wanted == "auto" and torch_cuda is None):
+    """The CUDA toolkit to build with, or None."""
+    if not wants_cuda(torch_cuda):
         return None
     home = cuda_home(torch_root)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        named = os.environ.get(name)
+        if named and not _is_toolkit(Path(named)):
+            say(f"WARNING: {name}={named} has no bin/nvcc and include/cuda_runtime.h, not used")
     how = "install the CUDA toolkit (developer.nvidia.com/cuda-downloads) or set CUDA_HOME"
-    if home is None and wanted == "1":
+    if home is None and setting("MASKED_LOSS_EXT_CUDA") == "1":
         raise BuildError(f"MASKED_LOSS_EXT_CUDA=1, but nvcc is missing; {how}")
     if home is None:
         say(
@@ -144,7 +229,7 @@ def find_architectures():
     """TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the default."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or _visible_gpus() or DEFAULT_ARCHITECTURES
     names = []
-    for item in re.split(r"[;,\s]+", wanted.strip()):
+    for item in re.split(r"[;,\s]+", wanted.strip("; ,\t\n")):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             raise BuildError(
@@ -158,14 +243,24 @@ def find_architectures():
 
 
 def _visible_gpus():
-    # Asked of the driver's tool: torch.cuda would initialise CUDA here, which forbids a later fork.
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    """Of the driver's management library: nvidia-smi, which asks the same, takes a second on some
+    machines, and torch.cuda would initialise CUDA, which forbids a later fork."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return None
+        count, found = ctypes.c_uint(), set()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+            about = (device, ctypes.byref(major), ctypes.byref(minor))
+            if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) == 0:
+                if nvml.nvmlDeviceGetCudaComputeCapability(*about) == 0:
+                    found.add((major.value, minor.value))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # no driver, or one of a kind that does not tell
         return None
-    found = sorted(set(re.findall(r"^\d+\.\d+$", answer.stdout, re.M)))
-    return ";".join(found) if answer.returncode == 0 else None
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
 
 def find_toolchain():

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a build needs, and the one sentence that comes where something is missing."""
 
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from masked_loss_ext import _build, _library, _toolchain
+from masked_loss_ext import _build, _library, _ninja, _toolchain
 from masked_loss_ext._toolchain import BuildError
 
 
@@ -69,6 +72,7 @@ def test_compiler_from_the_environment(bare, monkeypatch):
 
 def test_missing_ninja(bare, monkeypatch):
     monkeypatch.setattr(_toolchain.sys, "executable", str(bare / "python"))
+    monkeypatch.setattr(_toolchain.sys, "prefix", str(bare))
     monkeypatch.setitem(sys.modules, "ninja", None)
     with pytest.raises(BuildError, match="ninja is missing; get it with: pip install ninja"):
         _toolchain.find_ninja()
@@ -119,7 +123,10 @@ def test_toolkit_without_the_static_runtime(tmp_path):
 
 
 def test_architectures(bare, monkeypatch):
+    monkeypatch.setattr(_toolchain, "_visible_gpus", lambda: None)
     assert _toolchain.find_architectures() == ["sm_80", "sm_90", "compute_90"]
+    monkeypatch.setattr(_toolchain, "_visible_gpus", lambda: "8.6;9.0")
+    assert _toolchain.find_architectures() == ["sm_86", "sm_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;10.0+PTX")
     assert _toolchain.find_architectures() == ["sm_86", "sm_90a", "sm_100", "compute_100"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
@@ -193,7 +200,7 @@ def test_compiler_errors_are_shown_without_the_command(tmp_path):
         "bad.cpp:1:1: error: 'x' does not name a type\n",
         "ninja: build stopped: subcommand failed.\n",
     ]
-    text = _build._failure(output)
+    text = _ninja.failure(output, tmp_path)
     assert text == "the compiler failed at cpu/bad.cpp.o:\n" + output[3]
 
 
@@ -215,10 +222,17 @@ def test_fingerprint_follows_every_header(monkeypatch, tmp_path):
     assert first != _build.source_fingerprint()
 
 
+def library_of(folder, architectures):
+    """A file that a library's build info is read from, and that is whole for who looks at it."""
+    library = folder / _build.LIBRARY
+    text = _build.build_info_source(_build.build_info(architectures, "2.13.0"))
+    python = Path(os.path.realpath(sys.executable)).read_bytes()
+    library.write_bytes(python + re.search('"([^"]*)";$', text)[1].encode() + b"\0more")
+    return library
+
+
 def test_build_info_is_read_without_loading(tmp_path):
-    library = tmp_path / "_C.abi3.so"
-    text = re.search('"(.*)"', _build.build_info_source(["sm_80", "sm_90"], "2.13.0"))[1]
-    library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0more")
+    library = library_of(tmp_path, ["sm_80", "sm_90"])
     info = _build.read_build_info(library)
     assert info == {
         "version": _build.VERSION,
@@ -226,16 +240,19 @@ def test_build_info_is_read_without_loading(tmp_path):
         "cuda": "sm_80 sm_90",
         "torch": "2.13.0",
     }
-    library.write_bytes(b"\x7fELF\0")
-    assert _build.read_build_info(library) == {}
+    assert _library._usable(library)
+    for foreign in (b"", b"\x7fELF\0", _build.INFO_MARKER.encode() + b"\xff\xfe"):
+        library.write_bytes(foreign)
+        assert _build.read_build_info(library) == {}
+        with pytest.raises(BuildError, match="is damaged, it is no whole library; reinstall it"):
+            _library._usable(library)
+    shutil.copy(os.path.realpath(sys.executable), library)
     with pytest.raises(BuildError, match="is of version unknown, this package is"):
         _library._usable(library)
 
 
 def test_cpu_only_library_is_reported_where_cuda_could_be_used(monkeypatch, tmp_path, capsys):
-    text = re.search('"(.*)"', _build.build_info_source([], "2.13.0"))[1]
-    library = tmp_path / "_C.abi3.so"
-    library.write_bytes(text.encode() + b"\0")
+    library = library_of(tmp_path, [])
     monkeypatch.delenv("MASKED_LOSS_EXT_CUDA", raising=False)
     monkeypatch.setattr(_library.torch.version, "cuda", "13.0")
     monkeypatch.setattr(_library, "cuda_home", lambda torch_root: tmp_path)

@@ -70,8 +70,25 @@ def test_numbers_at_level(level):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_unknown_level_is_the_best_one():
-    assert level_for("no_such_level") == level_for("avx512")
+def test_unknown_level_is_refused():
+    """At import, and by the library itself, which a C++ program loads without the package."""
+    expected = f"{VARIABLE} must be avx512, avx2 or default, got 'axv2'"
+    done = run("axv2", "-c", QUESTION)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ImportError: masked_loss_ext: {expected}"
+    assert level_for("") == level_for("avx512")
+    later = (
+        "import masked_loss_ext as mle, os, torch\n"
+        f"os.environ['{VARIABLE}'] = 'axv2'\n"
+        "for call in (torch.ops.masked_loss_ext.cpu_capability, lambda: mle.MseLoss()(x, x)):\n"
+        "    x = torch.ones(2, 3)\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    done = run("avx2", "-c", later)
+    assert done.stdout.splitlines() == [expected, expected], done.stderr
 
 
 def test_no_function_of_a_wide_file_is_shared():
@@ -80,9 +97,8 @@ def test_no_function_of_a_wide_file_is_shared():
     if not compiler or not nm:
         pytest.skip("needs a C++ compiler and nm")
     root = _build.csrc_dir()
-    wide = [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
-    assert len(wide) == 6  # three operators
-    for source in wide:
+    assert len(wide_sources()) == 6  # three operators
+    for source in wide_sources():
         flags = ["-O0", "-std=c++17", "-fopenmp-simd", "-I", str(root)]
         # Assembly is enough: a shared function is declared .weak in it.
         done = subprocess.run(
@@ -93,6 +109,30 @@ def test_no_function_of_a_wide_file_is_shared():
         # A pointer to the C++ runtime's own function, not code.
         weak = [line for line in weak if "DW.ref.__gxx_personality" not in line]
         assert not weak, f"{source}: {weak}"
+
+
+def wide_sources():
+    return [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
+
+
+@pytest.mark.parametrize("source", wide_sources())
+def test_clang_compiles_the_level_that_is_asked_for(source, tmp_path):
+    """It ignores gcc's pragma without a word; the levels would all hold the baseline."""
+    root = _build.csrc_dir()
+    level = re.search(r"_(avx\w+)\.cpp", source)[1]
+    lines = (root / source).read_text().splitlines()
+    assert f'#include "cpu/target_{level}.inc"' in lines
+    assert lines[-2:] == ['#include "cpu/target_end.inc"', "#endif"]
+    clang = shutil.which("clang++")
+    if clang is None or platform.machine() != "x86_64":
+        pytest.skip("there is no clang++ here, or this is no x86-64")
+    output = tmp_path / "assembly.s"
+    command = [clang, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", output, str(root / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assembly = output.read_text()
+    assert len(re.findall({"avx2": "%ymm", "avx512": "%zmm"}[level], assembly)) > 1000
+    assert not re.search(r"^\s*\.weak", assembly, re.MULTILINE)
 
 
 def functions_at(level, operator):

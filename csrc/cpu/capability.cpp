@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace masked_loss_ext {
 namespace {
@@ -25,11 +27,13 @@ Level machine_level() {
 Level chosen_level() {
   const Level best = machine_level();
   const char* asked = std::getenv("MASKED_LOSS_EXT_CPU_CAPABILITY");
-  if (asked == nullptr) return best;
+  if (asked == nullptr || *asked == 0) return best;
   for (Level level : {Level::kDefault, Level::kAvx2, Level::kAvx512}) {
-    if (std::strcmp(asked, level_name(level)) == 0 && level < best) return level;
+    if (std::strcmp(asked, level_name(level)) == 0) return level < best ? level : best;
   }
-  return best;
+  throw std::invalid_argument(
+      "MASKED_LOSS_EXT_CPU_CAPABILITY must be avx512, avx2 or default, got '" +
+      std::string(asked) + "'");
 }
 
 }  // namespace

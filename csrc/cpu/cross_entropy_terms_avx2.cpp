@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+// All other includes stand above the target: code of headers keeps the baseline instructions.
 #include "cpu/cross_entropy_terms_cpu.h"
 #include "layout.h"
 
@@ -8,7 +8,7 @@
 #endif
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,bmi2")
+#include "cpu/target_avx2.inc"
 
 namespace masked_loss_ext {
 namespace {
@@ -16,4 +16,5 @@ namespace {
 }  // namespace
 extern const TermsKernels terms_avx2 = {forward, backward};
 }  // namespace masked_loss_ext
+#include "cpu/target_end.inc"
 #endif

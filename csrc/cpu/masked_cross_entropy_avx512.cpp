@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+// All other includes stand above the target: code of headers keeps the baseline instructions.
 #include "cpu/masked_cross_entropy_cpu.h"
 #include "layout.h"
 
@@ -8,7 +8,7 @@
 #endif
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+#include "cpu/target_avx512.inc"
 
 namespace masked_loss_ext {
 namespace {
@@ -17,4 +17,5 @@ namespace {
 extern const CrossEntropyKernels cross_entropy_avx512 = {forward, finish, read_target, backward,
                                                          count,   both, scale};
 }  // namespace masked_loss_ext
+#include "cpu/target_end.inc"
 #endif

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
+// All other includes stand above the target: code of headers keeps the baseline instructions.
 #include "cpu/masked_squared_error_cpu.h"
 #include "cpu/row_cursor.h"
 #include "masked_squared_error.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,bmi2")
+#include "cpu/target_avx2.inc"
 
 namespace masked_loss_ext {
 namespace {
@@ -13,4 +13,5 @@ namespace {
 }  // namespace
 extern const SquaredErrorKernels squared_error_avx2 = {forward, backward};
 }  // namespace masked_loss_ext
+#include "cpu/target_end.inc"
 #endif

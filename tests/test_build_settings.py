@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the build takes from its environment: variables, streams, encodings, programs, GPUs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_build
+
+from masked_loss_ext import _build, _library, _ninja, _toolchain
+from masked_loss_ext._toolchain import BuildError
+
+WRONG = {
+    "MASKED_LOSS_EXT_BUILD": "auto, aot or jit",
+    "MASKED_LOSS_EXT_CPU_CAPABILITY": "avx512, avx2 or default",
+    "MASKED_LOSS_EXT_CUDA": "auto, 1 or 0",
+    "MASKED_LOSS_EXT_JIT": "0 or 1",
+    "MASKED_LOSS_EXT_VERBOSE": "0 or 1",
+}
+GPUS = """
+static int major[] = {9, 8, 12}, minor[] = {0, 6, 0};
+extern "C" int nvmlInit_v2() { return FAILS; }
+extern "C" int nvmlShutdown() { return 0; }
+extern "C" int nvmlDeviceGetCount_v2(unsigned* n) { *n = 4; return 0; }
+extern "C" int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** device) {
+  *device = &major[i];
+  return i == 3;  // one that is lost
+}
+extern "C" int nvmlDeviceGetCudaComputeCapability(void* device, int* a, int* b) {
+  int i = (int*)device - major;
+  *a = major[i];
+  *b = minor[i];
+  return 0;
+}
+"""
+
+
+def test_every_variable_of_the_package_is_known():
+    texts = [p.read_text() for p in _build.PACKAGE.rglob("*.py")]
+    texts += [p.read_text() for p in _build.csrc_dir().rglob("*.cpp")]
+    read = set(re.findall(r'(?:setting|getenv)\("(MASKED_LOSS_EXT_\w+)"\)', "\n".join(texts)))
+    assert read == set(_toolchain.SETTINGS) == set(WRONG)
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG.items())
+@pytest.mark.parametrize("value", ["sometimes", " ", "AOT", "1.0", "\udcff"])
+def test_an_unknown_value_is_refused_at_import(monkeypatch, name, values, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ImportError) as error:
+        _library.load()
+    assert str(error.value) == f"masked_loss_ext: {name} must be {values}, got {value!r}"
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, name):
+    monkeypatch.setenv(name, "")
+    assert _toolchain.setting(name) == _toolchain.SETTINGS[name][0]
+
+
+def test_import_and_setup_end_in_that_sentence():
+    expected = "masked_loss_ext: MASKED_LOSS_EXT_BUILD must be auto, aot or jit, got 'sometimes'"
+    in_tree = (_build.PACKAGE.parent / "setup.py").is_file()
+    setup = [["setup.py", "--version"]] if in_tree else []
+    for command in (["-c", "import masked_loss_ext"], *setup):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "MASKED_LOSS_EXT_BUILD": "sometimes"},
+            cwd=_build.PACKAGE.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].removeprefix("ImportError: ") == expected
+        assert len(done.stderr.splitlines()) < 15, done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["many", "0", "-1", "00", "1.5", "2 3", "9" * 30, "²"])
+def test_jobs_that_are_no_number(monkeypatch, tmp_path, jobs):
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    ninja = _ninja.Ninja(
+        _toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja"), tmp_path, 3, ""
+    )
+    with pytest.raises(BuildError) as error:
+        ninja.bring_up_to_date("")
+    assert str(error.value) == f"MAX_JOBS must be a whole number from 1 on, got {jobs!r}"
+
+
+def test_jobs(monkeypatch):
+    for jobs, words in (("", []), ("  ", []), ("3", ["-j", "3"]), (" 08", ["-j", "08"])):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        assert _ninja._jobs() == words
+    monkeypatch.delenv("MAX_JOBS")
+    assert _ninja._jobs() == []
+
+
+def test_a_quotation_that_is_not_closed(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    for ask in (_toolchain.find_cxx, _toolchain.cxx_identity, _library.compile_at_import):
+        with pytest.raises(BuildError) as error:
+            ask()
+        assert (
+            str(error.value) == """CXX must be a command line, got "g++ 'x": No closing quotation"""
+        )
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_a_program_that_embeds_python_has_no_executable(monkeypatch, tmp_path, executable):
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ninja").touch()  # what lies in the current folder is not meant
+    with pytest.raises(BuildError, match="ninja is missing"):
+        _toolchain.find_ninja()
+    (tmp_path / "prefix" / "bin").mkdir(parents=True)
+    (tmp_path / "prefix" / "bin" / "ninja").touch()
+    assert _toolchain.find_ninja() == str(tmp_path / "prefix" / "bin" / "ninja")
+
+
+def test_a_program_that_cannot_be_started_or_hangs(tmp_path):
+    (tmp_path / "ninja").write_bytes(b"\x7fELF of another machine")
+    (tmp_path / "ninja").chmod(0o755)
+    with pytest.raises(BuildError, match=r"ninja cannot be started: Exec format error$"):
+        _toolchain.answer_of([str(tmp_path / "ninja")])
+    with pytest.raises(BuildError, match=r"gone cannot be started: No such file or directory$"):
+        _toolchain.answer_of([str(tmp_path / "gone")])
+    with pytest.raises(BuildError, match=r"sleep has not answered in 0.1 s$"):
+        _toolchain.answer_of(["sleep", "60"], timeout=0.1)
+
+
+def test_a_named_toolkit_that_is_none_is_said(monkeypatch, tmp_path, capsys):
+    for part in ("bin/nvcc", "include/cuda_runtime.h"):
+        (tmp_path / part).parent.mkdir()
+        (tmp_path / part).touch()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
+    assert _toolchain.find_cuda(tmp_path, None) == tmp_path
+    said = capsys.readouterr().err
+    assert "WARNING: CUDA_HOME=/nowhere has no bin/nvcc" in said and "CUDA_PATH" not in said
+
+
+@pytest.mark.parametrize(("fails", "expected"), [(0, "8.6;9.0;12.0"), (1, "None"), (None, "None")])
+def test_gpus_are_asked_of_the_driver(tmp_path, fails, expected):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, to make a driver of")
+    if fails is not None:
+        (tmp_path / "nvml.cpp").write_text(GPUS)
+        library = tmp_path / "libnvidia-ml.so.1"
+        command = ["g++", "-shared", "-fPIC", f"-DFAILS={fails}", "-o", library]
+        subprocess.run([*command, tmp_path / "nvml.cpp"], check=True)
+    else:  # a driver that has none of these functions
+        subprocess.run(
+            ["g++", "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / "libnvidia-ml.so.1"],
+            check=True,
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", "import _toolchain; print(_toolchain._visible_gpus())"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        cwd=_build.PACKAGE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_paths_and_messages_that_are_not_utf_8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff"))
+    folder.mkdir()
+    csrc = tiny_build.make_tree(folder)
+    (csrc / "one.cpp").write_bytes(b'#warning "caf\xe9"\n' + tiny_build.SOURCE.encode())
+    built = tiny_build.start(folder, MASKED_LOSS_EXT_VERBOSE="1")
+    said = built.communicate()[0]
+    assert built.returncode == 0 and said.splitlines()[-1] == "_C.abi3.so", said
+    assert "#warning" in said  # it was decoded
+
+    (csrc / "one.cpp").write_bytes(b'#error "caf\xe9"\n')
+    failing = tiny_build.start(folder)
+    said = failing.communicate()[0]
+    assert failing.returncode == 1 and "Traceback" not in said, said
+    assert "BuildError: the compiler failed at one.cpp.o:" in said and "caf" in said
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>&- <&-", "2>/dev/full", ">&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    tiny_build.make_tree(tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *tiny_build.command(tmp_path)],
+        env={**os.environ, "MASKED_LOSS_EXT_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "built" / _build.LIBRARY).is_file()
+    # What is not to be seen is not put elsewhere.
+    assert done.stdout.strip() == ("" if closed.startswith(">") else _build.LIBRARY)
+
+
+def test_a_stream_that_was_closed_by_the_program(monkeypatch):
+    with open(os.devnull, "w") as closed:
+        pass
+    for stream in (None, closed, object()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert _ninja._is_terminal() is False
+    monkeypatch.setattr(sys, "stderr", closed)
+    _toolchain.say("nobody hears this")
+    _ninja._progress("[1/2] c++\n", 0.0, True)
+    monkeypatch.setattr(sys, "stderr", None)
+    _toolchain.say("nor this")
+
+
+def test_a_failed_step_of_newer_ninjas():
+    output = ["FAILED: [code=1] cpu/bad.cpp.o \n", "g++ long\n", "bad.cpp:1: error\n"]
+    text = _ninja.failure(output, Path("built"))
+    assert text == "the compiler failed at cpu/bad.cpp.o:\nbad.cpp:1: error\n"
+    text = _ninja.failure(["ninja: error: loading 'build.ninja'\n"], Path("built"))
+    assert text == "ninja failed in built: ninja: error: loading 'build.ninja'"
