@@ -57,12 +57,12 @@ class CompactPlan:
         pieces, length = [], 0
         for row, kept, source, target in starts:
             if target > length:
-                pieces.append(torch.full((target - length,), -1))
+                pieces.append(torch.full((target - length,), -1, device="cpu"))
             for n, k in zip(row, kept, strict=True):
-                pieces.append(torch.arange(source, source + k))
+                pieces.append(torch.arange(source, source + k, device="cpu"))
                 source += n
             length = target + sum(kept)
-        pieces.append(torch.full((self.layout.padded_len - length,), -1))
+        pieces.append(torch.full((self.layout.padded_len - length,), -1, device="cpu"))
         index = torch.cat(pieces)
         target = (index >= 0).nonzero().squeeze(1)
         self.index = index.to(layout.device)
