@@ -141,8 +141,7 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     first = latents[0]
     padded = torch.nn.utils.rnn.pad_sequence([x.to(first) for x in latents], batch_first=True)
     padded = F.pad(padded, (0, 0, 0, length - max(lengths)))
-    mask = lengths_to_mask(torch.tensor(lengths, device="cpu"), length)
-    return padded, mask.to(first.device)
+    return padded, lengths_to_mask(torch.tensor(lengths, device=first.device), length)
 
 
 def unpad(padded, mask):

@@ -140,7 +140,7 @@ BAD = [
     (lambda f: f(ngram_size=0), ValueError, "ngram_size must be at least 1, got 0"),
     (lambda f: f(eos="</s>"), TypeError, "eos_token_id must be an int, got str"),
     (lambda f: f(pad=None), TypeError, "pad_token_id must be an int, got NoneType"),
-    (lambda f: f()(LOGITS[..., :5], LABELS), ValueError, "logits must have vocab_size 12 as its"),
+    (lambda f: f()(LOGITS[..., :5], LABELS), ValueError, "must have vocab_size = 12 classes"),
     (lambda f: f()(LOGITS, LABELS[0]), ValueError, "labels must have 2 dimensions [B, S]"),
     (lambda f: f()(LOGITS, LABELS, LABELS[:1]), ValueError, "attention_mask shape must be [2, 3]"),
 ]
@@ -157,5 +157,5 @@ def test_errors(call, kind, text, cls):
 def test_a_fixed_weight_contradicts_a_schedule():
     with pytest.raises(ValueError, match="eos_penalty_weight must be given as its initial"):
         AdaptiveAntiRepetitionLoss(V, EOS, PAD, eos_penalty_weight=0.1)
-    with pytest.raises(ValueError, match="warmup_steps must not be negative, got -1"):
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         AdaptiveAntiRepetitionLoss(V, EOS, PAD, warmup_steps=-1)

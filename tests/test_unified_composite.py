@@ -56,8 +56,8 @@ def test_scaling_by_hand():
 SCALING_BAD = [
     (lambda: AdaptiveLossScaling(0), "num_losses must be at least 1, got 0"),
     (lambda: AdaptiveLossScaling(2, [1.0]), "init_weights must be 2 positive numbers, got [1.0]"),
-    (lambda: AdaptiveLossScaling(2, [1.0, 0.0]), "init_weights must be 2 positive numbers"),
-    (lambda: AdaptiveLossScaling(2, [1.0, math.nan]), "init_weights must be 2 positive numbers"),
+    (lambda: AdaptiveLossScaling(2, [1.0, 0.0]), "[1] must be a finite number above 0, got 0.0"),
+    (lambda: AdaptiveLossScaling(2, [1.0, math.nan]), "[1] must be a finite number above 0"),
     (lambda: AdaptiveLossScaling(2)([torch.ones(())]), "losses must have num_losses 2 entries"),
 ]
 

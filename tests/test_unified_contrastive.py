@@ -171,7 +171,7 @@ def test_autocast_does_not_round_similarities():
 PAIRS = torch.tensor([[0, 1]])
 BAD = [
     (lambda: ContrastiveLoss(loss_type="nce"), "Unknown loss type"),
-    (lambda: ContrastiveLoss(temperature=0), "temperature must be positive, got 0"),
+    (lambda: ContrastiveLoss(temperature=0), "temperature must be a finite number above 0, got 0"),
     (lambda: raw("infonce")(LINE), "Labels required"),
     (lambda: raw("infonce")(LINE), "Either pairs or labels"),
     (lambda: raw("infonce")(LINE, negative_pairs=PAIRS), "Labels required"),

@@ -3,7 +3,6 @@
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -90,15 +89,10 @@ def test_sequences_equal_their_rows():
     assert torch.equal(DiversityLoss()(outputs, attention_mask=mask), flat)
 
 
-def test_an_unknown_metric_is_the_dot_product_and_says_so():
-    with pytest.warns(UserWarning, match="'cosin' is not cosine, l2 or dot"):
-        loss_fn = DiversityLoss("cosin")
-    outputs = experts()
-    assert torch.equal(loss_fn(outputs), DiversityLoss("dot")(outputs))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for metric in METRICS:
-            DiversityLoss(metric)
+def test_an_unknown_metric_is_refused():
+    text = "similarity_metric must be cosine, l2 or dot, got 'cosin'"
+    with pytest.raises(ValueError, match=text):
+        DiversityLoss("cosin")
 
 
 BAD = [

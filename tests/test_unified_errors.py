@@ -41,11 +41,11 @@ CONSTRUCTION = [
     (UnifiedLoss, {"use_moe_balancing": True}, "num_experts required for MoE balancing"),
     (UnifiedLoss, {"focal_mode": "on"}, "focal_mode must be replace, add or report, got 'on'"),
     (UnifiedLoss, {"penalty_on": "logits"}, "penalty_on must be targets or model, got 'logits'"),
-    (UnifiedLoss, {"label_smoothing": 1.5}, "label_smoothing must be in [0, 1], got 1.5"),
+    (UnifiedLoss, {"label_smoothing": 1.5}, "number at least 0 and at most 1, got 1.5"),
     (UnifiedLoss, {"ngram_size": 0}, "ngram_size must be at least 1, got 0"),
-    (UnifiedLoss, {"initial_temperature": 0.0}, "initial_temperature must be positive, got 0.0"),
-    (UnifiedLoss, {"min_sequence_length": -1}, "min_sequence_length must not be negative"),
-    (UnifiedLoss, {"focal_gamma": -1.0, "use_focal_loss": True}, "gamma must be at least 0"),
+    (UnifiedLoss, {"initial_temperature": 0.0}, "initial_temperature must be a finite number"),
+    (UnifiedLoss, {"min_sequence_length": -1}, "min_sequence_length must be at least 0"),
+    (UnifiedLoss, {"focal_gamma": -1.0}, "focal_gamma must be a finite number at least 0"),
     (
         UnifiedLoss,
         {"eos_token_id": 5, "penalty_on": "model"},
@@ -55,9 +55,9 @@ CONSTRUCTION = [
     (
         TemperatureScaledCrossEntropy,
         {"temperature_bounds": (2.0, 0.5)},
-        "temperature_bounds must be 0 < lowest <= highest",
+        "temperature_bounds[1] must be a finite number at least 2.0, got 0.5",
     ),
-    (AdaptiveMTPLoss, {"label_smoothing": 0.9}, "label_smoothing must be at most 1 - 1 /"),
+    (AdaptiveMTPLoss, {"label_smoothing": 0.9}, "number at least 0 and at most 0.8, got 0.9"),
     (DeepSeekLoss, {"hidden_size": None}, "hidden_size required for multi-token prediction"),
     (NGramRepetitionPenalty, {"penalty_on": "x"}, "penalty_on must be targets or model"),
 ]
@@ -134,8 +134,7 @@ CALLABLE = {
 @pytest.mark.parametrize("name", CALLABLE)
 @pytest.mark.parametrize("arguments,kind,text", ARGUMENTS)
 def test_arguments(name, arguments, kind, text):
-    prefix = "cross_entropy_terms: " if kind is IndexError else f"{name}: "
-    refused(lambda: CALLABLE[name](*arguments), kind, prefix)
+    refused(lambda: CALLABLE[name](*arguments), kind, f"{name}: ")
     refused(lambda: CALLABLE[name](*arguments), kind, text)
 
 
@@ -152,8 +151,8 @@ def test_arguments_of_parts():
     scores = torch.ones(B, 1)
     text = "Unknown target_mode"
     refused(lambda: adaptive.compute_confidence_regularization(scores, "low"), ValueError, text)
-    refused(lambda: adaptive(X, Y, confidence_scores=Y), ValueError, "must be floating")
-    refused(lambda: adaptive(X[..., :4], Y), ValueError, "AdaptiveMTPLoss: logits must have vocab")
+    refused(lambda: adaptive(X, Y, confidence_scores=Y), ValueError, "must be a floating")
+    refused(lambda: adaptive(X[..., :4], Y), ValueError, "primary_logits must have vocab")
     heads = [X, X[:1]]
     refused(lambda: adaptive(X, Y, heads, mtp_active=True), ValueError, "B and S of targets")
     old = DeepSeekLoss(V, H, num_experts=E)

@@ -212,7 +212,7 @@ def call(hidden=(B, S, H), targets=(B, S), mask=None, **keywords):
 BAD = [
     (lambda: Loss(0, H), "vocab_size must be at least 1, got 0"),
     (lambda: Loss(V, H, 0), "num_future_tokens must be at least 1, got 0"),
-    (lambda: call(temperature=0.0), "temperature must be positive, got 0.0"),
+    (lambda: call(temperature=0.0), "temperature must be a finite number above 0, got 0.0"),
     (lambda: call((B, S, H + 1)), "hidden_states must have hidden_size 4 as its last dimension"),
     (lambda: call((B, H)), "hidden_states must have 3 dimensions [B, S, H], got [3, 4]"),
     (lambda: call(targets=(B, S - 1)), "target_ids must have the B and S of hidden_states"),

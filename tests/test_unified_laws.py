@@ -8,6 +8,8 @@ import pytest
 import torch
 from unified_cases import CASES, batch, floating
 
+from masked_loss_ext import unified
+
 NAMES = [case.name for case in CASES]
 MASKED = [case for case in CASES if case.mask]
 
@@ -146,3 +148,75 @@ def test_state_round_trip_and_copies(case, tmp_path):
 def test_repr(case):
     module = case.make()
     assert type(module).__name__ in repr(module) and repr(module) == repr(copy.deepcopy(module))
+
+
+# --- parts that select but read ------------------------------------------------------------------
+
+ROWS = torch.tensor([True, True, False, True, True, False, True])
+PAIRS = torch.tensor([[0, 1], [3, 4], [2, 6], [5, 2], [6, 0]])
+CLASS = torch.tensor([0, 0, 1, 1, 0, 1, 1])
+SELECTING = {
+    "infonce_pairs": lambda x: unified.ContrastiveLoss()(
+        x, positive_pairs=PAIRS, embedding_mask=ROWS
+    ),
+    "standard_pairs": lambda x: unified.ContrastiveLoss(loss_type="standard", margin=9.0)(
+        x, positive_pairs=PAIRS, negative_pairs=PAIRS.flip(1), embedding_mask=ROWS
+    ),
+    "ignored_labels": lambda x: unified.ContrastiveLoss(loss_type="triplet")(
+        x, CLASS.masked_fill(~ROWS, -100)
+    ),
+    "sure_rows": lambda x: unified.ConsistencyLoss("kl", threshold=0.2, use_threshold=True)(
+        x, x.flip(1), ROWS
+    ),
+    "over_all_rows": lambda x: unified.ConsistencyLoss(mean_over_all=True)(x, x.flip(1), ROWS),
+    "one_tensor_of_experts": lambda x: unified.DiversityLoss("l2")(
+        torch.stack([x, x.flip(1), x.roll(1, 1)]), attention_mask=ROWS
+    ),
+    "router_z": lambda x: unified.AuxiliaryLoss(clamp_router_z=True)(
+        x, CLASS[:, None], num_experts=4, attention_mask=ROWS
+    )["router_z"],
+    "load": lambda x: unified.AuxiliaryLoss(1.0)(
+        x, CLASS[:, None], num_experts=4, attention_mask=ROWS
+    )["load_balancing"],
+    "balance_loss": lambda x: unified.AuxiliaryFreeMoEBalancer(4, 1.0)(
+        x, CLASS[:, None], compute_loss=True, attention_mask=ROWS
+    )["balance_loss"],
+    "balancing_term": lambda x: unified.AuxiliaryFreeMoEBalancer(4)(
+        x, CLASS[:, None], attention_mask=ROWS
+    )["balancing_term"],
+    "experts_outputs": lambda x: unified.AuxiliaryLoss()(
+        expert_outputs=[x, x.roll(1, 1)], attention_mask=ROWS
+    )["expert_diversity"],
+    "hidden_states": lambda x: heads(x),
+}
+
+
+def heads(x):
+    torch.manual_seed(0)
+    loss_fn = unified.MultiTokenPredictionLoss(5, 4, 2, mask_sources=True)
+    return loss_fn(x[None], CLASS[None], ROWS[None])["mtp_loss"]
+
+
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_excluded_rows_leak_neither_into_value_nor_gradient(name, value):
+    """They are read, unlike the rows of the operators; nothing comes of it."""
+    clean = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    poisoned = clean.masked_fill(~ROWS[:, None], value)
+    found = []
+    for x in (clean, poisoned):
+        x = x.clone().requires_grad_()
+        loss = SELECTING[name](x)
+        found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    (loss, grad), (poisoned_loss, poisoned_grad) = found
+    assert loss.isfinite() and torch.equal(loss, poisoned_loss)
+    assert torch.equal(grad, poisoned_grad) and (grad[~ROWS] == 0).all() and (grad != 0).any()
+
+
+SAY_SO = "ConsistencyLoss DiversityLoss ContrastiveLoss AuxiliaryFreeMoEBalancer AuxiliaryLoss"
+
+
+@pytest.mark.parametrize("name", [*SAY_SO.split(), "MultiTokenPredictionLoss"])
+def test_they_say_that_they_read(name):
+    text = " ".join(getattr(unified, name).__doc__.split())
+    assert "read, though" in text and "selected away" in text

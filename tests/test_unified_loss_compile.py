@@ -8,9 +8,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from unified_cases import BY_NAME, CLASSES, HIDDEN, batch, floating
+from unified_cases import BY_NAME, CLASSES, EOS, EVERYTHING, HIDDEN, PAD, batch, floating
 
 from masked_loss_ext import UnifiedLoss
+from masked_loss_ext.unified import AdaptiveAntiRepetitionLoss
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,50 @@ def test_one_graph_while_the_temperature_moves():
     for _ in range(14):  # the same loss each time: from the tenth on T falls
         compiled(entries["logits"], entries["targets"], entries["attention_mask"])
         found.add(module.main_loss.temperature.item())
+    assert len(found) == 6 and counters["stats"]["unique_graphs"] == 1
+
+
+SCHEDULED = [
+    ("label_smoothing", False),
+    ("ngram_penalty.penalty_weight", False),
+    ("ngram_penalty.penalty_weight", True),
+    ("mtp_loss.temperature", False),
+    ("focal_loss.gamma", False),
+    ("moe_balancer.gradient_balance_weight", False),
+    ("moe_balancer.gradient_balance_weight", True),
+]
+
+
+@pytest.mark.parametrize("name,as_tensor", SCHEDULED)
+def test_a_number_that_a_schedule_moves(name, as_tensor):
+    """Its second value makes a second graph, in which it is a variable; a tensor makes none."""
+    case = BY_NAME["unified_everything"]
+    module = UnifiedLoss(CLASSES, HIDDEN, **EVERYTHING | {"focal_mode": "add"})
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    *path, attribute = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    module.moe_balancer.expert_counts[0] = 9  # so that there is something to balance
+    module.moe_balancer.total_tokens.fill_(9)
+    entries, found, tensor = batch(), set(), torch.zeros(())
+    leaves(case, entries)
+    given = case.inputs(entries)
+    for value in (0.1, 0.2, 0.3, 0.4):
+        setattr(owner, attribute, tensor.fill_(value) if as_tensor else value)
+        loss = compiled(**given, update_state=False)
+        torch.testing.assert_close(loss, module(**given, update_state=False))
+        found.add(loss.item())
+    assert len(found) == 4
+    assert counters["stats"]["unique_graphs"] == (1 if as_tensor else 2)
+
+
+def test_weights_that_a_warm_up_moves_are_one_graph():
+    case = BY_NAME["adaptive_anti_repetition"]
+    module = AdaptiveAntiRepetitionLoss(CLASSES, EOS, PAD, ngram_size=1, warmup_steps=5)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    found = set()
+    for step in range(6):
+        module.update_weights(step)
+        found.add(case.loss(compiled(**case.inputs(batch()))).item())
     assert len(found) == 6 and counters["stats"]["unique_graphs"] == 1
 
 

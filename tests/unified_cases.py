@@ -180,7 +180,11 @@ def end_to_end():
 
 CASES = [
     Case("focal", lambda: unified.FocalLoss(0.5), INPUTS),
-    Case("focal_classes", lambda: unified.FocalLoss(torch.linspace(0.1, 2, CLASSES)), INPUTS),
+    Case(
+        "focal_classes",
+        lambda: unified.FocalLoss(torch.linspace(0.1, 2, CLASSES, dtype=torch.float32)),
+        INPUTS,
+    ),
     Case("label_smoothing", lambda: unified.LabelSmoothingLoss(CLASSES), INPUTS),
     Case("perplexity", unified.PerplexityLoss, LOGITS, by_key("loss")),
     *(

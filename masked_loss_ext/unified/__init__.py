@@ -3,14 +3,16 @@
 
 from .adaptive_mtp import AdaptiveMTPLoss
 from .anti_repetition import AdaptiveAntiRepetitionLoss, AntiRepetitionLoss
+from .auxiliary import AuxiliaryLoss
 from .composite import AdaptiveLossScaling, CompositeLoss
+from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
 from .deepseek import DeepSeekLoss
 from .diversity import DiversityLoss
 from .hidden_state_mtp import MultiTokenPredictionLoss
-from .moe import AuxiliaryFreeMoEBalancer, AuxiliaryLoss
+from .moe import AuxiliaryFreeMoEBalancer
 from .repetition import NGramRepetitionPenalty, SequenceRepetitionDetector
-from .simple import ConsistencyLoss, FocalLoss, LabelSmoothingLoss, PerplexityLoss
+from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
 from .temperature import TemperatureScaledCrossEntropy
 from .unified_loss import UnifiedLoss, create_unified_loss
 

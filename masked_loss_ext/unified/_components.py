@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._checks import check_tensor
+from .._checks import check_rank, check_tensor
+from ._arguments import as_part, check_logits, may_be_on
 from ._penalties import eos_penalty
 from ._rows import masked_mean, smoothed_loss
-from ._state import advances, follow_device
+from ._state import advances
 
 _NAME = "UnifiedLoss"
 _NO_HIDDEN_STATES = (
@@ -40,9 +41,8 @@ def check_inputs(loss, heads, experts):
     adaptive = loss.primary_loss_type == "adaptive_mtp" or (
         loss.use_mtp and loss.mtp_type == "adaptive"
     )
-    if adaptive and heads.logits is None:
-        if isinstance(heads.active, torch.Tensor) or heads.active:
-            raise _missing("additional_logits", "mtp_active")
+    if may_be_on(_NAME, heads.active) and adaptive and heads.logits is None:
+        raise _missing("additional_logits", "mtp_active")
     for name, value in experts._asdict().items():
         _check_kind(name, value)
     if loss.moe_balancer is not None:
@@ -67,7 +67,10 @@ def _check_kind(name, value):
     if value is None:
         return
     if name != "expert_outputs" or not isinstance(value, (list, tuple)):
-        return check_tensor(_NAME, name, value)
+        check_tensor(_NAME, name, value)
+        if name == "expert_outputs":
+            check_rank(_NAME, name, value, 3, "[E, N, H]")
+        return
     for i, output in enumerate(value):
         check_tensor(_NAME, f"{name}[{i}]", output)
 
@@ -82,10 +85,16 @@ def main(loss, out, batch, primary_logits, heads, update_state):
         rows = smoothed_loss(*batch.terms[:2], loss.label_smoothing, loss.vocab_size)
         cross_entropy = masked_mean(rows, batch.valid)
     else:
-        cross_entropy = loss.main_loss.compute_cross_entropy(
-            primary_logits, batch.targets, batch.valid
+        check_logits(_NAME, primary_logits, batch.targets, loss.vocab_size, "primary_logits")
+        cross_entropy = as_part(
+            _NAME,
+            loss.main_loss.compute_cross_entropy,
+            primary_logits,
+            batch.targets,
+            batch.valid,
         )
-    rest = eos_penalty(loss, batch.targets, batch.valid, batch.eos, batch.eos_log_prob)
+    eos, like = (batch.eos, batch.eos_log_prob), cross_entropy.dtype
+    rest = eos_penalty(loss, batch.targets, batch.valid, batch.starts, eos, like)
     if loss.primary_loss_type == "adaptive_mtp":
         parts = _adaptive(loss.main_loss, cross_entropy, batch, heads, update_state)
         out.update({f"main_{k}": v for k, v in parts.items() if k != "loss"})
@@ -94,7 +103,7 @@ def main(loss, out, batch, primary_logits, heads, update_state):
     if loss.primary_loss_type == "deepseek":
         if advances(loss.main_loss, update_state):
             loss.main_loss.record(out["main_loss"], batch.valid)
-        out["main_temperature"] = loss.main_loss.temperature.detach().clone()
+        out["main_temperature"] = loss.main_loss.current_temperature(out["main_loss"])
     if loss.focal_loss is None:
         return out["main_loss"]
     focal = loss.focal_loss.from_log_prob(batch.terms.log_prob, batch.targets, batch.valid)
@@ -105,13 +114,16 @@ def main(loss, out, batch, primary_logits, heads, update_state):
 
 
 def _adaptive(part, cross_entropy, batch, heads, update_state):
-    return part.from_primary(
+    return as_part(
+        _NAME,
+        part.from_primary,
         cross_entropy,
         batch.targets,
         heads.logits,
         heads.confidence,
         batch.valid,
         heads.active,
+        starts=batch.starts,
         update_state=update_state,
     )
 
@@ -120,7 +132,7 @@ def mtp(loss, out, batch, hidden_states, heads, update_state):
     if loss.mtp_loss is None:
         return 0
     if loss.mtp_type == "adaptive":
-        no_primary = torch.zeros((), device=batch.targets.device)
+        no_primary = batch.terms.scaled_log_prob.new_zeros(())
         parts = _adaptive(loss.mtp_loss, no_primary, batch, heads, update_state)
         out["adaptive_mtp_loss"] = parts.pop("loss")
         out.update({f"adaptive_mtp_{k}": v for k, v in parts.items()})
@@ -130,7 +142,8 @@ def mtp(loss, out, batch, hidden_states, heads, update_state):
         if not torch.compiler.is_compiling():
             warnings.warn(_NO_HIDDEN_STATES, stacklevel=5)
         return 0
-    parts = loss.mtp_loss(hidden_states, batch.targets, batch.valid)
+    given = hidden_states, batch.targets, batch.valid
+    parts = as_part(_NAME, loss.mtp_loss, *given, segment_ids=batch.starts)
     out["mtp_loss"] = parts["mtp_loss"]
     out["mtp_per_token_losses"] = parts["per_token_losses"]
     return parts["mtp_loss"]
@@ -151,7 +164,7 @@ def repetition(loss, out, batch):
         if batch.counts is None:
             penalty = detector.from_log_prob(batch.previous_log_prob, batch.previous)
         else:
-            penalty = detector.from_counts(batch.counts)
+            penalty = detector.from_counts(batch.counts, out["main_loss"].dtype)
         out["immediate_repetition_penalty"] = penalty
         total = total + penalty
     return total
@@ -167,7 +180,9 @@ def experts(loss, out, batch, given, update_state):
         outputs_mask = _row_mask(batch.valid, given.expert_outputs[0])
     similarity = None
     if loss.diversity_loss is not None:
-        similarity = loss.diversity_loss.similarity(given.expert_outputs, outputs_mask)
+        similarity = as_part(
+            _NAME, loss.diversity_loss.similarity, given.expert_outputs, outputs_mask
+        )
         out["diversity_loss"] = loss.diversity_loss.diversity_weight * similarity
         total = total + out["diversity_loss"]
     if loss.auxiliary_loss is not None:
@@ -178,8 +193,9 @@ def experts(loss, out, batch, given, update_state):
 
 
 def _balancing(balancer, out, batch, given, update_state):
-    follow_device(balancer, given.gate_logits)
-    parts = balancer(
+    parts = as_part(
+        _NAME,
+        balancer,
         given.gate_logits,
         given.expert_indices,
         attention_mask=_row_mask(batch.valid, given.gate_logits),
@@ -200,7 +216,9 @@ def _auxiliary(loss, batch, given, outputs_mask, similarity):
     """
     losses = {}
     if given.gate_logits is not None:
-        losses = loss.auxiliary_loss(
+        losses = as_part(
+            _NAME,
+            loss.auxiliary_loss,
             given.gate_logits,
             given.expert_indices,
             num_experts=loss.num_experts or given.gate_logits.shape[-1],
@@ -209,7 +227,9 @@ def _auxiliary(loss, batch, given, outputs_mask, similarity):
     if given.expert_outputs is not None:
         auxiliary = loss.auxiliary_loss
         if similarity is None:
-            similarity = auxiliary.diversity.similarity(given.expert_outputs, outputs_mask)
+            similarity = as_part(
+                _NAME, auxiliary.diversity.similarity, given.expert_outputs, outputs_mask
+            )
         losses["expert_diversity"] = auxiliary.expert_diversity_weight * similarity
     return losses
 

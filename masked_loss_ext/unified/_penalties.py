@@ -10,6 +10,7 @@ import torch
 
 from .._checks import check_choice
 from ..reference.cross_entropy_terms import LARGEST_LOG_PROB
+from ._documents import columns, of_one_document
 from ._rows import masked_mean, reduced
 
 PENALTY_ON = ("targets", "model")
@@ -34,40 +35,42 @@ def mean_unlikelihood(log_prob, asked):
     return masked_mean(unlikelihood(log_prob, asked), asked)
 
 
-def _early_rows(rule, valid):
-    columns = torch.arange(valid.shape[-1], device=valid.device)
-    return valid & (columns < rule.min_sequence_length)
+def _early_rows(rule, valid, starts):
+    column = columns(valid) if starts is None else columns(valid) - starts
+    return valid & (column < rule.min_sequence_length)
 
 
 def penalises_eos(rule):
     return rule.eos_token_id is not None and rule.eos_penalty_weight > 0
 
 
-def eos_classes(rule, targets, valid):
+def eos_classes(rule, targets, valid, starts=None):
     """EOS at early rows at which the data goes on, ``[B, S]``; None where the data is penalised.
 
     ``rule`` is the module with eos_token_id, eos_penalty_weight, min_sequence_length, penalty_on.
     """
     if rule.penalty_on == "targets" or not penalises_eos(rule):
         return None
-    goes_on = _early_rows(rule, valid) & (targets != rule.eos_token_id)
+    goes_on = _early_rows(rule, valid, starts) & (targets != rule.eos_token_id)
     return torch.where(goes_on, rule.eos_token_id, -1)
 
 
-def eos_penalty(rule, targets, valid, classes, class_log_prob, reduction="mean"):
-    """Weighted and reduced, from the log-probabilities of ``eos_classes``."""
+def eos_penalty(rule, targets, valid, starts, asked, dtype, reduction="mean"):
+    """Weighted and reduced; ``asked`` are ``eos_classes`` and their log-probabilities."""
+    classes, class_log_prob = asked
     if not penalises_eos(rule):
         return 0.0
     if classes is None:
-        ends = _early_rows(rule, valid) & (targets == rule.eos_token_id)
-        return rule.eos_penalty_weight * reduced(ends.float(), valid, reduction)
-    asked = classes >= 0
-    rows = unlikelihood(class_log_prob, asked)
-    return rule.eos_penalty_weight * reduced(rows, asked, reduction)
+        ends = _early_rows(rule, valid, starts) & (targets == rule.eos_token_id)
+        return rule.eos_penalty_weight * reduced(ends.to(dtype), valid, reduction)
+    wanted = classes >= 0
+    rows = unlikelihood(class_log_prob, wanted)
+    return rule.eos_penalty_weight * reduced(rows, wanted, reduction)
 
 
-def previous_classes(targets, valid):
+def previous_classes(targets, valid, starts=None):
     """The target before, where both count and differ, ``[B, S]``."""
     before = torch.cat([torch.full_like(targets[:, :1], -1), targets[:, :-1]], 1)
-    both = valid & torch.cat([torch.zeros_like(valid[:, :1]), valid[:, :-1]], 1)
+    counts = valid[:, :-1] if starts is None else valid[:, :-1] & of_one_document(starts, 1)
+    both = valid & torch.cat([torch.zeros_like(valid[:, :1]), counts], 1)
     return torch.where(both & (before != targets), before, -1)

@@ -3,18 +3,21 @@
 
 import torch
 
-from .._checks import check_device, check_integers, check_length, shape_text
+from .._checks import check_device, check_integers, shape_text
 from ..attention._host import _modes, is_readable
 from ..ops.masked_squared_error import _functorch_is_active
+from ._arguments import check_size
 from ._rows import check_floating, cleaned, row_mask
+
+_MOST_EXPERTS = 2**24  # 64 MB for each of a balancer's counts
 
 
 def load_balance(gate, indices, valid, num_experts):
     choices = (valid.sum() * indices.shape[-1]).clamp(min=1)
     probability = cleaned(gate.softmax(-1), valid).sum(0) / choices
-    return (
-        num_experts * (probability * (choice_counts(indices, valid, num_experts) / choices)).sum()
-    )
+    # Not counts / choices, of integers: that is of the default dtype.
+    counts = choice_counts(indices, valid, num_experts).to(probability.dtype)
+    return num_experts * (probability * (counts / choices)).sum()
 
 
 def choice_counts(indices, valid, num_experts):
@@ -39,10 +42,14 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
         )
     valid = row_mask(function, attention_mask, name, gate)
     indices = expert_indices.reshape(-1, expert_indices.shape[-1]).long()
-    if is_readable(indices) and not (_modes() or _functorch_is_active()):
+    if can_be_looked_at(indices):
         _refuse_index(function, indices, valid, num_experts)
     gate = cleaned(gate.reshape(-1, num_experts), valid)
     return gate, torch.where(valid.unsqueeze(-1), indices, 0), valid
+
+
+def can_be_looked_at(indices):
+    return is_readable(indices) and not (_modes() or _functorch_is_active())
 
 
 def _refuse_index(function, indices, valid, num_experts):
@@ -56,6 +63,4 @@ def _refuse_index(function, indices, valid, num_experts):
 
 
 def check_experts(function, num_experts):
-    check_length(function, "num_experts", num_experts)
-    if num_experts == 0:
-        raise ValueError(f"{function}: num_experts must be at least 1, got 0")
+    check_size(function, "num_experts", num_experts, 1, _MOST_EXPERTS)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which rows count, and sums over them: shared by every part of the unified loss."""
 
+import contextlib
+
 import torch
 
 from .._checks import check_mask, check_tensor, shape_text
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def valid_rows(target, attention_mask=None, ignore_index=-100):
@@ -68,6 +72,17 @@ def cleaned(values, valid):
     return torch.where(valid.unsqueeze(-1), widened(values), 0)
 
 
+def is_autocast(device):
+    """Autocast knows no meta tensors, and raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device):
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def row_mask(function, mask, like_name, like, name="attention_mask"):
     """The mask of the rows of ``like`` [..., D] as one dimension [N] of bool; None: all count."""
     rows = like.shape[:-1]
@@ -87,8 +102,9 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
 def check_floating(function, name, tensor, last=None, last_name=""):
     """A floating tensor, and what its last dimension must be."""
     check_tensor(function, name, tensor)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{function}: {name} must be a floating tensor, got {tensor.dtype}")
+    if tensor.dtype not in _FLOATING:
+        which = " of 16 to 64 bits" if tensor.is_floating_point() else ""
+        raise ValueError(f"{function}: {name} must be a floating tensor{which}, got {tensor.dtype}")
     if last is not None and (tensor.dim() == 0 or tensor.shape[-1] != last):
         raise ValueError(
             f"{function}: {name} must have {last_name} {last} as its last dimension, got "

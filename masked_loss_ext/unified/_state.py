@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""When a module's own state moves on, and where it lives."""
+"""When a module's own state moves on, where it lives, and how ranks come to the same."""
+
+import warnings
 
 import torch
 
 from ..ops.masked_squared_error import _functorch_is_active
+from ._arguments import check_flags
 
 # private, but what torch.utils.checkpoint itself asks: -1 unless a backward pass is running
 _running_backward = torch._C._current_graph_task_id
@@ -14,19 +17,53 @@ def is_recomputing():
     return not torch.compiler.is_compiling() and _running_backward() != -1
 
 
+def is_transformed():
+    """By torch.func, under which nothing may be stored: tensors of a level outlive it."""
+    return _functorch_is_active()
+
+
 def advances(module, update_state):
     """Whether this forward may change buffers: training, wanted, not a recomputation, and not of
     a function that torch.func transforms, which may change nothing."""
+    check_flags(type(module).__name__, {"update_state": update_state})
     moves = bool(update_state) and module.training
-    return moves and not is_recomputing() and not _functorch_is_active()
+    return moves and not is_recomputing() and not is_transformed()
 
 
-class KeepsState(torch.nn.Module):
-    """A module whose own buffers keep their dtype under ``.half()``, ``.to(dtype)`` and the like.
+class SyncsState(torch.nn.Module):
+    """A module that has state, or contains modules that have."""
+
+    def sync_state(self, group=None):
+        """Make the state equal on all ranks, by one all-reduce of one vector of float64.
+
+        What each number becomes is said where the buffers are described; parameters and the number
+        of a pending backward pass are left alone. Every rank of ``group`` (a process group, None:
+        all) has to call it, between two steps. Nothing else exchanges state: without it each rank
+        has that of its own batches. Without an initialised process group, and of one rank, nothing
+        happens.
+        """
+        _sync(self, group)
+
+
+class KeepsState(SyncsState):
+    """A module whose own buffers keep their dtype under ``.half()``, ``.to(dtype)`` and the like,
+    and under any default dtype.
 
     They are counts and sums over many steps: in half precision 4097 tokens are 4096, and a step of
     the temperature is lost.
     """
+
+    def add_state(self, name, shape=(), value=0.0, *, dtype=torch.float32, persistent=True):
+        with torch.inference_mode(False):  # else no later step could change it
+            buffer = torch.full(shape, value, dtype=dtype)
+        self.register_buffer(name, buffer, persistent=persistent)
+
+    def _shares(self):
+        """Tensors whose sums over ranks ``_take`` makes the new state of."""
+        raise NotImplementedError
+
+    def _take(self, sums, ranks):
+        raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
         before = dict(self.named_buffers(recurse=False))
@@ -38,18 +75,73 @@ class KeepsState(torch.nn.Module):
         return self
 
 
-def follow_device(module, like):
-    """Move the module's own buffers to the device of ``like``, once: a loss is easily forgotten
-    when the model is moved."""
-    for name, buffer in module.named_buffers(recurse=False):
-        if buffer.device == like.device:
-            continue
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                f"{type(module).__name__}: {name} must be on the device of the logits "
-                f"({like.device}), got {buffer.device}: move the loss with .to() before compiling"
-            )
-        setattr(module, name, buffer.to(like.device))
+@torch.no_grad()
+def _sync(module, group):
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size(group)
+    parts = [part for part in module.modules() if isinstance(part, KeepsState)]
+    if ranks < 2 or not parts:  # -1 outside of the group
+        return
+    shares = [[share.double() for share in part._shares()] for part in parts]
+    device = shares[0][0].device
+    flat = torch.cat([share.reshape(-1).to(device) for found in shares for share in found])
+    distributed.all_reduce(flat, group=group)
+    for part, found in zip(parts, shares, strict=True):
+        sums = []
+        for share in found:
+            total, flat = flat[: share.numel()], flat[share.numel() :]
+            sums.append(total.reshape(share.shape).to(share.device))
+        part._take(sums, ranks)
+
+
+def borrow(module, names, like):
+    """The module's own buffers of these names, by name, to compute with beside ``like``.
+
+    They stay where they are. Where that is not the device of ``like`` these are copies, without
+    data where ``like`` has none (a dry run on meta or fake tensors); ``give_back`` takes them.
+    """
+    return {name: _beside(module, name, getattr(module, name), like) for name in names}
+
+
+def give_back(module, state):
+    """What was changed in borrowed copies; of a dry run nothing is known."""
+    for name, tensor in state.items():
+        buffer = getattr(module, name)
+        if tensor is not buffer and has_data(tensor):
+            buffer.copy_(tensor)
+
+
+def has_data(tensor):
+    return tensor.device.type != "meta" and _fake_mode(tensor) is None
+
+
+def _fake_mode(tensor):
+    if torch.compiler.is_compiling():  # all tensors are, and nobody may ask
+        return None
+    return getattr(tensor, "fake_mode", None)
+
+
+def _beside(module, name, buffer, like):
+    mode = _fake_mode(like)
+    if mode is not None and _fake_mode(buffer) is None:
+        return mode.from_tensor(buffer)
+    if buffer.device == like.device:
+        return buffer
+    module_name = type(module).__name__
+    where = f"{module_name}: {name} must be on the device of the inputs ({like.device}), got"
+    if buffer.device.type == "meta":
+        raise ValueError(f"{where} meta: to_empty() and a checkpoint give it data")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{where} {buffer.device}: move the loss with .to() before compiling")
+    if like.device.type != "meta":
+        warnings.warn(
+            f"{module_name}: its state is on {buffer.device} and its inputs on {like.device}, so "
+            "that every call waits for both: move the loss with .to()",
+            stacklevel=5,
+        )
+    return buffer.to(like.device)
 
 
 @torch.library.register_fake("masked_loss_ext::_snapshot")

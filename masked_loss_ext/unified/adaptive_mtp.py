@@ -3,15 +3,27 @@
 
 import torch
 
-from .._checks import check_choice, check_device, check_int, check_tensor
-from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._arguments import check_logits, check_smoothing, check_targets, require
-from ._rows import masked_mean, torch_smoothing, valid_rows, widened
-from ._state import KeepsState, advances, follow_device
+from .._checks import check_choice, check_device, check_number, check_tensor
+from ._arguments import (
+    check_flags,
+    check_ignore_index,
+    check_list,
+    check_logits,
+    check_segments,
+    check_size,
+    check_smoothing,
+    check_targets,
+    may_be_on,
+)
+from ._confidence import counted_scores, uncertainty
+from ._documents import document_starts
+from ._operators import cross_entropy as cross_entropy_of
+from ._rows import check_floating, masked_mean, torch_smoothing, valid_rows
+from ._state import KeepsState, advances, borrow, give_back
 
 _NAME = "AdaptiveMTPLoss"
-_SMALLEST = 1e-7
 _TOTALS = ("primary_loss", "additional_loss", "confidence_reg")
+_SUMS = tuple(f"total_{name}" for name in _TOTALS)
 
 
 class AdaptiveMTPLoss(KeepsState):
@@ -52,7 +64,12 @@ class AdaptiveMTPLoss(KeepsState):
         detach_confidence: see above.
 
     Buffers: ``total_primary_loss``, ``total_additional_loss``, ``total_confidence_reg`` and
-    ``loss_count``, [] each, of training calls whose loss is finite.
+    ``loss_count``, [] each, of training calls whose loss is finite. They stay where the module is.
+
+    **On several ranks** each counts its own calls until ``sync_state``. The averages are then those
+    over the calls of all ranks, ``loss_count`` the mean number of calls (rounded up), so that
+    syncing twice counts nothing twice. With as many tokens on each rank in each call that is the
+    state of one process with all batches, which would else weigh calls by their tokens.
     """
 
     def __init__(
@@ -68,10 +85,15 @@ class AdaptiveMTPLoss(KeepsState):
         detach_confidence=False,
     ):
         super().__init__()
-        check_smoothing(_NAME, label_smoothing)
-        limit = torch_smoothing(label_smoothing, vocab_size) <= 1
-        require(_NAME, "label_smoothing", label_smoothing, limit, "at most 1 - 1 / vocab_size")
-        check_int(_NAME, "ignore_index", ignore_index)
+        check_size(_NAME, "vocab_size", vocab_size)
+        most = 1 - 1 / vocab_size if vocab_size > 1 else 1
+        check_smoothing(_NAME, label_smoothing, most)
+        check_number(_NAME, "primary_loss_weight", primary_loss_weight)
+        check_number(_NAME, "additional_loss_base_weight", additional_loss_base_weight)
+        check_number(_NAME, "confidence_reg_strength", confidence_reg_strength, least=0)
+        check_flags(_NAME, {"use_confidence_weighting": use_confidence_weighting})
+        check_flags(_NAME, {"detach_confidence": detach_confidence})
+        check_ignore_index(_NAME, ignore_index)
         self.vocab_size = vocab_size
         self.primary_loss_weight = primary_loss_weight
         self.additional_loss_base_weight = additional_loss_base_weight
@@ -80,9 +102,9 @@ class AdaptiveMTPLoss(KeepsState):
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.detach_confidence = detach_confidence
-        for name in _TOTALS:
-            self.register_buffer(f"total_{name}", torch.zeros(()))
-        self.register_buffer("loss_count", torch.zeros((), dtype=torch.int64))
+        for name in _SUMS:
+            self.add_state(name)
+        self.add_state("loss_count", (), 0, dtype=torch.int64)
 
     def forward(
         self,
@@ -93,6 +115,7 @@ class AdaptiveMTPLoss(KeepsState):
         attention_mask=None,
         mtp_active=False,
         *,
+        segment_ids=None,
         update_state=True,
     ):
         """The loss and its parts.
@@ -106,13 +129,18 @@ class AdaptiveMTPLoss(KeepsState):
                 other shape is averaged as it is.
             attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
             mtp_active: whether the heads count; a bool, or a 0-d tensor.
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, and no head predicts a token of another.
             update_state: let a training call add to the statistics.
 
         Returns:
             dict: "loss", "primary_loss", "additional_loss", "confidence_reg" (weighted),
             "avg_confidence", "effective_mtp_weight", [] each, and "mtp_active" as given.
         """
-        primary = self.compute_cross_entropy(primary_logits, targets, attention_mask)
+        check_targets(_NAME, targets, attention_mask)
+        check_segments(_NAME, segment_ids, targets)
+        given = primary_logits, targets, attention_mask
+        primary = self._cross_entropy("primary_logits", *given)
         return self.from_primary(
             primary,
             targets,
@@ -120,6 +148,7 @@ class AdaptiveMTPLoss(KeepsState):
             confidence_scores,
             attention_mask,
             mtp_active,
+            starts=document_starts(segment_ids, targets),
             update_state=update_state,
         )
 
@@ -132,18 +161,19 @@ class AdaptiveMTPLoss(KeepsState):
         attention_mask=None,
         mtp_active=False,
         *,
+        starts=None,
         update_state=True,
     ):
-        """As ``forward``, with the primary cross entropy [] (not yet weighted) at hand."""
-        follow_device(self, cross_entropy)
+        """As ``forward``, with the primary cross entropy [] (not yet weighted) at hand and the
+        column in which the document of each position begins."""
         zero = cross_entropy.new_zeros(())
         valid = valid_rows(targets, attention_mask, self.ignore_index)
         confidence = average = regularizer = zero
         if confidence_scores is not None:
             confidence, average, regularizer = self._confidence(confidence_scores, valid)
         additional, weight = zero, zero
-        if additional_logits is not None and _may_be(mtp_active):
-            additional = self._heads(additional_logits, targets, attention_mask)
+        if may_be_on(_NAME, mtp_active) and additional_logits is not None:
+            additional = self._heads(additional_logits, targets, attention_mask, starts, zero)
             weight = self._weight(None if confidence_scores is None else confidence, zero)
             if isinstance(mtp_active, torch.Tensor):
                 weight = torch.where(mtp_active != 0, weight, 0)
@@ -163,18 +193,26 @@ class AdaptiveMTPLoss(KeepsState):
             "mtp_active": mtp_active,
         }
 
-    def compute_cross_entropy(self, logits, targets, attention_mask=None, *, shift=0):
+    def compute_cross_entropy(
+        self, logits, targets, attention_mask=None, *, shift=0, segment_ids=None
+    ):
         """Smoothed mean cross entropy [] of logits ``[B, S, V]``; position s is scored against
-        targets[:, s + shift]."""
+        targets[:, s + shift], of the same segment."""
         check_targets(_NAME, targets, attention_mask)
-        check_logits(_NAME, logits, targets, self.vocab_size)
-        return masked_cross_entropy(
+        return self._cross_entropy("logits", logits, targets, attention_mask, shift, segment_ids)
+
+    def _cross_entropy(self, argument, logits, targets, attention_mask, shift=0, segment_ids=None):
+        check_logits(_NAME, logits, targets, self.vocab_size, argument)
+        return cross_entropy_of(
+            _NAME,
+            (argument, "targets"),
             logits,
             targets,
             attention_mask,
             ignore_index=self.ignore_index,
-            label_smoothing=torch_smoothing(self.label_smoothing, self.vocab_size),
+            label_smoothing=min(torch_smoothing(self.label_smoothing, self.vocab_size), 1.0),
             shift=shift,
+            segment_ids=segment_ids,
         )
 
     def compute_confidence_regularization(
@@ -184,19 +222,17 @@ class AdaptiveMTPLoss(KeepsState):
         10^{-7})` ("binary") or :math:`-\\ln \\max(c, 10^{-7})` ("high"); of valid scores alone, a
         bool tensor of their shape."""
         check_choice(_NAME, "target_mode", target_mode, ("binary", "high"), "Unknown target_mode: ")
+        check_tensor(_NAME, "confidence_scores", confidence_scores)
         if valid is None:
             valid = torch.ones_like(confidence_scores, dtype=torch.bool)
-        scores = torch.where(valid, widened(confidence_scores), 1)
-        certainty = (2 * scores - 1).abs() if target_mode == "binary" else scores
-        return masked_mean(-certainty.clamp(min=_SMALLEST).log(), valid)
+        return uncertainty(confidence_scores, valid, target_mode)
 
     def _confidence(self, scores, valid):
         """What weighs the heads, its mean, and the regulariser."""
         check_tensor(_NAME, "confidence_scores", scores)
-        if not scores.is_floating_point():
-            raise ValueError(f"{_NAME}: confidence_scores must be floating, got {scores.dtype}")
+        check_floating(_NAME, "confidence_scores", scores)
         check_device(_NAME, "confidence_scores", scores, "targets", valid)
-        on = _counted_scores(scores, valid)
+        on = counted_scores(scores, valid)
         average = masked_mean(scores, on)
         regularizer = average.new_zeros(())
         if self.confidence_reg_strength > 0:
@@ -208,23 +244,38 @@ class AdaptiveMTPLoss(KeepsState):
             return zero + self.additional_loss_base_weight
         return self.additional_loss_base_weight * confidence.clamp(0, 1)
 
-    def _heads(self, additional_logits, targets, attention_mask):
+    def _heads(self, additional_logits, targets, attention_mask, starts, zero):
         """Mean over the heads that do not reach past the end."""
+        check_list(_NAME, "additional_logits", additional_logits)
         if len(additional_logits) == 0:
-            return torch.zeros((), device=targets.device)
+            return zero
         losses = [
-            self.compute_cross_entropy(logits, targets, attention_mask, shift=i + 1)
+            self._cross_entropy(
+                f"additional_logits[{i}]", logits, targets, attention_mask, i + 1, starts
+            )
             for i, logits in enumerate(additional_logits)
         ]  # 0, attached to the graph, of those that do
         return sum(losses) / max(min(len(losses), targets.shape[1] - 1), 1)
 
     @torch.no_grad()
     def _record(self, loss, parts):
+        state = borrow(self, (*_SUMS, "loss_count"), loss)
         counts = loss.isfinite()  # one NaN would spoil the sums for good
         for name in _TOTALS:
-            total = getattr(self, f"total_{name}")
+            total = state[f"total_{name}"]
             total.add_(torch.where(counts, parts[name].detach(), 0).to(total.dtype))
-        self.loss_count.add_(counts)
+        state["loss_count"].add_(counts)
+        give_back(self, state)
+
+    def _shares(self):
+        return [*(getattr(self, name) for name in _SUMS), self.loss_count]
+
+    def _take(self, sums, ranks):
+        *totals, count = sums
+        calls = (count / ranks).ceil()
+        for name, total in zip(_SUMS, totals, strict=True):
+            getattr(self, name).copy_(total / count.clamp(min=1) * calls)
+        self.loss_count.copy_(calls)
 
     def get_statistics(self):
         """Averages over the recorded calls, as numbers: it waits for the device."""
@@ -236,7 +287,7 @@ class AdaptiveMTPLoss(KeepsState):
 
     @torch.no_grad()
     def reset_statistics(self):
-        for name in (*(f"total_{name}" for name in _TOTALS), "loss_count"):
+        for name in (*_SUMS, "loss_count"):
             getattr(self, name).zero_()
 
     def extra_repr(self):
@@ -245,18 +296,3 @@ class AdaptiveMTPLoss(KeepsState):
             f"additional_loss_base_weight={self.additional_loss_base_weight}, "
             f"label_smoothing={self.label_smoothing}"
         )
-
-
-def _may_be(active):
-    """Whether it is on, or only the device knows."""
-    return True if isinstance(active, torch.Tensor) else bool(active)
-
-
-def _counted_scores(scores, valid):
-    """Which scores belong to something that counts: positions, rows, or all of them."""
-    batch, length = valid.shape
-    if scores.shape in ((batch, length), (batch, length, 1)):
-        return valid.reshape(scores.shape)
-    if scores.shape in ((batch,), (batch, 1)):
-        return valid.any(1).reshape(scores.shape)
-    return torch.ones_like(scores, dtype=torch.bool)

@@ -3,10 +3,29 @@
 
 import torch
 
-from .._checks import check_int, check_integers, check_length, check_mask, check_rank
-from ..ops.masked_cross_entropy import masked_cross_entropy
+from .._checks import (
+    as_integers,
+    check_integers,
+    check_mask,
+    check_number,
+    check_rank,
+    refuse_unknown,
+)
 from ..ops.repetition import repetition_counts
-from ._rows import check_floating, valid_rows
+from ._arguments import (
+    check_flags,
+    check_ignore_index,
+    check_logits,
+    check_size,
+    check_token_id,
+    check_weights,
+)
+from ._operators import cross_entropy
+from ._rows import valid_rows
+from ._state import KeepsState, borrow
+
+_ADAPTIVE = "AdaptiveAntiRepetitionLoss"
+_SCHEDULED = ("repetition_penalty_weight", "eos_penalty_weight")
 
 
 class AntiRepetitionLoss(torch.nn.Module):
@@ -40,7 +59,7 @@ class AntiRepetitionLoss(torch.nn.Module):
 
     Args:
         vocab_size: V.
-        eos_token_id, pad_token_id: the end of a text, and padding.
+        eos_token_id, pad_token_id: the end of a text, in [0, V), and padding.
         repetition_penalty_weight, eos_penalty_weight, diversity_bonus_weight: the three w.
         ngram_size: n, at least 1.
         ignore_index: labels that do not count.
@@ -59,11 +78,22 @@ class AntiRepetitionLoss(torch.nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        check_int(name, "eos_token_id", eos_token_id)
-        check_int(name, "pad_token_id", pad_token_id)
-        check_length(name, "ngram_size", ngram_size)
-        if ngram_size == 0:
-            raise ValueError(f"{name}: ngram_size must be at least 1, got 0")
+        check_size(name, "vocab_size", vocab_size)
+        for argument, token_id, size in (
+            ("eos_token_id", eos_token_id, vocab_size),
+            ("pad_token_id", pad_token_id, None),
+        ):
+            if token_id is None:
+                raise TypeError(f"{name}: {argument} must be an int, got NoneType")
+            check_token_id(name, argument, token_id, size)
+        weights = {
+            "repetition_penalty_weight": repetition_penalty_weight,
+            "eos_penalty_weight": eos_penalty_weight,
+            "diversity_bonus_weight": diversity_bonus_weight,
+        }
+        check_weights(name, weights)
+        check_size(name, "ngram_size", ngram_size)
+        check_ignore_index(name, ignore_index)
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
@@ -85,20 +115,25 @@ class AntiRepetitionLoss(torch.nn.Module):
                 weights) and ``total_loss``.
         """
         name = type(self).__name__
-        check_floating(name, "logits", logits, self.vocab_size, "vocab_size")
         check_integers(name, "labels", labels)
         check_rank(name, "labels", labels, 2, "[B, S]")
         check_mask(name, "attention_mask", attention_mask, "labels", labels, 2)
-        base = masked_cross_entropy(logits, labels, attention_mask, ignore_index=self.ignore_index)
+        check_logits(name, logits, labels, self.vocab_size, like="labels")
+        check_flags(name, {"return_components": return_components})
+        base = cross_entropy(
+            name,
+            ("logits", "labels"),
+            logits,
+            labels,
+            attention_mask,
+            ignore_index=self.ignore_index,
+        )
         repetition, early_end, diversity = (
             statistic.to(base.dtype) for statistic in self._statistics(labels, attention_mask)
         )
-        loss = (
-            base
-            + self.repetition_penalty_weight * repetition
-            + self.eos_penalty_weight * early_end
-            - self.diversity_bonus_weight * diversity
-        )
+        of_repetition, of_end = self._weights(base)
+        loss = base + of_repetition * repetition + of_end * early_end
+        loss = loss - self.diversity_bonus_weight * diversity
         if not return_components:
             return loss, None
         return loss, {
@@ -109,14 +144,19 @@ class AntiRepetitionLoss(torch.nn.Module):
             "total_loss": loss.detach().clone(),  # a caller may scale the loss in place
         }
 
+    def _weights(self, like):
+        return self.repetition_penalty_weight, self.eos_penalty_weight
+
     def _statistics(self, labels, attention_mask):
+        labels = as_integers(labels)
         valid = valid_rows(labels, attention_mask, self.ignore_index)
         no_padding = valid & (labels != self.pad_token_id)
         grams = repetition_counts(labels, no_padding, self.ngram_size)
         words = repetition_counts(labels, no_padding & (labels != self.eos_token_id), 1)
-        repetition = 1 - grams.distinct / grams.windows.clamp(min=1)
+        # In float64 by name: a ratio of two integers is of the default dtype.
+        repetition = 1 - grams.distinct.double() / grams.windows.clamp(min=1)
         repetition = torch.where(grams.windows > 0, repetition, 0)
-        diversity = words.distinct / words.windows.clamp(min=1)
+        diversity = words.distinct.double() / words.windows.clamp(min=1)
         if self.pad_token_id != self.eos_token_id:
             valid = no_padding
         rows = max(labels.shape[0], 1)
@@ -128,8 +168,7 @@ class AntiRepetitionLoss(torch.nn.Module):
         count, tokens = is_end.sum(-1), valid.sum(-1).clamp(min=1)
         valid_after = valid.flip(-1).cumsum(-1).flip(-1) - valid.long()
         not_last = (is_end & (valid_after > 0)).any(-1)
-        single = torch.where(not_last, 0.5, 0.0)
-        return torch.where(count > 1, count, single) / tokens
+        return torch.where(count > 1, count.double(), 0.5 * not_last.double()) / tokens
 
     def extra_repr(self):
         return (
@@ -138,13 +177,15 @@ class AntiRepetitionLoss(torch.nn.Module):
         )
 
 
-class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
+class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss, KeepsState):
     r"""AntiRepetitionLoss whose first two weights fall from an initial to a final value.
 
     .. math:: w(\text{step}) = w_0 + (w_1 - w_0)\, \min(\text{step} / \text{warmup\_steps}, 1)
 
     The weights are buffers, ``repetition_penalty_weight`` and ``eos_penalty_weight`` ``[]``, so a
-    checkpoint resumes with them. All else is as in ``AntiRepetitionLoss``.
+    checkpoint resumes with them, and a compiled step is not compiled again for them. All else is as
+    in ``AntiRepetitionLoss``. On several ranks they are equal if all call ``update_weights`` with
+    the same step; ``sync_state`` makes them their mean.
 
     >>> loss_fn = AdaptiveAntiRepetitionLoss(7, 5, 6, warmup_steps=100)
     >>> loss_fn.update_weights(50)
@@ -171,28 +212,48 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         warmup_steps=10000,
         **kwargs,
     ):
-        super().__init__(vocab_size, eos_token_id, pad_token_id, **kwargs)
-        check_length("AdaptiveAntiRepetitionLoss", "warmup_steps", warmup_steps)
-        for name in ("repetition_penalty_weight", "eos_penalty_weight"):
-            if name in kwargs:
+        for argument in _SCHEDULED:
+            if argument in kwargs:
                 raise ValueError(
-                    f"AdaptiveAntiRepetitionLoss: {name} must be given as its initial and final "
-                    "value"
+                    f"{_ADAPTIVE}: {argument} must be given as its initial and final value"
                 )
-            delattr(self, name)
-            self.register_buffer(name, torch.zeros(()))
+        known = ("diversity_bonus_weight", "ngram_size", "ignore_index")
+        refuse_unknown(_ADAPTIVE, [key for key in kwargs if key not in known], known)
+        super().__init__(vocab_size, eos_token_id, pad_token_id, **kwargs)
+        weights = {
+            "initial_repetition_weight": initial_repetition_weight,
+            "final_repetition_weight": final_repetition_weight,
+            "initial_eos_weight": initial_eos_weight,
+            "final_eos_weight": final_eos_weight,
+        }
+        check_weights(_ADAPTIVE, weights)
+        check_size(_ADAPTIVE, "warmup_steps", warmup_steps, 0)
         self.repetition_weights = (initial_repetition_weight, final_repetition_weight)
         self.eos_weights = (initial_eos_weight, final_eos_weight)
         self.warmup_steps = warmup_steps
-        self.repetition_penalty_weight.fill_(initial_repetition_weight)
-        self.eos_penalty_weight.fill_(initial_eos_weight)
+        for name, initial in zip(
+            _SCHEDULED, (initial_repetition_weight, initial_eos_weight), strict=True
+        ):
+            delattr(self, name)
+            self.add_state(name, (), float(initial))
 
     @torch.no_grad()
     def update_weights(self, step):
-        """Set the weights for this step of training, a number counted from 0."""
+        """Set the weights for this step of training, a finite number counted from 0 (below: 0)."""
+        check_number(_ADAPTIVE, "step", step)
         share = min(max(step, 0) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
         for weight, (initial, final) in (
             (self.repetition_penalty_weight, self.repetition_weights),
             (self.eos_penalty_weight, self.eos_weights),
         ):
             weight.fill_(initial + (final - initial) * share)
+
+    def _weights(self, like):
+        return borrow(self, _SCHEDULED, like).values()
+
+    def _shares(self):
+        return [getattr(self, name) for name in _SCHEDULED]
+
+    def _take(self, sums, ranks):
+        for name, total in zip(_SCHEDULED, sums, strict=True):
+            getattr(self, name).copy_(total / ranks)

@@ -6,13 +6,21 @@ import math
 
 import torch
 
-from .._checks import check_length
+from .._checks import check_device, check_number, check_rank, refuse_unknown
+from ._arguments import check_list, check_size
+from ._rows import check_floating
+from ._state import SyncsState
 from .anti_repetition import AntiRepetitionLoss
+from .auxiliary import AuxiliaryLoss
+from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
 from .diversity import DiversityLoss
 from .hidden_state_mtp import MultiTokenPredictionLoss
-from .moe import AuxiliaryFreeMoEBalancer, AuxiliaryLoss
-from .simple import ConsistencyLoss, FocalLoss, LabelSmoothingLoss, PerplexityLoss
+from .moe import AuxiliaryFreeMoEBalancer
+from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
+
+_SCALING = "AdaptiveLossScaling"
+_NAME = "CompositeLoss"
 
 
 class AdaptiveLossScaling(torch.nn.Module):
@@ -28,26 +36,25 @@ class AdaptiveLossScaling(torch.nn.Module):
     to the optimiser only with something that holds against it.
 
     Args:
-        num_losses: how many.
+        num_losses: how many, at most 2^20.
         init_weights: as many positive numbers, their ratios. None: even.
     """
 
     def __init__(self, num_losses, init_weights=None):
         super().__init__()
-        check_length("AdaptiveLossScaling", "num_losses", num_losses)
-        if num_losses == 0:
-            raise ValueError("AdaptiveLossScaling: num_losses must be at least 1, got 0")
-        weights = [1.0] * num_losses if init_weights is None else list(map(float, init_weights))
+        check_size(_SCALING, "num_losses", num_losses, 1, 2**20)
+        weights = [1.0] * num_losses if init_weights is None else _numbers(init_weights)
         if len(weights) != num_losses or not all(0 < w < math.inf for w in weights):
             raise ValueError(
                 f"AdaptiveLossScaling: init_weights must be {num_losses} positive numbers, got "
                 f"{weights}"
             )
         self.num_losses = num_losses
-        self.log_weights = torch.nn.Parameter(torch.tensor(weights).log())
+        self.log_weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float32).log())
 
     def forward(self, losses):
         """(total ``[]``, weights ``[n]``) of ``losses``, n 0-d tensors or one tensor ``[n]``."""
+        self._check(losses)
         if len(losses) != self.num_losses:
             raise ValueError(
                 f"AdaptiveLossScaling: losses must have num_losses {self.num_losses} entries, got "
@@ -57,8 +64,30 @@ class AdaptiveLossScaling(torch.nn.Module):
         values = losses if isinstance(losses, torch.Tensor) else torch.stack(list(losses))
         return (weights * values).sum(), weights
 
+    def _check(self, losses):
+        if not isinstance(losses, torch.Tensor):
+            check_list(_SCALING, "losses", losses)
+        whole = isinstance(losses, torch.Tensor)
+        for i, loss in enumerate([losses] if whole else losses):
+            where, rank, layout = ("losses", 1, "[n]") if whole else (f"losses[{i}]", 0, "[]")
+            check_floating(_SCALING, where, loss)
+            check_rank(_SCALING, where, loss, rank, layout)
+            check_device(_SCALING, where, loss, "log_weights", self.log_weights)
+
     def extra_repr(self):
         return f"num_losses={self.num_losses}"
+
+
+def _numbers(weights):
+    if isinstance(weights, torch.Tensor):
+        weights = weights.tolist()
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(
+            f"{_SCALING}: init_weights must be a list of numbers, got {type(weights).__name__}"
+        )
+    for i, weight in enumerate(weights):
+        check_number(_SCALING, f"init_weights[{i}]", weight, above=0)
+    return [float(weight) for weight in weights]
 
 
 def _whole(result):
@@ -83,9 +112,17 @@ TYPES = {
 }
 # The same thing by another name, for inputs that must be there.
 _ALSO_CALLED = {"inputs": "logits", "target_ids": "targets", "labels": "targets"}
+_INPUTS = tuple(
+    dict.fromkeys(
+        name
+        for cls, _ in TYPES.values()
+        for name in inspect.signature(cls.forward).parameters
+        if name != "self"
+    )
+)
 
 
-class CompositeLoss(torch.nn.Module):
+class CompositeLoss(SyncsState):
     r"""A weighted sum of losses from a configuration: :math:`\text{total} = \sum_i w_i L_i`.
 
     >>> loss_fn = CompositeLoss({
@@ -102,23 +139,35 @@ class CompositeLoss(torch.nn.Module):
             type is "focal", "label_smoothing", "perplexity", "consistency", "contrastive",
             "diversity", "auxiliary", "moe_balancing", "multi_token_prediction" or
             "anti_repetition"; without one the name is the type. It is not changed.
+
+    Raises:
+        ValueError: no loss, a type that there is not, a name that no module may have, a weight that
+            is not finite.
+        TypeError: an argument that the loss does not know.
     """
 
     def __init__(self, loss_config):
         super().__init__()
         self.losses = torch.nn.ModuleDict()
         self.weights, self._types, self._inputs = {}, {}, {}
+        if not isinstance(loss_config, dict):
+            raise TypeError(
+                f"{_NAME}: loss_config must be a dict, got {type(loss_config).__name__}"
+            )
         if not loss_config:
-            raise ValueError("CompositeLoss: loss_config must have at least one loss, got none")
+            raise ValueError(f"{_NAME}: loss_config must have at least one loss, got none")
         for name, config in loss_config.items():
+            if not isinstance(config, dict):
+                raise TypeError(
+                    f"{_NAME}: loss_config[{name!r}] must be a dict, got {type(config).__name__}"
+                )
             options = dict(config)
             kind = options.pop("type", name)
-            if name == "total" or kind not in TYPES:
-                raise ValueError(
-                    f"CompositeLoss: {name}: type must be one of {', '.join(TYPES)} (and its name "
-                    f"not total), got {kind!r}"
-                )
+            self._check_name(name, kind)
             self.weights[name] = options.pop("weight", 1.0)
+            check_number(_NAME, f"{name}: weight", self.weights[name])
+            known = inspect.signature(TYPES[kind][0]).parameters
+            refuse_unknown(f"{_NAME}: {name}", [key for key in options if key not in known], known)
             self.losses[name] = TYPES[kind][0](**options)
             self._types[name] = kind
             parameters = inspect.signature(self.losses[name].forward).parameters.values()
@@ -127,14 +176,17 @@ class CompositeLoss(torch.nn.Module):
     def forward(self, **kwargs):
         """dict of each loss ``[]`` by name, without its weight, and ``total``.
 
+        ``sync_state`` does for each loss what is said there.
+
         Args:
             kwargs: inputs of the losses by the names their ``forward`` gives them. Each takes what
-                it knows. Instead of inputs it takes logits; of target_ids, and of labels where they
-                are needed, targets.
+                it knows; what no type of loss knows is refused. Instead of inputs it takes logits;
+                of target_ids, and of labels where they are needed, targets.
 
         Raises:
             ValueError: an input that a loss needs is not given.
         """
+        refuse_unknown(_NAME, [key for key in kwargs if key not in _INPUTS], _INPUTS)
         results, total = {}, 0.0
         for name, module in self.losses.items():
             found = module(**self._arguments(name, kwargs))
@@ -142,6 +194,18 @@ class CompositeLoss(torch.nn.Module):
             total = total + self.weights[name] * results[name]
         results["total"] = total
         return results
+
+    def _check_name(self, name, kind):
+        if not isinstance(kind, str) or kind not in TYPES or name == "total":
+            raise ValueError(
+                f"{_NAME}: {name}: type must be one of {', '.join(TYPES)} (and its name "
+                f"not total), got {kind!r}"
+            )
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.losses, name):
+            raise ValueError(
+                f"{_NAME}: loss_config must have names that a module may have (not empty, without "
+                f"a dot, no attribute of ModuleDict), got {name!r}"
+            )
 
     def _arguments(self, name, given):
         arguments = {}
@@ -163,7 +227,7 @@ class CompositeLoss(torch.nn.Module):
 
     def _missing(self, name, key):
         raise ValueError(
-            f"CompositeLoss: {name} of type {self._types[name]} needs {key}: pass it to forward by "
+            f"{_NAME}: {name} of type {self._types[name]} needs {key}: pass it to forward by "
             "keyword"
         )
 

@@ -3,9 +3,18 @@
 
 import torch
 
-from .._checks import check_choice, check_device, check_integers, check_rank, shape_text
+from .._checks import (
+    check_choice,
+    check_device,
+    check_integers,
+    check_number,
+    check_rank,
+    shape_text,
+)
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._rows import check_floating, cleaned, masked_mean, row_mask, valid_rows
+from ._arguments import check_flags, check_ignore_index
+from ._routing import can_be_looked_at
+from ._rows import check_floating, cleaned, masked_mean, row_mask, valid_rows, without_autocast
 
 _NAME = "ContrastiveLoss"
 TYPES = ("infonce", "standard", "triplet")
@@ -37,7 +46,9 @@ class ContrastiveLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss, torch.log(1 + 2 * torch.exp(torch.tensor(-1.0))))
 
     Where there is nothing to compare (no pair, no label twice) the loss is 0, attached to the
-    graph.
+    graph. Embeddings that do not count are selected away: their NaN reaches neither value nor
+    gradient, and their gradient is 0. They are read, though: "never read" is what the row operators
+    promise.
 
     Args:
         temperature: :math:`\tau > 0`, for infonce.
@@ -58,8 +69,10 @@ class ContrastiveLoss(torch.nn.Module):
     ):
         super().__init__()
         check_choice(_NAME, "loss_type", loss_type, TYPES, "Unknown loss type: ")
-        if not temperature > 0:
-            raise ValueError(f"{_NAME}: temperature must be positive, got {temperature}")
+        check_number(_NAME, "temperature", temperature, above=0)
+        check_number(_NAME, "margin", margin)
+        check_flags(_NAME, {"normalize_embeddings": normalize_embeddings})
+        check_ignore_index(_NAME, ignore_index)
         self.temperature = temperature
         self.margin = margin
         self.loss_type = loss_type
@@ -86,13 +99,14 @@ class ContrastiveLoss(torch.nn.Module):
 
         Raises:
             ValueError: neither labels nor pairs (triplet: no labels), or a shape that does not fit.
+            IndexError: a pair of which one is not in [0, N) (CPU).
         """
         self._check(embeddings, labels, positive_pairs, negative_pairs)
         valid = row_mask(_NAME, embedding_mask, "embeddings", embeddings, "embedding_mask")
         if labels is not None:
             valid = valid_rows(labels, valid, self.ignore_index)
         # Under autocast too: bfloat16 similarities divided by 0.07 would be noise.
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             x = cleaned(embeddings, valid)
             if self.normalize_embeddings:
                 x = torch.nn.functional.normalize(x, dim=-1)
@@ -176,6 +190,7 @@ class ContrastiveLoss(torch.nn.Module):
                 check_device(_NAME, name, tensor, "embeddings", embeddings)
                 if tensor.dim() != 2 or tensor.shape[1] != 2:
                     raise ValueError(f"{_NAME}: {name} must be [P, 2], got {shape_text(tensor)}")
+                _check_pairs(name, tensor, embeddings.shape[0])
         if labels is not None:
             return
         if self.loss_type == "triplet":
@@ -190,6 +205,18 @@ class ContrastiveLoss(torch.nn.Module):
         return (
             f"temperature={self.temperature}, margin={self.margin}, loss_type={self.loss_type!r}, "
             f"normalize_embeddings={self.normalize_embeddings}"
+        )
+
+
+def _check_pairs(name, pairs, count):
+    if not can_be_looked_at(pairs):
+        return
+    outside = ((pairs < 0) | (pairs >= count)).any(-1)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise IndexError(
+            f"{_NAME}: {name} at row {row} must be in [0, {count}), the embeddings, got "
+            f"{pairs[row].tolist()}"
         )
 
 

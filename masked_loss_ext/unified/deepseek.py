@@ -5,9 +5,18 @@ import warnings
 
 import torch
 
-from .._checks import check_int
+from .._checks import check_tensor
+from ._arguments import (
+    as_part,
+    check_flags,
+    check_ignore_index,
+    check_segments,
+    check_size,
+    check_targets,
+    check_weights,
+)
 from ._rows import valid_rows
-from ._state import advances, follow_device
+from ._state import SyncsState, advances
 from .hidden_state_mtp import MultiTokenPredictionLoss
 from .moe import AuxiliaryFreeMoEBalancer
 from .temperature import TemperatureScaledCrossEntropy
@@ -19,7 +28,7 @@ _NO_HIDDEN_STATES = (
 )
 
 
-class DeepSeekLoss(torch.nn.Module):
+class DeepSeekLoss(SyncsState):
     r"""Main loss + multi-token prediction + balancing of experts, reported part by part.
 
     .. math:: L = L_{\text{main}} + L_{\text{mtp}} + L_{\text{balancing}}
@@ -31,6 +40,9 @@ class DeepSeekLoss(torch.nn.Module):
     >>> loss_fn = DeepSeekLoss(vocab_size=7, hidden_size=4)
     >>> out = loss_fn(logits, labels, model_pred, attention_mask)
     >>> torch.testing.assert_close(out["total_loss"], out["main_loss"] + out["mtp_mtp_loss"])
+
+    On several ranks temperature and counts are each rank's own until ``sync_state``, which does
+    what is said at the three.
 
     Args:
         vocab_size, hidden_size: V, H.
@@ -64,13 +76,23 @@ class DeepSeekLoss(torch.nn.Module):
         penalty_on="targets",
     ):
         super().__init__()
-        check_int(_NAME, "ignore_index", ignore_index)
+        check_size(_NAME, "vocab_size", vocab_size)
+        check_ignore_index(_NAME, ignore_index)
+        check_flags(_NAME, {"use_mtp": use_mtp, "use_moe_balancing": use_moe_balancing})
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.use_mtp = use_mtp
         self.use_moe_balancing = use_moe_balancing and num_experts is not None
         self.ignore_index = ignore_index
-        self.main_loss = TemperatureScaledCrossEntropy(
+        for argument, size in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+            if size is not None:
+                check_size(_NAME, argument, size)
+        check_size(_NAME, "num_future_tokens", num_future_tokens)
+        weights = {"mtp_weight": mtp_weight, "gradient_balance_weight": gradient_balance_weight}
+        check_weights(_NAME, weights)
+        self.main_loss = as_part(
+            _NAME,
+            TemperatureScaledCrossEntropy,
             initial_temperature,
             adaptive_temperature,
             label_smoothing,
@@ -85,12 +107,16 @@ class DeepSeekLoss(torch.nn.Module):
         if use_mtp:
             if hidden_size is None:
                 raise ValueError(f"{_NAME}: hidden_size required for multi-token prediction")
-            self.mtp_loss = MultiTokenPredictionLoss(
-                vocab_size, hidden_size, num_future_tokens, mtp_weight, ignore_index=ignore_index
+            sizes = vocab_size, hidden_size, num_future_tokens
+            self.mtp_loss = as_part(
+                _NAME, MultiTokenPredictionLoss, *sizes, mtp_weight, ignore_index=ignore_index
             )
         if self.use_moe_balancing:
-            self.moe_balancer = AuxiliaryFreeMoEBalancer(
-                num_experts, gradient_balance_weight=gradient_balance_weight
+            self.moe_balancer = as_part(
+                _NAME,
+                AuxiliaryFreeMoEBalancer,
+                num_experts,
+                gradient_balance_weight=gradient_balance_weight,
             )
 
     def forward(
@@ -102,6 +128,7 @@ class DeepSeekLoss(torch.nn.Module):
         gate_logits=None,
         expert_indices=None,
         *,
+        segment_ids=None,
         update_state=True,
     ):
         """The parts and their sum.
@@ -113,6 +140,8 @@ class DeepSeekLoss(torch.nn.Module):
             attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
             gate_logits: ``[N, E]`` floating; what the mask excludes does not count if N is B * S.
             expert_indices: ``[N, k]`` integers.
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one. No head predicts a token of another, and columns are counted anew.
             update_state: let a training call change temperature and counts.
 
         Returns:
@@ -124,7 +153,10 @@ class DeepSeekLoss(torch.nn.Module):
             raise ValueError(
                 f"{_NAME}: gate_logits and expert_indices must be passed to forward for num_experts"
             )
-        main = self.main_loss(logits, targets, attention_mask, update_state=update_state)
+        check_targets(_NAME, targets, attention_mask)
+        check_segments(_NAME, segment_ids, targets)
+        options = dict(segment_ids=segment_ids, update_state=update_state)
+        main = as_part(_NAME, self.main_loss, logits, targets, attention_mask, **options)
         losses = {f"main_{name}": value for name, value in main.items()}
         total = main["loss"]
         valid = valid_rows(targets, attention_mask, self.ignore_index)
@@ -133,7 +165,9 @@ class DeepSeekLoss(torch.nn.Module):
             if not torch.compiler.is_compiling():
                 warnings.warn(_NO_HIDDEN_STATES, stacklevel=4)
         elif self.use_mtp:
-            mtp = self.mtp_loss(hidden_states, targets, valid)
+            mtp = as_part(
+                _NAME, self.mtp_loss, hidden_states, targets, valid, segment_ids=segment_ids
+            )
             losses.update({f"mtp_{name}": value for name, value in mtp.items()})
             total = total + mtp["mtp_loss"]
         if self.use_moe_balancing:
@@ -144,9 +178,11 @@ class DeepSeekLoss(torch.nn.Module):
         return losses
 
     def _balancing(self, gate_logits, expert_indices, valid, update_state):
-        follow_device(self.moe_balancer, gate_logits)
+        check_tensor(_NAME, "gate_logits", gate_logits)
         per_token = gate_logits.shape[:-1].numel() == valid.numel()
-        return self.moe_balancer(
+        return as_part(
+            _NAME,
+            self.moe_balancer,
             gate_logits,
             expert_indices,
             attention_mask=valid.reshape(-1) if per_token else None,

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """DiversityLoss: how alike the outputs of several experts are."""
 
-import warnings
-
 import torch
 
-from .._checks import check_device, shape_text
+from .._checks import check_choice, check_device, check_number, shape_text
 from ._rows import attached_zero, check_floating, cleaned, row_mask
 
 _NAME = "DiversityLoss"
@@ -27,19 +25,18 @@ class DiversityLoss(torch.nn.Module):
     With fewer than two experts, or no row that counts, it is 0. Its minimum is reached by outputs
     that point away from each other (the cosine of two is then -1), not by orthogonal ones.
 
+    What the mask excludes is selected away: its NaN reaches neither value nor gradient, and its
+    gradient is 0. It is read, though: "never read" is what the row operators promise.
+
     Args:
-        similarity_metric: "cosine", "l2" or "dot". Any other name means "dot" as well, and warns.
+        similarity_metric: "cosine", "l2" or "dot".
         diversity_weight: w.
     """
 
     def __init__(self, similarity_metric="cosine", diversity_weight=1.0):
         super().__init__()
-        if similarity_metric not in ("cosine", "l2", "dot"):
-            warnings.warn(
-                f"{_NAME}: similarity_metric {similarity_metric!r} is not cosine, l2 or dot; the "
-                "dot product is used",
-                stacklevel=2,
-            )
+        check_choice(_NAME, "similarity_metric", similarity_metric, ("cosine", "l2", "dot"))
+        check_number(_NAME, "diversity_weight", diversity_weight)
         self.similarity_metric = similarity_metric
         self.diversity_weight = diversity_weight
 
@@ -111,6 +108,12 @@ def _check_experts(expert_outputs):
             f"{_NAME}: expert_outputs must be a list of tensors, got "
             f"{type(expert_outputs).__name__}"
         )
+    if isinstance(expert_outputs, torch.Tensor):
+        check_floating(_NAME, "expert_outputs", expert_outputs)
+        if expert_outputs.dim() < 3:
+            raise ValueError(
+                f"{_NAME}: expert_outputs must be [E, N, H], got {shape_text(expert_outputs)}"
+            )
     if len(expert_outputs) == 0:
         raise ValueError(f"{_NAME}: expert_outputs must have at least one expert, got none")
     for i, output in enumerate(expert_outputs):

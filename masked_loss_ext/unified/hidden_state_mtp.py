@@ -6,17 +6,20 @@ import torch.nn.functional as F
 
 from .._checks import (
     check_device,
-    check_int,
     check_integers,
-    check_length,
     check_mask,
+    check_number,
     check_rank,
     shape_text,
 )
-from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._rows import check_floating, valid_rows
+from ._arguments import check_flags, check_ignore_index, check_segments, check_size
+from ._documents import document_starts, of_one_document
+from ._operators import cross_entropy
+from ._rows import check_floating, is_autocast, valid_rows
 
 _NAME = "MultiTokenPredictionLoss"
+_MOST_HEADS = 1024
+_MOST_WEIGHTS = 2**40  # 4 TB of float32
 
 
 class MultiTokenPredictionLoss(torch.nn.Module):
@@ -41,10 +44,15 @@ class MultiTokenPredictionLoss(torch.nn.Module):
     give the optimiser the parameters of this module, too: ``loss_fn.parameters()``.
     They are large: 116 million for 50257 tokens, hidden size 768 and three heads.
 
+    Hidden states from which nothing is predicted are selected away: their NaN reaches neither value
+    nor gradient, and their gradient is 0. They are read, though: "never read" is what the row
+    operators promise, and what holds for the heads' logits.
+
     Args:
         vocab_size: V.
         hidden_size: H.
-        num_future_tokens: K.
+        num_future_tokens: K, at most 1024; K V H is at most 2^40 (how long the rows will be is not
+            known here: heads that reach past the end are 0).
         mtp_weight: w.
         shared_projection: one ``projection`` of H to V * K (head k has rows (k - 1) V to k V)
             instead of K ``projections`` of H to V; the parameters' names differ, nothing else.
@@ -70,14 +78,19 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         inplace_backward=False,
     ):
         super().__init__()
-        sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size}
-        for name, size in {**sizes, "num_future_tokens": num_future_tokens}.items():
-            check_length(_NAME, name, size)
-            if size == 0:
-                raise ValueError(f"{_NAME}: {name} must be at least 1, got 0")
-        check_int(_NAME, "ignore_index", ignore_index)
-        if not temperature > 0:
-            raise ValueError(f"{_NAME}: temperature must be positive, got {temperature}")
+        check_size(_NAME, "vocab_size", vocab_size)
+        check_size(_NAME, "hidden_size", hidden_size)
+        check_size(_NAME, "num_future_tokens", num_future_tokens, 1, _MOST_HEADS)
+        if vocab_size * hidden_size * num_future_tokens > _MOST_WEIGHTS:
+            raise ValueError(
+                f"{_NAME}: vocab_size * hidden_size * num_future_tokens must be at most "
+                f"{_MOST_WEIGHTS} weights, got {vocab_size} * {hidden_size} * {num_future_tokens}"
+            )
+        check_number(_NAME, "mtp_weight", mtp_weight)
+        check_number(_NAME, "temperature", temperature, above=0)
+        check_ignore_index(_NAME, ignore_index)
+        flags = {"shared_projection": shared_projection, "mask_sources": mask_sources}
+        check_flags(_NAME, flags | {"inplace_backward": inplace_backward})
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_future_tokens = num_future_tokens
@@ -95,33 +108,39 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             )
         self.layer_norm = torch.nn.LayerNorm(hidden_size)
 
-    def forward(self, hidden_states, target_ids, attention_mask=None):
+    def forward(self, hidden_states, target_ids, attention_mask=None, *, segment_ids=None):
         """The weighted loss and its parts.
 
         Args:
             hidden_states: ``[B, S, H]`` floating, of the model's last layer.
             target_ids: ``[B, S]`` integers.
             attention_mask: ``[B, S]``, a target counts where it is not 0. None: all.
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, and no head predicts a token of another.
 
         Returns:
             dict: ``mtp_loss`` ``[]``, float32 (float64 for float64 parameters);
             ``per_token_losses``, K detached 0-d tensors without weight; the number ``mtp_weight``.
         """
         self._check(hidden_states, target_ids, attention_mask)
+        check_segments(_NAME, segment_ids, target_ids, "target_ids")
+        starts = document_starts(segment_ids, target_ids)
         length = target_ids.shape[1]
         counted = [
-            self._counted(target_ids, attention_mask, k)
+            self._counted(target_ids, attention_mask, starts, k)
             for k in range(1, self.num_future_tokens + 1)
         ]
         # Zeroed before the projections: they multiply all rows, and in the gradient of their
         # weights 0 * NaN would be NaN.
         needed = _sources(counted, length)
         hidden = torch.where(needed.unsqueeze(-1), hidden_states, 0)
-        if not torch.is_autocast_enabled(hidden.device.type):
+        if not is_autocast(hidden.device):
             hidden = hidden.to(self.layer_norm.weight.dtype)
         hidden = self.layer_norm(hidden)
         losses = [
-            masked_cross_entropy(
+            cross_entropy(
+                _NAME,
+                ("logits", "target_ids"),
                 # As a matrix: of a slice of three dimensions F.linear adds the bias in a pass of
                 # its own over the logits, and under a compiler or tensor subclass to a copy.
                 self._logits(hidden[:, :-k].flatten(0, 1), k),
@@ -147,10 +166,12 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         rows = slice((k - 1) * self.vocab_size, k * self.vocab_size)
         return F.linear(hidden, self.projection.weight[rows], self.projection.bias[rows])
 
-    def _counted(self, target_ids, attention_mask, k):
+    def _counted(self, target_ids, attention_mask, starts, k):
         """[B, S - k]: where head k has a target (none in rows that are too short)."""
         mask = None if attention_mask is None else attention_mask[:, k:]
         on = valid_rows(target_ids[:, k:], mask, self.ignore_index)
+        if starts is not None:
+            on = on & of_one_document(starts, k)
         if self.mask_sources and attention_mask is not None:
             on = on & (attention_mask[:, :-k] != 0)
         return on

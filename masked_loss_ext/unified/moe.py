@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Losses of a mixture of experts: balancing from running counts, load, router z, diversity."""
+"""AuxiliaryFreeMoEBalancer: balancing of a mixture of experts from running counts."""
 
 import torch
 
+from .._checks import check_number
+from ._arguments import check_flags, check_weights
 from ._routing import check_experts, choice_counts, load_balance, routed
-from ._rows import attached_zero, check_floating, cleaned, masked_mean, row_mask
-from ._state import KeepsState, advances, snapshot
-from .diversity import DiversityLoss
+from ._rows import attached_zero, cleaned, masked_mean
+from ._state import KeepsState, advances, borrow, give_back, snapshot
 
+_NAME = "AuxiliaryFreeMoEBalancer"
 _STATISTICS = ("expert_counts", "expert_scores", "total_tokens")
 _ACCUMULATED = ("_accumulated_counts", "_accumulated_scores", "_accumulated_tokens")
+_STATE = (*_STATISTICS, *_ACCUMULATED, "_accumulation_steps")
 
 
 class AuxiliaryFreeMoEBalancer(KeepsState):
@@ -38,14 +41,23 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
     saved, copied and resumed with it. Several micro-batches of one optimiser step: give all but
     the last ``is_optimizer_step=False``, and their average counts once; or give a call that must
     not count at all ``update_state=False``. The second forward of activation checkpointing does
-    not count, but sees the counts as they are by then.
+    not count, but sees the counts as they are by then. They stay where the module is.
+
+    What the mask excludes is selected away: its NaN reaches neither value nor gradient, and its
+    gradient is 0. It is read, though: "never read" is what the row operators promise.
+
+    **On several ranks** each balances by the counts of its own tokens until ``sync_state``. Counts
+    and tokens are then the means over ranks, those of an average rank: the ratios that the
+    balancing uses are as of one process with all tokens, and times the number of ranks the counts
+    are, too. Means, so that syncing twice changes nothing and a rank's later steps weigh as before.
+    Scores are averaged by tokens: exact where a rank has as many tokens in each of its steps.
 
     Args:
-        num_experts: E.
+        num_experts: E, at most 2^24.
         balance_loss_weight: factor of ``balance_loss`` (see ``forward``).
         gradient_balance_weight: w.
         target_balance_ratio: kept for callers that pass it; the fair share is the same for all.
-        momentum: share of the old average in the new one.
+        momentum: share of the old average in the new one, in [0, 1].
     """
 
     def __init__(
@@ -57,7 +69,14 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         momentum=0.9,
     ):
         super().__init__()
-        check_experts("AuxiliaryFreeMoEBalancer", num_experts)
+        check_experts(_NAME, num_experts)
+        weights = {
+            "balance_loss_weight": balance_loss_weight,
+            "gradient_balance_weight": gradient_balance_weight,
+            "target_balance_ratio": target_balance_ratio,
+        }
+        check_weights(_NAME, weights)
+        check_number(_NAME, "momentum", momentum, least=0, most=1)
         self.num_experts = num_experts
         self.balance_loss_weight = balance_loss_weight
         self.gradient_balance_weight = gradient_balance_weight
@@ -66,8 +85,8 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         for name, shape in zip(
             (*_STATISTICS, *_ACCUMULATED), 2 * [(num_experts,), (num_experts,), ()], strict=True
         ):
-            self.register_buffer(name, torch.zeros(shape))
-        self.register_buffer("_accumulation_steps", torch.zeros((), dtype=torch.int64))
+            self.add_state(name, shape)
+        self.add_state("_accumulation_steps", (), 0, dtype=torch.int64)
 
     @torch.no_grad()
     def update_statistics(
@@ -76,28 +95,35 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         """Count one micro-batch: ``expert_indices`` ``[N, k]``, ``expert_scores`` ``[N, E]``
         (probabilities). On an optimiser step the average over micro-batches joins the running
         ones."""
-        name = "AuxiliaryFreeMoEBalancer.update_statistics"
+        name = f"{_NAME}.update_statistics"
         scores, indices, valid = routed(
             name, "expert_scores", expert_scores, expert_indices, self.num_experts, attention_mask
         )
-        self._update(indices, scores, valid, is_optimizer_step)
+        self._update(borrow(self, _STATE, scores), indices, scores, valid, is_optimizer_step)
 
     @torch.no_grad()
-    def _update(self, indices, scores, valid, is_optimizer_step):
+    def _update(self, state, indices, scores, valid, is_optimizer_step):
         tokens = valid.sum()
-        self._accumulated_counts += choice_counts(indices, valid, self.num_experts)
         scores = torch.where(scores.isfinite(), scores, 0)  # one NaN would stay for good
-        self._accumulated_scores += scores.sum(0) / tokens.clamp(min=1)
-        self._accumulated_tokens += tokens
-        self._accumulation_steps += 1
-        if not is_optimizer_step:
-            return
-        for name, sum_name in zip(_STATISTICS, _ACCUMULATED, strict=True):
-            sums = getattr(self, sum_name)
-            average = sums / self._accumulation_steps
-            getattr(self, name).mul_(self.momentum).add_(average, alpha=1 - self.momentum)
-            sums.zero_()
-        self._accumulation_steps.zero_()
+        for name, new in zip(
+            (*_ACCUMULATED, "_accumulation_steps"),
+            (
+                choice_counts(indices, valid, self.num_experts),
+                scores.sum(0) / tokens.clamp(min=1),
+                tokens,
+                1,
+            ),
+            strict=True,
+        ):
+            state[name].add_(new)
+        if is_optimizer_step:
+            steps = state["_accumulation_steps"]
+            for name, sum_name in zip(_STATISTICS, _ACCUMULATED, strict=True):
+                average = state[sum_name] / steps
+                state[name].mul_(self.momentum).add_(average, alpha=1 - self.momentum)
+                state[sum_name].zero_()
+            steps.zero_()
+        give_back(self, state)
 
     def forward(
         self,
@@ -130,29 +156,25 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
             ``gradient_weight``.
         """
         gate, indices, valid = routed(
-            "AuxiliaryFreeMoEBalancer",
-            "gate_logits",
-            gate_logits,
-            expert_indices,
-            self.num_experts,
-            attention_mask,
+            _NAME, "gate_logits", gate_logits, expert_indices, self.num_experts, attention_mask
         )
+        flags = {"compute_loss": compute_loss, "is_optimizer_step": is_optimizer_step}
+        check_flags(_NAME, flags)
+        state = borrow(self, _STATE, gate)
         if advances(self, update_state):
             scores = cleaned(gate.detach().softmax(-1), valid)
-            self._update(indices, scores, valid, is_optimizer_step)
+            self._update(state, indices, scores, valid, is_optimizer_step)
+        counts, tokens = state["expert_counts"], state["total_tokens"]
+        fair = tokens * (indices.shape[-1] / self.num_experts)
         term = loss = attached_zero(gate)
         if self.training and gate_logits.requires_grad:
-            term = self._balancing_term(gate, indices.shape[-1], valid)
+            imbalance = (counts - fair) / torch.where(tokens > 0, tokens, 1)
+            term = self._balancing_term(gate, imbalance, valid)
         if compute_loss:
             loss = self.balance_loss_weight * load_balance(gate, indices, valid, self.num_experts)
-        return {"balance_loss": loss, "balancing_term": term, **self._report(indices.shape[-1])}
+        return {"balance_loss": loss, "balancing_term": term, **self._report(counts, fair)}
 
-    def _fair_share(self, k):
-        return self.total_tokens.float() * (k / self.num_experts)
-
-    def _balancing_term(self, gate, k, valid):
-        imbalance = self.expert_counts.float() - self._fair_share(k)
-        imbalance = imbalance / torch.where(self.total_tokens > 0, self.total_tokens.float(), 1)
+    def _balancing_term(self, gate, imbalance, valid):
         adjustment = snapshot(-self.gradient_balance_weight * imbalance)
         gate = torch.where(gate.isfinite(), gate, 0)  # a banned expert: inf - inf is NaN
         shift = gate - gate.detach()  # 0, with the gradient of the logits
@@ -160,12 +182,11 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
             (shift - adjustment) ** 2, valid.unsqueeze(-1)
         )
 
-    def _report(self, k):
-        counts = self.expert_counts.float()
+    def _report(self, counts, fair):
         spread = counts.std() if self.num_experts > 1 else torch.zeros_like(counts[0])
         return {
             "expert_counts": counts.clone(),
-            "expert_balance_ratio": counts / (self._fair_share(k) + 1e-6),
+            "expert_balance_ratio": counts / (fair + 1e-6),
             "coefficient_of_variation": spread / (counts.mean() + 1e-6),
             "gradient_weight": self.gradient_balance_weight,
         }
@@ -178,108 +199,24 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
     @torch.no_grad()
     def reset_statistics(self):
         """Forget all counts, those of a step that is under way among them."""
-        for name in (*_STATISTICS, *_ACCUMULATED, "_accumulation_steps"):
+        for name in _STATE:
             getattr(self, name).zero_()
+
+    def _shares(self):
+        counts, scores, tokens = (getattr(self, name) for name in _STATISTICS)
+        pending = [getattr(self, name) for name in (*_ACCUMULATED, "_accumulation_steps")]
+        return [counts, scores.double() * tokens, tokens, *pending]
+
+    def _take(self, sums, ranks):
+        counts, scores, tokens, *pending, steps = sums
+        scores = scores / torch.where(tokens > 0, tokens, 1)
+        means = (counts / ranks, scores, tokens / ranks, *(sum_ / ranks for sum_ in pending))
+        for name, mean in zip((*_STATISTICS, *_ACCUMULATED), means, strict=True):
+            getattr(self, name).copy_(mean)
+        self._accumulation_steps.copy_((steps / ranks).ceil())
 
     def extra_repr(self):
         return (
             f"num_experts={self.num_experts}, balance_loss_weight={self.balance_loss_weight}, "
             f"gradient_balance_weight={self.gradient_balance_weight}, momentum={self.momentum}"
-        )
-
-
-class AuxiliaryLoss(torch.nn.Module):
-    r"""Load balancing, router z and diversity losses of a mixture of experts.
-
-    With gate probabilities :math:`p`, k choices per token,
-
-    .. math:: \text{load} = E \sum_e \frac{\sum_n p_{ne}}{Nk} \cdot
-        \frac{\#\{(n, j) : \text{choice}_{nj} = e\}}{Nk} \le 10, \qquad
-        \text{router\_z} = \frac1N \sum_n \Big(\ln \sum_e e^{g_{ne}}\Big)^2
-
-    >>> gate = torch.zeros(4, 2)
-    >>> out = AuxiliaryLoss(1.0, 1.0)(gate, torch.tensor([[0], [1], [0], [1]]), num_experts=2)
-    >>> torch.testing.assert_close(out["load_balancing"], torch.tensor(1.0))
-    >>> torch.testing.assert_close(out["router_z"], torch.logsumexp(gate, -1).square().mean())
-
-    Evenly used experts have load 1 / k, the smallest there is with even probabilities.
-
-    Args:
-        load_balancing_weight, router_z_weight, expert_diversity_weight: factors of the three.
-        normalize_topk: multiply the load by k, so that even use is 1 for every k.
-        clamp_router_z: clamp the logits to [-10, 10] and router_z to 100 before its weight; its
-            gradient is then 0 where it is needed most.
-    """
-
-    def __init__(
-        self,
-        load_balancing_weight=1e-4,
-        router_z_weight=1e-3,
-        expert_diversity_weight=1e-4,
-        *,
-        normalize_topk=False,
-        clamp_router_z=False,
-    ):
-        super().__init__()
-        self.load_balancing_weight = load_balancing_weight
-        self.router_z_weight = router_z_weight
-        self.expert_diversity_weight = expert_diversity_weight
-        self.normalize_topk = normalize_topk
-        self.clamp_router_z = clamp_router_z
-        self.diversity = DiversityLoss()
-
-    def forward(
-        self,
-        gate_logits=None,
-        expert_indices=None,
-        expert_outputs=None,
-        num_experts=None,
-        *,
-        attention_mask=None,
-    ):
-        """Each loss whose inputs are given, times its weight.
-
-        Args:
-            gate_logits: ``[N, E]`` (or ``[..., E]``) floating.
-            expert_indices: ``[N, k]`` (or ``[..., k]``) integers.
-            expert_outputs: a list of tensors ``[N, H]``.
-            num_experts: E.
-            attention_mask: ``[N]``, or as many entries: a token counts where it is not 0.
-
-        Returns:
-            dict: ``load_balancing`` (of gate_logits, expert_indices and num_experts), ``router_z``
-            (of gate_logits) and ``expert_diversity`` (of expert_outputs, mean cosine), ``[]`` each.
-        """
-        name, losses = "AuxiliaryLoss", {}
-        routing = gate_logits, expert_indices, num_experts
-        if all(given is not None for given in routing):
-            check_experts(name, num_experts)
-            gate, indices, valid = routed(
-                name, "gate_logits", gate_logits, expert_indices, num_experts, attention_mask
-            )
-            load = load_balance(gate, indices, valid, num_experts)
-            if self.normalize_topk:
-                load = load * indices.shape[-1]
-            losses["load_balancing"] = self.load_balancing_weight * load.clamp(max=10)
-        if gate_logits is not None:
-            check_floating(name, "gate_logits", gate_logits)
-            valid = row_mask(name, attention_mask, "gate_logits", gate_logits)
-            losses["router_z"] = self.router_z_weight * self._router_z(gate_logits, valid)
-        if expert_outputs is not None:
-            similarity = self.diversity(expert_outputs, attention_mask=attention_mask)
-            losses["expert_diversity"] = self.expert_diversity_weight * similarity
-        return losses
-
-    def _router_z(self, gate_logits, valid):
-        gate = cleaned(gate_logits.reshape(-1, gate_logits.shape[-1]), valid)
-        if self.clamp_router_z:
-            gate = gate.clamp(-10, 10)
-        z = masked_mean(gate.logsumexp(-1) ** 2, valid)
-        return z.clamp(max=100) if self.clamp_router_z else z
-
-    def extra_repr(self):
-        return (
-            f"load_balancing_weight={self.load_balancing_weight}, "
-            f"router_z_weight={self.router_z_weight}, "
-            f"expert_diversity_weight={self.expert_diversity_weight}"
         )

@@ -5,13 +5,20 @@ import math
 
 import torch
 
-from .._checks import check_int
-from ..ops.cross_entropy_terms import cross_entropy_terms
+from .._checks import check_mask, check_number, shape_text
 from ..ops.masked_cross_entropy import row_statistics
-from ..ops.repetition import repetition_counts, repetition_links
-from ._arguments import check_logits, check_targets, require
+from ._arguments import (
+    check_flags,
+    check_ignore_index,
+    check_logits,
+    check_segments,
+    check_size,
+    check_targets,
+)
+from ._documents import document_counts, document_links, document_starts
+from ._operators import terms as terms_of
 from ._penalties import check_penalty_on, mean_unlikelihood, previous_classes
-from ._rows import masked_mean, valid_rows
+from ._rows import check_floating, masked_mean, valid_rows
 
 
 class NGramRepetitionPenalty(torch.nn.Module):
@@ -58,8 +65,10 @@ class NGramRepetitionPenalty(torch.nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        check_int(name, "ngram_size", ngram_size)
-        require(name, "ngram_size", ngram_size, ngram_size >= 1, "at least 1")
+        check_size(name, "ngram_size", ngram_size)
+        check_size(name, "vocab_size", vocab_size)
+        check_number(name, "penalty_weight", penalty_weight)
+        check_ignore_index(name, ignore_index)
         check_penalty_on(name, penalty_on)
         self.ngram_size = ngram_size
         self.penalty_weight = penalty_weight
@@ -67,13 +76,15 @@ class NGramRepetitionPenalty(torch.nn.Module):
         self.ignore_index = ignore_index
         self.penalty_on = penalty_on
 
-    def forward(self, logits, targets, attention_mask=None):
+    def forward(self, logits, targets, attention_mask=None, *, segment_ids=None):
         """Both terms, weighted.
 
         Args:
             logits: ``[B, S, V]`` floating.
             targets: ``[B, S]`` integers.
             attention_mask: ``[B, S]`` any dtype, on where not 0. None: all.
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, and each repeats only itself, as if it were a row.
 
         Returns:
             dict: "ngram_penalty", "diversity_penalty" and their sum "total_repetition_penalty", []
@@ -82,25 +93,29 @@ class NGramRepetitionPenalty(torch.nn.Module):
         name = type(self).__name__
         check_targets(name, targets, attention_mask)
         check_logits(name, logits, targets, self.vocab_size)
+        check_segments(name, segment_ids, targets)
+        starts = document_starts(segment_ids, targets)
         targets = targets.long()
         valid = valid_rows(targets, attention_mask, self.ignore_index)
-        terms = cross_entropy_terms(
+        terms = terms_of(
+            name,
+            "targets",
             logits,
             targets,
             valid,
-            links=self.links(targets, valid),
+            links=self.links(targets, valid, starts),
             ignore_index=self.ignore_index,
         )
         counts = None
         if self.penalty_on == "targets":
-            counts = repetition_counts(targets, valid, self.ngram_size)
+            counts = document_counts(targets, valid, self.ngram_size, starts)
         return self.from_terms(terms, counts, valid)
 
-    def links(self, targets, valid):
+    def links(self, targets, valid, starts=None):
         """What cross_entropy_terms needs for the model's n-grams; None for the data's."""
         if self.penalty_on == "targets":
             return None
-        return repetition_links(targets, valid, self.ngram_size)
+        return document_links(targets, valid, self.ngram_size, starts)
 
     def from_terms(self, terms, counts, valid):
         """As ``forward``, from CrossEntropyTerms and, for the data's n-grams, RepetitionCounts."""
@@ -109,7 +124,7 @@ class NGramRepetitionPenalty(torch.nn.Module):
             taken = terms.candidates.sum().clamp(min=1)
             ngram = self.penalty_weight * (terms.unlikelihood.sum() / taken)
         else:
-            ngram = self._of_counts(counts).to(diversity.dtype)
+            ngram = self._of_counts(counts, diversity.dtype)
         return {
             "ngram_penalty": ngram,
             "diversity_penalty": diversity,
@@ -117,9 +132,9 @@ class NGramRepetitionPenalty(torch.nn.Module):
             "penalty_weight": self.penalty_weight,
         }
 
-    def _of_counts(self, counts):
-        share = counts.pairs.sum() / counts.windows.sum().clamp(min=1)
-        return self.penalty_weight * share
+    def _of_counts(self, counts, dtype=torch.float32):
+        share = counts.pairs.sum().double() / counts.windows.sum().clamp(min=1)
+        return self.penalty_weight * share.to(dtype)
 
     def _diversity(self, entropy, valid):
         if self.vocab_size == 1:  # nothing to be diverse in
@@ -127,20 +142,25 @@ class NGramRepetitionPenalty(torch.nn.Module):
         largest = math.log(self.vocab_size)
         return self.penalty_weight * masked_mean(1 - entropy / largest, valid)
 
-    def compute_ngram_repetition_penalty(self, token_ids, attention_mask=None):
-        """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers."""
-        check_targets(type(self).__name__, token_ids, attention_mask, "token_ids")
-        valid = valid_rows(token_ids, attention_mask, self.ignore_index)
-        return self._of_counts(repetition_counts(token_ids.long(), valid, self.ngram_size))
+    def compute_ngram_repetition_penalty(self, token_ids, attention_mask=None, *, segment_ids=None):
+        """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
+        [0, 2^32) where there are segment_ids)."""
+        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
+        return self._of_counts(document_counts(token_ids.long(), valid, self.ngram_size, starts))
 
     def compute_token_diversity_penalty(self, logits, temperature=1.0, *, attention_mask=None):
         """The diversity term of softmax(logits / temperature), weighted; logits ``[..., V]``."""
-        entropy = row_statistics(logits, None, attention_mask, temperature=temperature).entropy
-        if logits.shape[-1] != self.vocab_size:
+        name = type(self).__name__
+        check_floating(name, "logits", logits)
+        if not isinstance(temperature, torch.Tensor):
+            check_number(name, "temperature", temperature, above=0)
+        if logits.dim() == 0 or logits.shape[-1] != self.vocab_size:
             raise ValueError(
-                f"{type(self).__name__}: logits must have vocab_size = {self.vocab_size} classes, "
-                f"got {logits.shape[-1]}: pass vocab_size={logits.shape[-1]}"
+                f"{name}: logits must have vocab_size = {self.vocab_size} classes, got "
+                f"{shape_text(logits)}: pass vocab_size={logits.shape[-1] if logits.dim() else 1}"
             )
+        check_mask(name, "attention_mask", attention_mask, "logits", logits, logits.dim() - 1)
+        entropy = row_statistics(logits, None, attention_mask, temperature=temperature).entropy
         valid = torch.ones_like(entropy, dtype=torch.bool)
         return self._diversity(entropy, valid if attention_mask is None else attention_mask != 0)
 
@@ -185,66 +205,79 @@ class SequenceRepetitionDetector(torch.nn.Module):
         penalty_on="targets",
     ):
         super().__init__()
-        check_penalty_on(type(self).__name__, penalty_on)
+        name = type(self).__name__
+        check_number(name, "penalty_weight", penalty_weight)
+        check_size(name, "max_repeat_length", max_repeat_length)
+        check_flags(name, {"cap_repeats": cap_repeats})
+        check_ignore_index(name, ignore_index)
+        check_penalty_on(name, penalty_on)
         self.penalty_weight = penalty_weight
         self.max_repeat_length = max_repeat_length
         self.ignore_index = ignore_index
         self.cap_repeats = cap_repeats
         self.penalty_on = penalty_on
 
-    def forward(self, token_ids, attention_mask=None, *, logits=None):
+    def forward(self, token_ids, attention_mask=None, *, logits=None, segment_ids=None):
         """The penalty.
 
         Args:
             token_ids: ``[B, S]`` integers.
             attention_mask: ``[B, S]`` any dtype, on where not 0. None: all.
             logits: ``[B, S, V]`` floating, for penalty_on="model".
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, which counts as a row does.
 
         Returns:
             dict: "immediate_repetition_penalty" [] and the number "repetition_detector_weight".
         """
         if self.penalty_on == "targets":
-            penalty = self.detect_immediate_repetition(token_ids, attention_mask)
+            penalty = self.detect_immediate_repetition(
+                token_ids, attention_mask, segment_ids=segment_ids
+            )
         else:
-            penalty = self._of_model(token_ids, attention_mask, logits)
+            penalty = self._of_model(token_ids, attention_mask, logits, segment_ids)
         return {
             "immediate_repetition_penalty": penalty,
             "repetition_detector_weight": self.penalty_weight,
         }
 
-    def detect_immediate_repetition(self, token_ids, attention_mask=None):
-        """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers."""
-        check_targets(type(self).__name__, token_ids, attention_mask, "token_ids")
-        valid = valid_rows(token_ids, attention_mask, self.ignore_index)
-        return self.from_counts(repetition_counts(token_ids.long(), valid, 1))
+    def detect_immediate_repetition(self, token_ids, attention_mask=None, *, segment_ids=None):
+        """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
+        [0, 2^32) where there are segment_ids)."""
+        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
+        return self.from_counts(document_counts(token_ids.long(), valid, 1, starts))
 
-    def from_counts(self, counts):
+    def from_counts(self, counts, dtype=torch.float32):
         """The statistic of the data from RepetitionCounts."""
         run = counts.longest_run
         if self.cap_repeats:
             run = run.clamp(max=self.max_repeat_length)
-        squares = (run - 1).clamp(min=0).square().sum()
-        return self.penalty_weight * (squares / (run > 0).sum().clamp(min=1))
+        squares = (run - 1).clamp(min=0).square().sum().double()
+        mean = squares / (run > 0).sum().clamp(min=1)
+        return self.penalty_weight * mean.to(dtype)
 
-    def classes(self, targets, valid):
+    def classes(self, targets, valid, starts=None):
         """The class whose probability the model's penalty needs, ``[B, S]``, -1 for none; None for
         the data's."""
-        return None if self.penalty_on == "targets" else previous_classes(targets, valid)
+        if self.penalty_on == "targets":
+            return None
+        return previous_classes(targets, valid, starts)
 
     def from_log_prob(self, class_log_prob, classes):
         """The model's penalty from the log-probabilities of ``classes()``."""
         return self.penalty_weight * mean_unlikelihood(class_log_prob, classes >= 0)
 
-    def _of_model(self, token_ids, attention_mask, logits):
+    def _of_model(self, token_ids, attention_mask, logits, segment_ids):
         name = type(self).__name__
-        check_targets(name, token_ids, attention_mask, "token_ids")
+        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
         if logits is None:
             raise ValueError(f'{name}: logits must be passed for penalty_on="model", got None')
         check_logits(name, logits, token_ids)
         targets = token_ids.long()
-        valid = valid_rows(targets, attention_mask, self.ignore_index)
-        classes = self.classes(targets, valid)
-        terms = cross_entropy_terms(
+        classes = self.classes(targets, valid, starts)
+        terms = terms_of(
+            name,
+            "token_ids",
             logits,
             targets,
             valid,
@@ -255,3 +288,12 @@ class SequenceRepetitionDetector(torch.nn.Module):
 
     def extra_repr(self):
         return f"penalty_weight={self.penalty_weight}, penalty_on={self.penalty_on!r}"
+
+
+def _documents(module, token_ids, attention_mask, segment_ids):
+    """Where documents begin, and what counts, of arguments that are checked."""
+    name = type(module).__name__
+    check_targets(name, token_ids, attention_mask, "token_ids")
+    check_segments(name, segment_ids, token_ids, "token_ids")
+    valid = valid_rows(token_ids, attention_mask, module.ignore_index)
+    return document_starts(segment_ids, token_ids), valid

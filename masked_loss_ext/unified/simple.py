@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Token losses that are one call of masked_cross_entropy, and a loss between two outputs."""
+"""Token losses that are one call of masked_cross_entropy."""
 
 import torch
 
-from .._checks import check_choice, check_device, check_mask, check_tensor, shape_text
-from ..ops.masked_cross_entropy import masked_cross_entropy
+from .._checks import check_choice, check_number, check_tensor, shape_text
 from ..reference.cross_entropy import focal_factor
-from ._rows import (
-    check_floating,
-    cleaned,
-    masked_mean,
-    reduced,
-    row_mask,
-    torch_smoothing,
-    valid_rows,
-)
+from ._arguments import check_ignore_index, check_size, check_smoothing, check_tokens
+from ._operators import cross_entropy
+from ._rows import check_floating, reduced, torch_smoothing, valid_rows
+
+_INPUTS = ("inputs", "targets")
 
 
 class FocalLoss(torch.nn.Module):
@@ -30,7 +25,8 @@ class FocalLoss(torch.nn.Module):
     graph. Its derivative is finite at p = 1 for every gamma.
 
     Args:
-        alpha: a number, or a tensor ``[V]`` of one weight per class (a buffer, without gradient).
+        alpha: a number, or a tensor ``[V]`` of one weight per class (a buffer, without gradient);
+            finite and not negative.
         gamma: at least 0; 0 is cross entropy.
         reduction: "mean", "sum" or "none".
         ignore_index: rows with this target do not count.
@@ -39,16 +35,13 @@ class FocalLoss(torch.nn.Module):
     def __init__(self, alpha=1.0, gamma=2.0, reduction="mean", *, ignore_index=-100):
         super().__init__()
         check_choice("FocalLoss", "reduction", reduction, ("mean", "sum", "none"))
-        if not gamma >= 0:
-            raise ValueError(f"FocalLoss: gamma must be at least 0, got {gamma}")
+        check_number("FocalLoss", "gamma", gamma, least=0)
+        check_ignore_index("FocalLoss", ignore_index)
         if isinstance(alpha, torch.Tensor):
-            if alpha.dim() != 1:
-                raise ValueError(
-                    "FocalLoss: alpha must be a number or have one entry per class [V], got "
-                    f"{shape_text(alpha)}"
-                )
+            _check_alpha(alpha)
             self.register_buffer("alpha", alpha)
         else:
+            check_number("FocalLoss", "alpha", alpha, least=0)
             self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
@@ -65,13 +58,17 @@ class FocalLoss(torch.nn.Module):
         weight = normalizer = None
         if isinstance(self.alpha, torch.Tensor):
             weight = self.alpha
-            if self.reduction == "mean":  # else the classes' weights would be divided by
-                check_tensor("FocalLoss", "targets", targets)
-                check_mask(
-                    "FocalLoss", "attention_mask", attention_mask, "targets", targets, targets.dim()
+            check_tokens("FocalLoss", _INPUTS, inputs, targets, attention_mask)
+            if inputs.shape[-1] != weight.numel():
+                raise ValueError(
+                    f"FocalLoss: alpha must have one entry per class of inputs "
+                    f"{shape_text(inputs)}, got {shape_text(weight)}"
                 )
+            if self.reduction == "mean":  # else the classes' weights would be divided by
                 normalizer = valid_rows(targets, attention_mask, self.ignore_index).sum()
-        loss = masked_cross_entropy(
+        loss = cross_entropy(
+            "FocalLoss",
+            _INPUTS,
             inputs,
             targets,
             attention_mask,
@@ -103,6 +100,19 @@ class FocalLoss(torch.nn.Module):
         return f"alpha={alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
 
 
+def _check_alpha(alpha):
+    check_tensor("FocalLoss", "alpha", alpha)
+    if alpha.dim() != 1 or not alpha.is_floating_point():
+        raise ValueError(
+            "FocalLoss: alpha must be a number or floating, of one entry per class [V], got "
+            f"{shape_text(alpha)} of {alpha.dtype}"
+        )
+    if type(alpha) is torch.Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
+        # NaN fits nothing
+        if not ((alpha >= 0) & (alpha < float("inf"))).all():
+            raise ValueError("FocalLoss: alpha must be finite and not negative, got other entries")
+
+
 class LabelSmoothingLoss(torch.nn.Module):
     r"""Cross entropy with a target that leaves a little to each other class.
 
@@ -127,12 +137,10 @@ class LabelSmoothingLoss(torch.nn.Module):
 
     def __init__(self, num_classes, smoothing=0.1, *, ignore_index=-100):
         super().__init__()
-        most = 1 - 1 / num_classes if num_classes > 1 else 1.0
-        if not 0 <= smoothing <= most:
-            raise ValueError(
-                "LabelSmoothingLoss: smoothing must be in [0, 1 - 1 / num_classes = "
-                f"{most:g}], got {smoothing}"
-            )
+        check_size("LabelSmoothingLoss", "num_classes", num_classes)
+        most = 1 - 1 / num_classes if num_classes > 1 else 1
+        check_smoothing("LabelSmoothingLoss", smoothing, most, "smoothing")
+        check_ignore_index("LabelSmoothingLoss", ignore_index)
         self.num_classes = num_classes
         self.smoothing = smoothing
         self.ignore_index = ignore_index
@@ -146,7 +154,9 @@ class LabelSmoothingLoss(torch.nn.Module):
             attention_mask: of targets' shape, a row counts where it is not 0. None: all.
         """
         check_floating("LabelSmoothingLoss", "inputs", inputs, self.num_classes, "num_classes")
-        return masked_cross_entropy(
+        return cross_entropy(
+            "LabelSmoothingLoss",
+            _INPUTS,
             inputs,
             targets,
             attention_mask,
@@ -176,6 +186,7 @@ class PerplexityLoss(torch.nn.Module):
 
     def __init__(self, ignore_index=-100):
         super().__init__()
+        check_ignore_index("PerplexityLoss", ignore_index)
         self.ignore_index = ignore_index
 
     def forward(self, logits, targets, attention_mask=None):
@@ -186,109 +197,15 @@ class PerplexityLoss(torch.nn.Module):
             targets: ``[...]`` integers.
             attention_mask: of targets' shape, a row counts where it is not 0. None: all.
         """
-        loss = masked_cross_entropy(logits, targets, attention_mask, ignore_index=self.ignore_index)
+        loss = cross_entropy(
+            "PerplexityLoss",
+            ("logits", "targets"),
+            logits,
+            targets,
+            attention_mask,
+            ignore_index=self.ignore_index,
+        )
         return {"loss": loss, "perplexity": loss.exp()}
 
     def extra_repr(self):
         return f"ignore_index={self.ignore_index}"
-
-
-class ConsistencyLoss(torch.nn.Module):
-    r"""How far the output for an augmented input is from that for the original.
-
-    With :math:`p` of the original logits over T, :math:`q` of the augmented ones, per row
-
-    .. math:: \text{mse} = \frac1V \sum_c (p_c - q_c)^2, \qquad
-        \text{kl} = \sum_c q_c \ln \frac{q_c}{p_c}, \qquad
-        \text{ce} = -\ln \mathrm{softmax}(\text{augmented})_{\arg\max p}
-
-    then the mean over the rows that ``confidence_mask`` keeps. ce takes the logits without T.
-    Gradients flow into both outputs, but for ce, which takes from the original a label alone.
-
-    >>> p, q = x.softmax(-1), y.softmax(-1)
-    >>> torch.testing.assert_close(ConsistencyLoss()(x, y), F.mse_loss(p, q))
-    >>> kl = F.kl_div(p.log(), q, reduction="batchmean")
-    >>> torch.testing.assert_close(ConsistencyLoss("kl")(x, y), kl)
-
-    With no row left it is 0, attached to the graph.
-
-    Args:
-        consistency_type: "mse", "kl" or "ce".
-        temperature: T > 0.
-        threshold: see use_threshold; else not used.
-        use_threshold: keep only the rows of which the original is sure: max p >= threshold.
-        mean_over_all: divide by the number of all rows, not of those that are kept.
-    """
-
-    def __init__(
-        self,
-        consistency_type="mse",
-        temperature=1.0,
-        threshold=0.95,
-        *,
-        use_threshold=False,
-        mean_over_all=False,
-    ):
-        super().__init__()
-        name = "ConsistencyLoss"
-        known = ("mse", "kl", "ce")
-        check_choice(
-            name, "consistency_type", consistency_type, known, "Unknown consistency type: "
-        )
-        if not temperature > 0:
-            raise ValueError(f"{name}: temperature must be positive, got {temperature}")
-        self.consistency_type = consistency_type
-        self.temperature = temperature
-        self.threshold = threshold
-        self.use_threshold = use_threshold
-        self.mean_over_all = mean_over_all
-
-    def forward(self, outputs_original, outputs_augmented, confidence_mask=None):
-        """The loss ``[]``, float32 (float64 for float64 outputs).
-
-        Args:
-            outputs_original, outputs_augmented: logits ``[..., V]``, one shape.
-            confidence_mask: ``[...]``, rows count where it is not 0. None: all.
-        """
-        name = "ConsistencyLoss"
-        check_floating(name, "outputs_original", outputs_original)
-        check_floating(name, "outputs_augmented", outputs_augmented)
-        if outputs_augmented.shape != outputs_original.shape:
-            raise ValueError(
-                f"{name}: outputs_augmented must have the shape of outputs_original "
-                f"{shape_text(outputs_original)}, got {shape_text(outputs_augmented)}"
-            )
-        check_device(
-            name, "outputs_augmented", outputs_augmented, "outputs_original", outputs_original
-        )
-        valid = row_mask(
-            name, confidence_mask, "outputs_original", outputs_original, "confidence_mask"
-        )
-        classes = outputs_original.shape[-1]
-        original, augmented = (
-            cleaned(x.reshape(-1, classes), valid) for x in (outputs_original, outputs_augmented)
-        )
-        rows = valid.numel()
-        if self.use_threshold:
-            sure = (original.detach() / self.temperature).softmax(-1).amax(-1) >= self.threshold
-            valid = valid & sure
-        loss = masked_mean(self._rows(original, augmented), valid)
-        return loss * (valid.sum() / max(rows, 1)) if self.mean_over_all else loss
-
-    def _rows(self, original, augmented):
-        if self.consistency_type == "ce":
-            label = original.argmax(-1)
-            return masked_cross_entropy(augmented, label, reduction="none")
-        log_p = (original / self.temperature).log_softmax(-1)
-        log_q = (augmented / self.temperature).log_softmax(-1)
-        q = log_q.exp()
-        if self.consistency_type == "mse":
-            return ((log_p.exp() - q) ** 2).mean(-1)
-        possible = q > 0  # a banned class: 0 * (-inf - -inf) is NaN, its term is 0
-        return (q * (torch.where(possible, log_q, 0) - torch.where(possible, log_p, 0))).sum(-1)
-
-    def extra_repr(self):
-        return (
-            f"consistency_type={self.consistency_type!r}, temperature={self.temperature}, "
-            f"threshold={self.threshold}"
-        )

@@ -3,23 +3,37 @@
 
 import torch
 
-from .._checks import check_choice, check_int, check_length
-from ..ops.cross_entropy_terms import cross_entropy_terms
+from .._checks import check_choice, check_number
 from ._arguments import (
+    check_flags,
+    check_ignore_index,
     check_logits,
+    check_segments,
+    check_size,
     check_smoothing,
     check_targets,
     check_token_id,
-    require,
 )
+from ._documents import document_starts
+from ._operators import terms as terms_of
 from ._penalties import check_penalty_on, eos_classes, eos_penalty
 from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
-from ._state import KeepsState, advances, follow_device, is_recomputing, snapshot
+from ._state import (
+    KeepsState,
+    advances,
+    borrow,
+    give_back,
+    has_data,
+    is_recomputing,
+    is_transformed,
+    snapshot,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 _SLOTS = 100  # losses remembered
 _ENOUGH = 10  # of them before the temperature moves
 _NAME = "TemperatureScaledCrossEntropy"
+_HISTORY = ("loss_history", "history_ptr", "history_size")
 
 
 class TemperatureScaledCrossEntropy(KeepsState):
@@ -72,7 +86,13 @@ class TemperatureScaledCrossEntropy(KeepsState):
         penalty_on: "targets" or "model".
 
     Buffers: ``temperature``, ``history_ptr`` and ``history_size``, [] each, ``loss_history``
-    ``[100]``.
+    ``[100]``. They stay where the module is, whatever the inputs are on.
+
+    **On several ranks** each has its own T, of the losses of its own batches, until
+    ``sync_state``: T is then the mean of all, and so is each remembered loss, the newest with the
+    newest (of those ranks that have one as old). With as many tokens on each rank and T unmoved
+    that is the state of one process with all batches; T itself moves by the spread of a rank's
+    losses, which is that of larger batches nowhere.
     """
 
     def __init__(
@@ -91,18 +111,20 @@ class TemperatureScaledCrossEntropy(KeepsState):
         penalty_on="targets",
     ):
         super().__init__()
-        if label_smoothing > 0 and vocab_size is None:
-            raise ValueError(f"{_NAME}: vocab_size must be provided when label_smoothing > 0")
         check_smoothing(_NAME, label_smoothing)
-        positive = initial_temperature > 0
-        require(_NAME, "initial_temperature", initial_temperature, positive, "positive")
-        low, high = temperature_bounds
-        ordered = 0 < low <= high
-        require(_NAME, "temperature_bounds", temperature_bounds, ordered, "0 < lowest <= highest")
-        check_int(_NAME, "ignore_index", ignore_index)
-        check_length(_NAME, "min_sequence_length", min_sequence_length)
+        if vocab_size is not None:
+            check_size(_NAME, "vocab_size", vocab_size)
+        elif label_smoothing > 0:
+            raise ValueError(f"{_NAME}: vocab_size must be provided when label_smoothing > 0")
+        check_flags(_NAME, {"adaptive_temperature": adaptive_temperature})
+        check_number(_NAME, "initial_temperature", initial_temperature, above=0)
+        low, high = _bounds(temperature_bounds)
+        check_number(_NAME, "adaptation_rate", adaptation_rate)
+        check_number(_NAME, "eos_penalty_weight", eos_penalty_weight, least=0)
+        check_ignore_index(_NAME, ignore_index)
+        check_size(_NAME, "min_sequence_length", min_sequence_length, 0)
         check_penalty_on(_NAME, penalty_on)
-        check_token_id(_NAME, "eos_token_id", eos_token_id, vocab_size, penalty_on == "model")
+        check_token_id(_NAME, "eos_token_id", eos_token_id, vocab_size)
         self.initial_temperature = initial_temperature
         self.adaptive_temperature = adaptive_temperature
         self.label_smoothing = label_smoothing
@@ -114,13 +136,23 @@ class TemperatureScaledCrossEntropy(KeepsState):
         self.eos_penalty_weight = eos_penalty_weight
         self.ignore_index = ignore_index
         self.penalty_on = penalty_on
-        self.register_buffer("temperature", torch.tensor(float(initial_temperature)))
-        self.register_buffer("loss_history", torch.zeros(_SLOTS))
-        self.register_buffer("history_ptr", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("history_size", torch.zeros((), dtype=torch.int64))
-        self._last_temperature = None  # of the last forward, for its recomputation
+        self.add_state("temperature", (), float(initial_temperature))
+        self.add_state("loss_history", (_SLOTS,))
+        self.add_state("history_ptr", (), 0, dtype=torch.int64)
+        self.add_state("history_size", (), 0, dtype=torch.int64)
+        # of the last forward, for its recomputation in the backward pass; in no checkpoint
+        self.add_state("_last_temperature", (), float(initial_temperature), persistent=False)
 
-    def forward(self, logits, targets, attention_mask=None, reduction="mean", *, update_state=True):
+    def forward(
+        self,
+        logits,
+        targets,
+        attention_mask=None,
+        reduction="mean",
+        *,
+        segment_ids=None,
+        update_state=True,
+    ):
         """The loss and what it was made with.
 
         Args:
@@ -128,6 +160,8 @@ class TemperatureScaledCrossEntropy(KeepsState):
             targets: ``[B, S]`` integers.
             attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
             reduction: "mean" over the rows that count, "sum", or "none" (``[B * S]``).
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, and its columns are counted anew for min_sequence_length.
             update_state: let a training call move the temperature.
 
         Returns:
@@ -137,10 +171,14 @@ class TemperatureScaledCrossEntropy(KeepsState):
         check_choice(_NAME, "reduction", reduction, REDUCTIONS)
         check_targets(_NAME, targets, attention_mask)
         check_logits(_NAME, logits, targets, self.vocab_size)
+        check_segments(_NAME, segment_ids, targets)
+        starts = document_starts(segment_ids, targets)
         targets = targets.long()
         valid = valid_rows(targets, attention_mask, self.ignore_index)
-        classes = eos_classes(self, targets, valid)
-        terms = cross_entropy_terms(
+        classes = eos_classes(self, targets, valid, starts)
+        terms = terms_of(
+            _NAME,
+            "targets",
             logits,
             targets,
             valid,
@@ -155,14 +193,14 @@ class TemperatureScaledCrossEntropy(KeepsState):
             self.label_smoothing,
             logits.shape[-1],
         )
-        asked = None if classes is None else terms.class_log_prob[..., 0]
+        asked = classes, None if classes is None else terms.class_log_prob[..., 0]
         loss = reduced(loss, valid, reduction)
-        loss = loss + eos_penalty(self, targets, valid, classes, asked, reduction)
+        loss = loss + eos_penalty(self, targets, valid, starts, asked, loss.dtype, reduction)
         if reduction == "mean" and advances(self, update_state):
             self.record(loss, valid)
         return {
             "loss": loss.reshape(-1) if reduction == "none" else loss,
-            "temperature": self.temperature.detach().clone(),
+            "temperature": self.current_temperature(loss),
             "label_smoothing": self.label_smoothing,
         }
 
@@ -170,50 +208,79 @@ class TemperatureScaledCrossEntropy(KeepsState):
 
     def temperature_for(self, logits):
         """The T of this forward, a copy: the buffer moves on before backward runs."""
-        follow_device(self, logits)
-        if is_recomputing() and self._last_temperature is not None:
-            return self._last_temperature
-        temperature = snapshot(self.temperature)
-        if not torch.compiler.is_compiling():
-            self._last_temperature = temperature
+        moves = self.training and self.adaptive_temperature
+        if moves and is_recomputing():
+            return snapshot(borrow(self, ("_last_temperature",), logits)["_last_temperature"])
+        temperature = snapshot(borrow(self, ("temperature",), logits)["temperature"])
+        if moves and has_data(temperature) and not is_transformed():
+            with torch.no_grad():
+                self._last_temperature.copy_(temperature)
         return temperature
+
+    def current_temperature(self, like):
+        """A copy of T as it is now, beside ``like``."""
+        return borrow(self, ("temperature",), like)["temperature"].detach().clone()
 
     @torch.no_grad()
     def record(self, loss, valid):
         """Remember the loss and move the temperature by the rule above."""
         if not self.adaptive_temperature:
             return
-        loss = loss.detach().to(self.loss_history.dtype)
+        state = borrow(self, ("temperature", *_HISTORY), loss)
+        temperature, history, pointer, size = state.values()
+        loss = loss.detach().to(history.dtype)
         counts = loss.isfinite() & valid.any()
         slot = torch.arange(_SLOTS, device=loss.device)
-        history = torch.where((slot == self.history_ptr) & counts, loss, self.loss_history)
-        size = (self.history_size + counts).clamp(max=_SLOTS)
+        history.copy_(torch.where((slot == pointer) & counts, loss, history))
+        size.copy_((size + counts).clamp(max=_SLOTS))
+        pointer.copy_((pointer + counts) % _SLOTS)
         step = torch.where(counts & (size >= _ENOUGH), self._step(history, slot < size), 0.0)
-        low, high = self.temperature_bounds
-        self.temperature.copy_(
-            torch.where(step == 0, self.temperature, (self.temperature + step).clamp(low, high))
-        )
-        self.loss_history.copy_(history)
-        self.history_ptr.copy_((self.history_ptr + counts) % _SLOTS)
-        self.history_size.copy_(size)
+        moved = (temperature + step).clamp(*self.temperature_bounds)
+        temperature.copy_(torch.where(step == 0, temperature, moved))
+        give_back(self, state)
 
     def _step(self, history, used):
         count = used.sum()
         mean = masked_sum(history, used) / count.clamp(min=1)
         squares = masked_sum((history - mean).square(), used)
         spread = (squares / (count - 1).clamp(min=1)).sqrt() / mean
-        rate = self.adaptation_rate
-        step = torch.where(spread > 0.1, rate, torch.where(spread < 0.05, -rate, 0.0))
-        return torch.where(mean > 0, step, 0.0)
+        # Not the rate where wide: of two numbers torch.where makes the default dtype.
+        sign = (spread > 0.1).to(mean.dtype) - (spread < 0.05).to(mean.dtype)
+        return torch.where(mean > 0, sign * self.adaptation_rate, 0.0)
 
     @torch.no_grad()
     def reset_history(self):
         """Forget the losses; the temperature stays."""
-        for buffer in (self.loss_history, self.history_ptr, self.history_size):
-            buffer.zero_()
+        for name in _HISTORY:
+            getattr(self, name).zero_()
+
+    def _shares(self):
+        age = torch.arange(_SLOTS, device=self.loss_history.device)
+        has = age < self.history_size
+        newest_first = self.loss_history[(self.history_ptr - 1 - age) % _SLOTS]
+        return [self.temperature, torch.where(has, newest_first, 0), has]
+
+    def _take(self, sums, ranks):
+        temperature, losses, having = sums
+        slot = torch.arange(_SLOTS, device=losses.device)
+        size = (having > 0).sum()
+        oldest_first = (losses / having.clamp(min=1))[(size - 1 - slot) % _SLOTS]
+        self.temperature.copy_(temperature / ranks)
+        self.loss_history.copy_(torch.where(slot < size, oldest_first, 0))
+        self.history_ptr.copy_(size % _SLOTS)
+        self.history_size.copy_(size)
 
     def extra_repr(self):
         text = f"label_smoothing={self.label_smoothing}, vocab_size={self.vocab_size}"
         if self.eos_token_id is not None:
             text += f", eos_token_id={self.eos_token_id}, penalty_on={self.penalty_on!r}"
         return text
+
+
+def _bounds(bounds):
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"{_NAME}: temperature_bounds must be (lowest, highest), got {bounds!r}")
+    low, high = bounds
+    check_number(_NAME, "temperature_bounds[0]", low, above=0)
+    check_number(_NAME, "temperature_bounds[1]", high, least=low)
+    return low, high

@@ -2,19 +2,19 @@
 """UnifiedLoss: every component of a language-model loss, from one read of the logits."""
 
 import inspect
-
-import torch
+from collections.abc import Mapping
 
 from . import _build, _components
-from ._arguments import check_logits, check_targets
+from ._arguments import check_flags, check_logits, check_segments, check_targets
 from ._read import read
+from ._state import SyncsState
 from .adaptive_mtp import AdaptiveMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
 _NAME = "UnifiedLoss"
 
 
-class UnifiedLoss(torch.nn.Module):
+class UnifiedLoss(SyncsState):
     r"""Every component of a language-model loss, from one read of the logits.
 
     .. math::
@@ -65,7 +65,14 @@ class UnifiedLoss(torch.nn.Module):
     ================================ ==============================================================
 
     Temperature, loss history, adaptive MTP's sums and the experts' counts are buffers: saved,
-    copied and resumed with the module. ``update_state=False`` leaves them alone.
+    copied and resumed with the module. ``update_state=False`` leaves them alone. On several ranks
+    they are each rank's own until ``sync_state``: temperature and remembered losses become the mean
+    of all, averages those over all, counts those of an average rank, as is said at
+    ``TemperatureScaledCrossEntropy``, ``AdaptiveMTPLoss`` and ``AuxiliaryFreeMoEBalancer``.
+
+    A number that a schedule moves (a weight, ``label_smoothing``, ``focal_loss.gamma``) costs
+    torch.compile a second graph at its second value, and none after that. A weight may be put there
+    as a 0-d tensor instead and filled between steps: one graph.
 
     Args:
         vocab_size: V, the logits' last dimension.
@@ -177,6 +184,7 @@ class UnifiedLoss(torch.nn.Module):
         expert_outputs=None,
         return_detailed=False,
         *,
+        segment_ids=None,
         update_state=True,
     ):
         """The total loss [], float32 (float64 for float64 logits), or a dict (see above).
@@ -194,17 +202,23 @@ class UnifiedLoss(torch.nn.Module):
             expert_indices: ``[N, k]`` integers.
             expert_outputs: list of ``[N, H]`` floating.
             return_detailed: return the dict.
+            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
+                one, which is then treated as a row of its own: no head, and with shift_labels no
+                logits, predict a token of another, nothing repeats across a border, columns are
+                counted anew, and runs are averaged over documents.
             update_state: let a training call change temperature and statistics: False for all
                 micro-batches of a step but one.
         """
+        check_flags(_NAME, {"return_detailed": return_detailed, "update_state": update_state})
         heads = _components.Heads(additional_logits, confidence_scores, mtp_active)
         experts = _components.Experts(gate_logits, expert_indices, expert_outputs)
         _components.check_inputs(self, heads, experts)
         check_targets(_NAME, targets, attention_mask)
         check_logits(_NAME, logits, targets, self.vocab_size)
+        check_segments(_NAME, segment_ids, targets)
         if self.primary_loss_type != "adaptive_mtp" or primary_logits is logits:
             primary_logits = None  # one read gives everything
-        batch = read(self, logits, targets, attention_mask, primary_logits)
+        batch = read(_NAME, self, logits, targets, attention_mask, segment_ids, primary_logits)
         out = {"total_loss": None, "main_loss": None}
         total = _components.main(self, out, batch, primary_logits, heads, update_state)
         total = total + _components.mtp(self, out, batch, hidden_states, heads, update_state)
@@ -262,6 +276,10 @@ def create_unified_loss(config):
     Raises:
         ValueError: a name that is no argument, or what ``UnifiedLoss`` refuses.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"create_unified_loss: config must be a mapping, got {type(config).__name__}"
+        )
     known = inspect.signature(UnifiedLoss).parameters
     unknown = [name for name in config if name not in known]
     if unknown:
