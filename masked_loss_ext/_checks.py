@@ -90,6 +90,41 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
         )
 
 
+def check_constant(function, name, value):
+    """For an argument without a derivative: a gradient would be missing in silence."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(_constant_text(function, name))
+
+
+def refuse_tangents(function, tangents):
+    """The same in forward mode; ``tangents`` by argument, None where there is none."""
+    for name, tangent in tangents.items():
+        if tangent is not None:
+            raise ValueError(_constant_text(function, name))
+
+
+def _constant_text(function, name):
+    return f"{function}: {name} must not require a gradient: it would get none; detach it"
+
+
+def as_number(value, like):
+    """A number as a 0-d float64 tensor on the device of ``like``.
+
+    torch.compile takes a factor that changes from call to call as an input of its graph, but
+    compiles a fill value in.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device=like.device) * value
+    return torch.full((), value, dtype=torch.float64, device=like.device)
+
+
+def is_symbolic(value):
+    """While torch.compile traces: whether a number is an input of the graph, not a part of it."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not (statically_known_true(value > 0) or statically_known_true(value <= 0))
+
+
 def refuse_unknown(function, unknown, known):
     """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
     for name in unknown:
@@ -184,7 +219,8 @@ def check_not_additive(function, name, mask):
     """
     if mask.dtype not in _FLOATING or mask.device.type != "cpu" or is_traced():
         return
-    if type(mask) is not torch.Tensor:  # a fake tensor, say, has no data
+    # A fake tensor, say, has no data; and a mode (make_fx, linearize) may trace this very look.
+    if type(mask) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:
         return
     if mask.numel() and mask.min() < 0:
         raise ValueError(
@@ -214,7 +250,7 @@ def as_weighting(weighting, like):
     if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
         return weighting
     if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
-        return torch.full((), weighting, dtype=torch.float64, device=like.device)
+        return as_number(weighting, like)
     if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
         return weighting.to(torch.float32)
     return weighting

@@ -13,7 +13,9 @@ import torch
 from .._checks import (
     as_integers,
     as_mask,
+    as_number,
     check_choice,
+    check_constant,
     check_length,
     check_tensor,
     shape_text,
@@ -171,12 +173,13 @@ def row_statistics(
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
     try:
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
-        if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = logits.contiguous()
+        _refuse_tensors(name, options)
+        logits = _with_adjacent_classes(logits)
         mask = as_mask(name, "mask", mask)
         if weight is not None:
+            check_constant(name, "weight", weight)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            weight = weight.detach().to(dtype).contiguous()
+            weight = weight.to(dtype).contiguous()
         args = (
             logits,
             as_integers(target),
@@ -196,10 +199,32 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
-    _check_types(name, *tensors[:6])
-    if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
-        failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
-    raise failure
+    try:
+        _check_types(name, *tensors[:6])
+        operator = "masked_cross_entropy: "
+        if name + ": " != operator and type(failure) in (ValueError, IndexError):
+            raise type(failure)(str(failure).replace(operator, name + ": ", 1))
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame: a cycle that would keep the logits
+
+
+def _refuse_tensors(name, options):
+    """As numbers of the operator they would lose their derivative, and wait for the GPU."""
+    _, smoothing, softcap, z_loss, gamma, *_ = options
+    if type(smoothing) is type(softcap) is type(z_loss) is type(gamma) is float:
+        return
+    given = {"label_smoothing": smoothing, "softcap": softcap}
+    for argument, value in {**given, "z_loss": z_loss, "focal_gamma": gamma}.items():
+        if isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
+
+
+def _with_adjacent_classes(logits):
+    # Not contiguous(), which takes a tensor without elements as it is, whatever its strides.
+    if logits.dim() > 0 and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return logits.clone(memory_format=torch.contiguous_format)
+    return logits
 
 
 def _check_traced(name, args):
@@ -266,13 +291,10 @@ def _number(name, argument, value, logits):
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
-        if value.requires_grad:
-            raise ValueError(
-                f"{name}: {argument} must not require a gradient: it would get none; detach it"
-            )
+        check_constant(name, argument, value)
         return value
     _check_number(name, argument, value)
-    return torch.full((), value, dtype=torch.float64, device=logits.device)
+    return as_number(value, logits)
 
 
 def _check_overwritable(name, logits):

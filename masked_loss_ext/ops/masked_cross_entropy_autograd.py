@@ -8,11 +8,16 @@ hit), of which the last four mean nothing without statistics.
 """
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import reference
+from .._checks import refuse_tangents
 from . import masked_cross_entropy_higher as higher
-from .masked_squared_error import _below_autograd, _functorch_is_active, refuse_two_devices
+from .masked_squared_error import (
+    _below_autograd,
+    is_batch,
+    is_transformed,
+    refuse_two_devices,
+)
 
 _forward_op = torch.ops.masked_loss_ext.masked_cross_entropy.default
 _backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward.default
@@ -20,13 +25,13 @@ _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.defa
 
 # Positions among the operator's arguments.
 TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer
-TOKEN_WEIGHT, NORMALIZER = 4, 7
+WEIGHT, TOKEN_WEIGHT, TEMPERATURE, NORMALIZER = 3, 4, 6, 7
 ARGUMENTS = 16
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
 
 
 def call(args, inplace_backward):
-    transformed = _functorch_is_active() or forward_ad._current_level >= 0
+    transformed = is_transformed()
     if torch.compiler.is_compiling():
         # A registered operator under a traced transform loses tangents in silence.
         return higher.outputs(*args)[:SHOWN] if transformed else _forward_op(*args)[:SHOWN]
@@ -150,6 +155,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, *tensors):
         ctx.inplace_backward, ctx.options = how
+        ctx.overwritten = False
         with _below_autograd():
             results = _forward_op(*tensors, *ctx.options)
         loss, lse, entropy, log_prob, hit, smooth_distance, denominator = results
@@ -164,13 +170,21 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse=None, grad_entropy=None, grad_log_prob=None, _=None):
+        if ctx.overwritten:  # a flag, as saved-tensor hooks hide the version of what is saved
+            raise RuntimeError(
+                "masked_cross_entropy: inplace_backward=True has one backward: the gradient stands "
+                "where the logits were"
+            )
         grads = (grad_loss, grad_lse, grad_entropy, grad_log_prob)
         needs = _needs(ctx, 1)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads, saved, ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True
+        if is_transformed():  # gradients with a tangent, say
+            results = _DifferentiableBackward.apply(*args, *needs)
+        elif torch.is_grad_enabled():  # create_graph=True
             results = _backward_op(*args, *needs)
-        elif ctx.inplace_backward and needs[0]:
+        elif ctx.inplace_backward and needs[0] and not any(map(is_batch, grads)):
+            ctx.overwritten = True
             with _below_autograd():
                 results = _overwrite(saved[0], args, needs[1])
         else:
@@ -218,9 +232,12 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:TENSORS])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
+        if all(grad is None for grad in grads[:4]):
+            return (None,) * ARGUMENTS
         needs = _needs(ctx)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads[:4], saved, ctx.options)
@@ -229,6 +246,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
+        constants = {"weight": WEIGHT, "temperature": TEMPERATURE, "normalizer": NORMALIZER}
+        refuse_tangents("masked_cross_entropy", {k: tangents[i] for k, i in constants.items()})
         inputs = ctx.saved_tensors[:TENSORS]
         found = higher.tangents(inputs, ctx.options, (tangents[0], tangents[TOKEN_WEIGHT]))
         return (*found, None, None, None)
@@ -273,8 +292,17 @@ class _DifferentiableBackward(torch.autograd.Function):
     def forward(*args):
         return _backward_op(*args)
 
-    setup_context = staticmethod(_setup_backward)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_backward(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:16])
+        ctx.set_materialize_grads(False)
+
     backward = staticmethod(_second_derivative)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return higher.tangents_of_gradients(ctx.saved_tensors, ctx.options, tangents)
 
     @staticmethod
     def vmap(info, in_dims, *args):

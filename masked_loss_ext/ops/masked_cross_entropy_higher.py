@@ -8,8 +8,9 @@ does not come: torch.func.vmap, forward-mode AD and double backward.
 import torch
 
 from .. import reference
-from ..reference.cross_entropy import counted_rows, row_losses, scaled_logits
+from ..reference.cross_entropy import at_labels, counted_rows, row_losses, scaled_logits
 from ..reference.squared_error import select
+from .masked_squared_error_higher import pushforward
 
 
 def outputs(
@@ -83,7 +84,9 @@ def _denominator(on, labels, weight, normalizer, reduction):
         return torch.ones((), dtype=torch.float64, device=on.device)
     if normalizer is not None:
         return normalizer.double()
-    return on.sum().double() if weight is None else select(on, weight[labels]).double().sum()
+    if weight is None:
+        return on.sum().double()
+    return select(on, at_labels(weight, labels)).double().sum()
 
 
 def _differentiable(tensors, options):
@@ -100,13 +103,7 @@ def _differentiable(tensors, options):
 def tangents(tensors, options, directions):
     """Forward-mode derivative, as the derivative of the (linear) pullback."""
     function, primals = _differentiable(tensors, options)
-    values, pullback = torch.func.vjp(function, *primals)
-    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
-    directions = [
-        torch.zeros_like(primal) if direction is None else direction.to(primal.dtype)
-        for primal, direction in zip(primals, directions, strict=False)
-    ]
-    loss, lse, entropy, log_prob = pushforward(tuple(directions))[0]
+    loss, lse, entropy, log_prob = pushforward(function, primals, directions)
     return loss, lse, entropy if options[-1] else entropy.new_zeros(0), log_prob
 
 
@@ -141,10 +138,26 @@ def _pullback(saved, options):
 def gradients(saved, options):
     """The backward operator: same shapes, same dtypes."""
     function, given, _ = _pullback(saved, options)
+    return _as_results(saved, options, *function(saved[4], saved[8], *given))
+
+
+def tangents_of_gradients(saved, options, directions):
+    """Its forward-mode derivative, in its incoming gradients, logits and token_weight; what else it
+    is given follows from them."""
+    function, given, has = _pullback(saved, options)
+    logits, token_weight = saved[4], saved[8]
+    primals, among = [logits, *given], [directions[4]]
+    of_all = lambda x, *g: function(x, None, *g)  # noqa: E731
+    if token_weight is not None:
+        of_all, primals, among = function, [logits, token_weight, *given], directions[4:9:4]
+    among = [*among, *(d for d, present in zip(directions, has, strict=False) if present)]
+    return _as_results(saved, options, *pushforward(of_all, primals, among))
+
+
+def _as_results(saved, options, grad_logits, grad_token_weight):
     needs_logits, needs_token_weight = options[-2:]
     logits, token_weight = saved[4], saved[8]
     dtype = reference.accumulate_dtype(logits, logits)
-    grad_logits, grad_token_weight = function(logits, token_weight, *given)
     weighs = needs_token_weight and token_weight is not None and saved[5] is not None
     return (
         grad_logits if needs_logits else logits.new_zeros(0),

@@ -15,7 +15,14 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
-from .._checks import CONVERTED_MASKS, as_mask
+from .._checks import (
+    CONVERTED_MASKS,
+    as_mask,
+    as_number,
+    check_constant,
+    is_symbolic,
+    refuse_tangents,
+)
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -25,6 +32,17 @@ _backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
 # autograd kernel would run a second time in each call.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def is_transformed():
+    """Whether torch.func or forward-mode AD may stand around the call."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def is_batch(grad):
+    """Whether a gradient is a batch of them (is_grads_batched): that is an older vmap, which
+    torch.func does not know of."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def masked_squared_error(
@@ -38,20 +56,23 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
+    check_constant("masked_squared_error", "edit_mask", edit_mask)
     mask = as_mask("masked_squared_error", "mask", mask)
     if edit_mask is not None and edit_mask.dtype in CONVERTED_MASKS:
         edit_mask = edit_mask.to(torch.float32)
+    weights = (foreground_weight, background_weight)
+    if torch.compiler.is_compiling() and any(map(is_symbolic, weights)):
+        edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
     args = (
         prediction,
         target,
         mask,
         edit_mask,
         weighting,
-        foreground_weight,
-        background_weight,
+        *weights,
         reduction,
     )
-    transformed = _functorch_is_active() or forward_ad._current_level >= 0
+    transformed = is_transformed()
     if torch.compiler.is_compiling():
         # A registered operator under a traced transform loses tangents in silence.
         return higher.loss_and_count(*args)[0] if transformed else _forward_op(*args)[0]
@@ -65,6 +86,17 @@ def masked_squared_error(
         return _Eager.apply(*args)
     with _below_autograd():
         return _forward_op(*args)[0]
+
+
+def _as_edit_mask(prediction, edit_mask, foreground_weight, background_weight):
+    """Weights that change from call to call, in a tensor: as numbers of the operator they would be
+    compiled in."""
+    fg, bg = (as_number(weight, prediction) for weight in (foreground_weight, background_weight))
+    if edit_mask is None:
+        return bg.expand(prediction.shape[:1]), 1.0, 0.0
+    m = edit_mask if edit_mask.is_floating_point() else edit_mask != 0
+    m = m.to(reference.accumulate_dtype(prediction, prediction))
+    return fg * m + bg * (1 - m), 1.0, 0.0
 
 
 def _loss_shape(prediction, reduction):
@@ -170,6 +202,8 @@ class _Eager(torch.autograd.Function):
             return (None,) * 8
         *inputs, count = ctx.saved_tensors
         args = (grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
+        if is_transformed():  # a gradient with a tangent, say
+            return _gradients(_DifferentiableBackward.apply, *args)
         if torch.is_grad_enabled():  # create_graph=True
             return _gradients(_backward_op, *args)
         with _below_autograd():
@@ -207,9 +241,12 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:5])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_count):
+        if grad_loss is None:
+            return (None,) * 8
         *inputs, count = ctx.saved_tensors
         return _gradients(
             _DifferentiableBackward.apply,
@@ -222,6 +259,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
+        refuse_tangents("masked_squared_error", {"edit_mask": tangents[3]})
         inputs = ctx.saved_tensors[:5]
         return higher.tangent_of_loss(inputs, ctx.options, tangents), None
 
@@ -267,6 +305,12 @@ class _DifferentiableBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_backward(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:6])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return higher.tangents_of_gradients(ctx.saved_tensors, ctx.options, ctx.needs, tangents)
 
     backward = staticmethod(_second_derivative)
 

@@ -17,6 +17,18 @@ from ..reference import (
 )
 
 
+def pushforward(function, primals, directions):
+    """Tangents of a function's results, as the derivative of its (linear) pullback: torch.func.jvp
+    refuses to be used within dual_level()."""
+    values, pullback = torch.func.vjp(function, *primals)
+    _, forward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    directions = [
+        torch.zeros_like(primal) if direction is None else direction.to(primal.dtype)
+        for primal, direction in zip(primals, directions, strict=False)
+    ]
+    return forward(tuple(directions))[0]
+
+
 def weighting_gradient_shape(prediction, weighting):
     """The kernel sums over the last dimension where weighting has one entry for all of it."""
     if weighting.dim() == 0 or weighting.shape[-1] == 1:
@@ -101,3 +113,16 @@ def gradients(grad_loss, prediction, target, mask, edit_mask, weighting, count, 
         grads[1].to(target.dtype) if needs[1] else nothing.to(target.dtype),
         grad_weighting,
     )
+
+
+def tangents_of_gradients(saved, options, needs, directions):
+    """The backward operator's forward-mode derivative."""
+    *inputs, mask, edit_mask, weighting = saved
+
+    def function(*inputs):
+        weighting = inputs[3] if len(inputs) > 3 else None
+        return gradients(*inputs[:3], mask, edit_mask, weighting, None, *options, *needs)
+
+    if weighting is not None:
+        inputs.append(weighting)
+    return pushforward(function, inputs, (*directions[:3], directions[5]))
