@@ -107,22 +107,22 @@ def _constant_text(function, name):
     return f"{function}: {name} must not require a gradient: it would get none; detach it"
 
 
-def as_number(value, like):
-    """A number as a 0-d float64 tensor on the device of ``like``.
+def as_number(value, device):
+    """A number as a 0-d float64 tensor.
 
     torch.compile takes a factor that changes from call to call as an input of its graph, but
     compiles a fill value in.
     """
     if torch.compiler.is_compiling():
-        return torch.ones((), dtype=torch.float64, device=like.device) * value
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+        return torch.ones((), dtype=torch.float64, device=device) * value
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def is_symbolic(value):
     """While torch.compile traces: whether a number is an input of the graph, not a part of it."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return not (statically_known_true(value > 0) or statically_known_true(value <= 0))
+    return not has_static_value(value)
 
 
 def refuse_unknown(function, unknown, known):
@@ -250,7 +250,7 @@ def as_weighting(weighting, like):
     if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
         return weighting
     if isinstance(weighting, (int, float)) and not isinstance(weighting, bool):
-        return as_number(weighting, like)
+        return as_number(weighting, like.device)
     if isinstance(weighting, torch.Tensor) and not weighting.is_complex():
         return weighting.to(torch.float32)
     return weighting

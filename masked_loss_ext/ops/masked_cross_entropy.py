@@ -23,6 +23,7 @@ from .._checks import (
 from ..reference import RowStatistics
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
+from .masked_cross_entropy_schedule import call_scheduled, is_scheduled
 from .masked_squared_error import _functorch_is_active
 
 
@@ -195,6 +196,8 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             _check_overwritable(name, logits)
         if _functorch_is_active():
             _check_traced(name, args)
+        if is_scheduled(args):
+            return call_scheduled(args)
         way = call_with_gradient if gradient_in_forward else call
         return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
@@ -294,7 +297,7 @@ def _number(name, argument, value, logits):
         check_constant(name, argument, value)
         return value
     _check_number(name, argument, value)
-    return as_number(value, logits)
+    return as_number(value, logits.device)
 
 
 def _check_overwritable(name, logits):

@@ -28,6 +28,7 @@ TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperat
 WEIGHT, TOKEN_WEIGHT, TEMPERATURE, NORMALIZER = 3, 4, 6, 7
 ARGUMENTS = 16
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
+SMOOTH_DISTANCE = 5
 
 
 def call(args, inplace_backward):

@@ -91,7 +91,8 @@ def masked_squared_error(
 def _as_edit_mask(prediction, edit_mask, foreground_weight, background_weight):
     """Weights that change from call to call, in a tensor: as numbers of the operator they would be
     compiled in."""
-    fg, bg = (as_number(weight, prediction) for weight in (foreground_weight, background_weight))
+    device = prediction.device
+    fg, bg = as_number(foreground_weight, device), as_number(background_weight, device)
     if edit_mask is None:
         return bg.expand(prediction.shape[:1]), 1.0, 0.0
     m = edit_mask if edit_mask.is_floating_point() else edit_mask != 0
