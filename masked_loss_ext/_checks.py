@@ -93,18 +93,9 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
 def check_constant(function, name, value):
     """For an argument without a derivative: a gradient would be missing in silence."""
     if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(_constant_text(function, name))
-
-
-def refuse_tangents(function, tangents):
-    """The same in forward mode; ``tangents`` by argument, None where there is none."""
-    for name, tangent in tangents.items():
-        if tangent is not None:
-            raise ValueError(_constant_text(function, name))
-
-
-def _constant_text(function, name):
-    return f"{function}: {name} must not require a gradient: it would get none; detach it"
+        raise ValueError(
+            f"{function}: {name} must not require a gradient: it would get none; detach it"
+        )
 
 
 def as_number(value, device):

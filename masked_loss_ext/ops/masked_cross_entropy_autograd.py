@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy: fake, derivative, and the ways to the native operator.
 
-As in masked_squared_error.py: torch.compile and torch.export see ``torch.ops``; torch.func and
-forward-mode AD take _Differentiable; eager training _Eager; without gradients the operator is
-called directly. ``call`` takes the operator's arguments and returns (loss, lse, entropy, log_prob,
-hit), of which the last four mean nothing without statistics.
+As in masked_squared_error.py: torch.compile and torch.export see ``torch.ops``; torch.func takes
+_Differentiable; forward-mode AD plain PyTorch; eager training _Eager; without gradients the
+operator is called directly. ``call`` takes the operator's arguments and returns (loss, lse,
+entropy, log_prob, hit), of which the last four mean nothing without statistics.
 """
 
 import torch
 
 from .. import reference
-from .._checks import refuse_tangents
 from . import masked_cross_entropy_higher as higher
 from .masked_squared_error import (
     _below_autograd,
+    _functorch_is_active,
     is_batch,
     is_transformed,
+    needs_plain,
     refuse_two_devices,
 )
 
@@ -25,18 +26,18 @@ _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.defa
 
 # Positions among the operator's arguments.
 TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer
-WEIGHT, TOKEN_WEIGHT, TEMPERATURE, NORMALIZER = 3, 4, 6, 7
+TOKEN_WEIGHT, NORMALIZER = 4, 7
 ARGUMENTS = 16
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
 SMOOTH_DISTANCE = 5
 
 
 def call(args, inplace_backward):
-    transformed = is_transformed()
+    if needs_plain():
+        return higher.outputs(*args)[:SHOWN]
     if torch.compiler.is_compiling():
-        # A registered operator under a traced transform loses tangents in silence.
-        return higher.outputs(*args)[:SHOWN] if transformed else _forward_op(*args)[:SHOWN]
-    if transformed:
+        return _forward_op(*args)[:SHOWN]
+    if _functorch_is_active():
         return _Differentiable.apply(*args)[:SHOWN]
     token_weight = args[TOKEN_WEIGHT]
     if torch.is_grad_enabled() and (
@@ -181,8 +182,9 @@ class _Eager(torch.autograd.Function):
         saved = ctx.saved_tensors
         args = _backward_arguments(grads, saved, ctx.options)
         if is_transformed():  # gradients with a tangent, say
-            results = _DifferentiableBackward.apply(*args, *needs)
-        elif torch.is_grad_enabled():  # create_graph=True
+            results = _gradients(args, needs)
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # create_graph=True, or compiled autograd
             results = _backward_op(*args, *needs)
         elif ctx.inplace_backward and needs[0] and not any(map(is_batch, grads)):
             ctx.overwritten = True
@@ -223,7 +225,7 @@ torch.library.register_autograd(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator for torch.func and forward-mode AD; slower per call."""
+    """The operator for torch.func; slower per call."""
 
     @staticmethod
     def forward(*args):
@@ -232,7 +234,6 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:TENSORS])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -242,16 +243,8 @@ class _Differentiable(torch.autograd.Function):
         needs = _needs(ctx)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads[:4], saved, ctx.options)
-        results = _DifferentiableBackward.apply(*args, *needs)
+        results = _gradients(args, needs)
         return tuple(_input_gradients(*results, saved[TOKEN_WEIGHT], needs))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        constants = {"weight": WEIGHT, "temperature": TEMPERATURE, "normalizer": NORMALIZER}
-        refuse_tangents("masked_cross_entropy", {k: tangents[i] for k, i in constants.items()})
-        inputs = ctx.saved_tensors[:TENSORS]
-        found = higher.tangents(inputs, ctx.options, (tangents[0], tangents[TOKEN_WEIGHT]))
-        return (*found, None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -286,6 +279,13 @@ torch.library.register_autograd(
 )
 
 
+def _gradients(args, needs):
+    """The backward operator under a transform."""
+    if needs_plain():
+        return higher.gradients(args[:16], (*args[16:], *needs))
+    return _DifferentiableBackward.apply(*args, *needs)
+
+
 class _DifferentiableBackward(torch.autograd.Function):
     """The backward operator for torch.func, differentiable again."""
 
@@ -296,14 +296,9 @@ class _DifferentiableBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_backward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:16])
         ctx.set_materialize_grads(False)
 
     backward = staticmethod(_second_derivative)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return higher.tangents_of_gradients(ctx.saved_tensors, ctx.options, tangents)
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -75,8 +75,9 @@ class _Fused(torch.autograd.Function):
                 "been handed over"
             )
         (gradient,) = ctx.saved_tensors
-        if is_transformed() or is_batch(grad_loss):  # with a tangent, or a batch
-            scaled = (gradient * grad_loss).to(gradient.dtype)
+        if torch.compiler.is_compiling() or is_transformed() or is_batch(grad_loss):
+            # compiled autograd, a gradient with a tangent, a batch of them
+            scaled = (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
             return None, select(gradient != 0, scaled), *[None] * (TENSORS - 1)
         ctx.handed_over = True
         with _below_autograd():

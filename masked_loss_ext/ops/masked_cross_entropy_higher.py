@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""masked_cross_entropy in plain PyTorch: vmap, tangents, the second derivative.
+"""masked_cross_entropy in plain PyTorch: vmap, forward mode, the second derivative.
 
 They are derivatives of reference/, need memory of the logits' size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
@@ -10,7 +10,6 @@ import torch
 from .. import reference
 from ..reference.cross_entropy import at_labels, counted_rows, row_losses, scaled_logits
 from ..reference.squared_error import select
-from .masked_squared_error_higher import pushforward
 
 
 def outputs(
@@ -100,13 +99,6 @@ def _differentiable(tensors, options):
     return function, [x for x in (tensors[0], tensors[4]) if x is not None]
 
 
-def tangents(tensors, options, directions):
-    """Forward-mode derivative, as the derivative of the (linear) pullback."""
-    function, primals = _differentiable(tensors, options)
-    loss, lse, entropy, log_prob = pushforward(function, primals, directions)
-    return loss, lse, entropy if options[-1] else entropy.new_zeros(0), log_prob
-
-
 def _pullback(saved, options):
     """The backward operator's derivative: its gradients, logits and token_weight -> its results.
 
@@ -138,26 +130,10 @@ def _pullback(saved, options):
 def gradients(saved, options):
     """The backward operator: same shapes, same dtypes."""
     function, given, _ = _pullback(saved, options)
-    return _as_results(saved, options, *function(saved[4], saved[8], *given))
-
-
-def tangents_of_gradients(saved, options, directions):
-    """Its forward-mode derivative, in its incoming gradients, logits and token_weight; what else it
-    is given follows from them."""
-    function, given, has = _pullback(saved, options)
-    logits, token_weight = saved[4], saved[8]
-    primals, among = [logits, *given], [directions[4]]
-    of_all = lambda x, *g: function(x, None, *g)  # noqa: E731
-    if token_weight is not None:
-        of_all, primals, among = function, [logits, token_weight, *given], directions[4:9:4]
-    among = [*among, *(d for d, present in zip(directions, has, strict=False) if present)]
-    return _as_results(saved, options, *pushforward(of_all, primals, among))
-
-
-def _as_results(saved, options, grad_logits, grad_token_weight):
     needs_logits, needs_token_weight = options[-2:]
     logits, token_weight = saved[4], saved[8]
     dtype = reference.accumulate_dtype(logits, logits)
+    grad_logits, grad_token_weight = function(logits, token_weight, *given)
     weighs = needs_token_weight and token_weight is not None and saved[5] is not None
     return (
         grad_logits if needs_logits else logits.new_zeros(0),

@@ -34,7 +34,8 @@ def call_scheduled(args):
 
 def _define(operator):
     """The native operator with a tensor in front, without floats and defaults."""
-    name = operator._schema.name + "_scheduled"
+    space, _, name = operator._schema.name.partition("::")
+    name = f"{space}::_{name.removeprefix('_')}_scheduled"
     text = str(operator._schema).removeprefix(operator._schema.name + "(")
     text = re.sub(r"=[^,)]*", "", re.sub(r"float \w+(=[^,]*)?, ", "", text))
     torch.library.define(name, "(Tensor numbers, " + text)
@@ -97,3 +98,4 @@ def _backward_registered(ctx, *grads):
 torch.library.register_autograd(
     _forward_op._schema.name, _backward_registered, setup_context=_setup_forward
 )
+native.refuse_derivative(_backward_op, "masked_cross_entropy")

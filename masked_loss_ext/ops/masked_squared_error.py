@@ -2,11 +2,12 @@
 """masked_squared_error: fake, derivative, and the one function that the losses call.
 
 The schema is in csrc/schemas.cpp, the formula in csrc/masked_squared_error.h. Four ways lead to the
-native operator, because no single one serves all of PyTorch:
+native operator, because no single one serves all of PyTorch, and a fifth around it:
 
 - torch.compile and torch.export see ``torch.ops`` with ``register_fake`` and ``register_autograd``;
-- torch.func and forward-mode AD need an ``autograd.Function`` with ``setup_context``
-  (_Differentiable);
+- torch.func needs an ``autograd.Function`` with ``setup_context`` (_Differentiable);
+- forward-mode AD gets plain PyTorch: a jvp of our own would be right once, and 0 in silence within
+  another;
 - eager training takes the classic ``autograd.Function`` (_Eager), a third of that per call;
 - without gradients the operator is called directly.
 """
@@ -21,7 +22,6 @@ from .._checks import (
     as_number,
     check_constant,
     is_symbolic,
-    refuse_tangents,
 )
 from . import masked_squared_error_higher as higher
 
@@ -37,6 +37,14 @@ _functorch_is_active = torch._C._are_functorch_transforms_active
 def is_transformed():
     """Whether torch.func or forward-mode AD may stand around the call."""
     return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def needs_plain():
+    """Whether plain PyTorch alone has all derivatives: in forward mode, and where torch.compile
+    traces a transform, under which a registered operator loses tangents in silence."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.compiler.is_compiling() and _functorch_is_active()
 
 
 def is_batch(grad):
@@ -72,11 +80,11 @@ def masked_squared_error(
         *weights,
         reduction,
     )
-    transformed = is_transformed()
+    if needs_plain():
+        return higher.loss_and_count(*args)[0]
     if torch.compiler.is_compiling():
-        # A registered operator under a traced transform loses tangents in silence.
-        return higher.loss_and_count(*args)[0] if transformed else _forward_op(*args)[0]
-    if transformed:
+        return _forward_op(*args)[0]
+    if _functorch_is_active():
         return _Differentiable.apply(*args)[0]
     if torch.is_grad_enabled() and (
         prediction.requires_grad
@@ -204,8 +212,9 @@ class _Eager(torch.autograd.Function):
         *inputs, count = ctx.saved_tensors
         args = (grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
         if is_transformed():  # a gradient with a tangent, say
-            return _gradients(_DifferentiableBackward.apply, *args)
-        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients(_transformed_backward, *args)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # create_graph=True, or compiled autograd
             return _gradients(_backward_op, *args)
         with _below_autograd():
             return _gradients(_backward_op, *args)
@@ -232,7 +241,7 @@ torch.library.register_autograd(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator for torch.func and forward-mode AD; slower per call."""
+    """The operator for torch.func; slower per call."""
 
     @staticmethod
     def forward(*args):
@@ -241,7 +250,6 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -250,19 +258,13 @@ class _Differentiable(torch.autograd.Function):
             return (None,) * 8
         *inputs, count = ctx.saved_tensors
         return _gradients(
-            _DifferentiableBackward.apply,
+            _transformed_backward,
             grad_loss,
             inputs,
             count,
             ctx.options,
             ctx.needs_input_grad,
         )
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        refuse_tangents("masked_squared_error", {"edit_mask": tangents[3]})
-        inputs = ctx.saved_tensors[:5]
-        return higher.tangent_of_loss(inputs, ctx.options, tangents), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -296,6 +298,12 @@ torch.library.register_autograd(
 )
 
 
+def _transformed_backward(*args):
+    if needs_plain():
+        return higher.gradients(*args)
+    return _DifferentiableBackward.apply(*args)
+
+
 class _DifferentiableBackward(torch.autograd.Function):
     """The backward operator for torch.func, differentiable again."""
 
@@ -306,12 +314,7 @@ class _DifferentiableBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_backward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:6])
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return higher.tangents_of_gradients(ctx.saved_tensors, ctx.options, ctx.needs, tangents)
 
     backward = staticmethod(_second_derivative)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Plain-PyTorch pieces of masked_squared_error's derivative: vmap, tangents, the second derivative.
+"""Plain-PyTorch pieces of masked_squared_error: vmap, forward mode, the second derivative.
 
 They are built from reference/, need memory of prediction's size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
@@ -17,18 +17,6 @@ from ..reference import (
 )
 
 
-def pushforward(function, primals, directions):
-    """Tangents of a function's results, as the derivative of its (linear) pullback: torch.func.jvp
-    refuses to be used within dual_level()."""
-    values, pullback = torch.func.vjp(function, *primals)
-    _, forward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
-    directions = [
-        torch.zeros_like(primal) if direction is None else direction.to(primal.dtype)
-        for primal, direction in zip(primals, directions, strict=False)
-    ]
-    return forward(tuple(directions))[0]
-
-
 def weighting_gradient_shape(prediction, weighting):
     """The kernel sums over the last dimension where weighting has one entry for all of it."""
     if weighting.dim() == 0 or weighting.shape[-1] == 1:
@@ -44,23 +32,6 @@ def loss_and_count(prediction, target, mask, edit_mask, weighting, *options):
         on = align_leading(mask, prediction) != 0
         count = on.expand(prediction.shape).sum()
     return loss, count
-
-
-def tangent_of_loss(inputs, options, tangents):
-    """Forward-mode derivative of the loss: its partial derivatives times the tangents, summed."""
-    prediction, _, mask, _, weighting = inputs
-    # Per-element partial derivatives first, then the reduction.
-    partials = masked_squared_error_gradients(
-        torch.ones((), device=prediction.device), *inputs, *options[:2], "none"
-    )
-    total = torch.zeros_like(partials[0])
-    for partial, tangent in zip(partials, (tangents[0], tangents[1], tangents[4]), strict=True):
-        if tangent is not None:
-            total = total + partial * tangent.to(partial.dtype)
-    on = None
-    if mask is not None:
-        on = (align_leading(mask, prediction) != 0).expand(prediction.shape)
-    return _reduce_like_loss(select(on, total), prediction, on, options[2])
 
 
 def second_derivative(saved, options, upstream, needs):
@@ -113,16 +84,3 @@ def gradients(grad_loss, prediction, target, mask, edit_mask, weighting, count, 
         grads[1].to(target.dtype) if needs[1] else nothing.to(target.dtype),
         grad_weighting,
     )
-
-
-def tangents_of_gradients(saved, options, needs, directions):
-    """The backward operator's forward-mode derivative."""
-    *inputs, mask, edit_mask, weighting = saved
-
-    def function(*inputs):
-        weighting = inputs[3] if len(inputs) > 3 else None
-        return gradients(*inputs[:3], mask, edit_mask, weighting, None, *options, *needs)
-
-    if weighting is not None:
-        inputs.append(weighting)
-    return pushforward(function, inputs, (*directions[:3], directions[5]))
