@@ -104,7 +104,7 @@ def as_number(value, device):
     torch.compile takes a factor that changes from call to call as an input of its graph, but
     compiles a fill value in.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.ones((), dtype=torch.float64, device=device) * value
     return torch.full((), value, dtype=torch.float64, device=device)
 

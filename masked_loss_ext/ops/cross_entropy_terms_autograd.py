@@ -160,7 +160,7 @@ class _Eager(torch.autograd.Function):
             used = _used(grads, saved[4], saved[5], ctx.unscaled)
             function, given = _pullback(used, saved, ctx.ignore_index)
             grad_logits = function(saved[0], *given)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+        elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             # create_graph=True, or compiled autograd
             grad_logits = _backward(ctx, *grads)
         else:

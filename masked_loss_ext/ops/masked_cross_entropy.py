@@ -21,9 +21,9 @@ from .._checks import (
     shape_text,
 )
 from ..reference import RowStatistics
+from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
-from .masked_cross_entropy_schedule import call_scheduled, is_scheduled
 from .masked_squared_error import _functorch_is_active
 
 
@@ -196,8 +196,6 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             _check_overwritable(name, logits)
         if _functorch_is_active():
             _check_traced(name, args)
-        if is_scheduled(args):
-            return call_scheduled(args)
         way = call_with_gradient if gradient_in_forward else call
         return way(args, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is

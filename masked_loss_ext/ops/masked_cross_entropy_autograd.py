@@ -36,7 +36,10 @@ def call(args, inplace_backward):
     if needs_plain():
         return higher.outputs(*args)[:SHOWN]
     if torch.compiler.is_compiling():
-        return _forward_op(*args)[:SHOWN]
+        from . import masked_cross_entropy_schedule as schedule  # which is made of this module
+
+        way = schedule.call_scheduled if schedule.is_scheduled(args) else _forward_op
+        return way(*args)[:SHOWN]
     if _functorch_is_active():
         return _Differentiable.apply(*args)[:SHOWN]
     token_weight = args[TOKEN_WEIGHT]
@@ -183,7 +186,7 @@ class _Eager(torch.autograd.Function):
         args = _backward_arguments(grads, saved, ctx.options)
         if is_transformed():  # gradients with a tangent, say
             results = _gradients(args, needs)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+        elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             # create_graph=True, or compiled autograd
             results = _backward_op(*args, *needs)
         elif ctx.inplace_backward and needs[0] and not any(map(is_batch, grads)):

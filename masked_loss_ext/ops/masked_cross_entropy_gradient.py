@@ -75,7 +75,7 @@ class _Fused(torch.autograd.Function):
                 "been handed over"
             )
         (gradient,) = ctx.saved_tensors
-        if torch.compiler.is_compiling() or is_transformed() or is_batch(grad_loss):
+        if torch.compiler.is_dynamo_compiling() or is_transformed() or is_batch(grad_loss):
             # compiled autograd, a gradient with a tangent, a batch of them
             scaled = (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
             return None, select(gradient != 0, scaled), *[None] * (TENSORS - 1)

@@ -20,16 +20,13 @@ _GRADIENTS, _DISTANCE = 16, 14  # tensors of the backward operator, smooth_dista
 
 
 def is_scheduled(args):
-    return torch.compiler.is_compiling() and any(map(is_symbolic, args[NUMBERS]))
+    return torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, args[NUMBERS]))
 
 
-def call_scheduled(args):
-    """args: of the native operator. Returns what its ``call`` does."""
-    if native.is_transformed():
-        return native.call(args, False)
+def call_scheduled(*args):
+    """As the native operator."""
     numbers = torch.stack([as_number(value, "cpu") for value in args[NUMBERS]])
-    results = _forward_op(numbers, *args[: NUMBERS.start], *args[NUMBERS.stop :])
-    return results[: native.SHOWN]
+    return _forward_op(numbers, *args[: NUMBERS.start], *args[NUMBERS.stop :])
 
 
 def _define(operator):

@@ -44,7 +44,7 @@ def needs_plain():
     traces a transform, under which a registered operator loses tangents in silence."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.compiler.is_compiling() and _functorch_is_active()
+    return _functorch_is_active() and torch.compiler.is_compiling()
 
 
 def is_batch(grad):
@@ -69,7 +69,7 @@ def masked_squared_error(
     if edit_mask is not None and edit_mask.dtype in CONVERTED_MASKS:
         edit_mask = edit_mask.to(torch.float32)
     weights = (foreground_weight, background_weight)
-    if torch.compiler.is_compiling() and any(map(is_symbolic, weights)):
+    if torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, weights)):
         edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
     args = (
         prediction,
@@ -213,7 +213,7 @@ class _Eager(torch.autograd.Function):
         args = (grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
         if is_transformed():  # a gradient with a tangent, say
             return _gradients(_transformed_backward, *args)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             # create_graph=True, or compiled autograd
             return _gradients(_backward_op, *args)
         with _below_autograd():
