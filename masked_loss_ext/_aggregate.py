@@ -10,6 +10,7 @@ import torch
 from ._checks import (
     as_integers,
     as_mask,
+    as_number,
     check_choice,
     check_device,
     check_integers,
@@ -164,8 +165,7 @@ def as_divisor(name, normalizer, like):
             )
         check_device(name, "normalizer", normalizer, "the loss", like)
         return normalizer.double()
-    # A product: torch.compile makes one graph for all values.
-    return torch.ones((), dtype=torch.float64, device=like.device) * normalizer
+    return as_number(normalizer, like.device)
 
 
 def check_weighted(name, reduction, token_weight):

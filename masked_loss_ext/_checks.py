@@ -101,6 +101,32 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
         )
 
 
+def check_constant(function, name, value):
+    """For an argument without a derivative: a gradient would be missing in silence."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{function}: {name} must not require a gradient: it would get none; detach it"
+        )
+
+
+def as_number(value, device):
+    """A number as a 0-d float64 tensor.
+
+    torch.compile takes a factor that changes from call to call as an input of its graph, but
+    compiles a fill value in.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ones((), dtype=torch.float64, device=device) * value
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def is_symbolic(value):
+    """While torch.compile traces: whether a number is an input of the graph, not a part of it."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(value)
+
+
 def refuse_unknown(function, unknown, known):
     """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
     for name in unknown:
@@ -234,7 +260,8 @@ def check_not_additive(function, name, mask):
     """
     if mask.dtype not in _FLOATING or mask.device.type != "cpu" or is_traced():
         return
-    if type(mask) is not torch.Tensor:  # a fake tensor, say, has no data
+    # A fake tensor, say, has no data; and a mode (make_fx, linearize) may trace this very look.
+    if type(mask) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:
         return
     if mask.numel() and not mask.min() >= 0:
         if mask.isnan().any():
@@ -266,7 +293,7 @@ def as_weighting(function, weighting, like):
         return weighting
     if isinstance(weighting, (int, float, numbers.Real)) and not isinstance(weighting, bool):
         check_number(function, "weighting", weighting)
-        return torch.full((), float(weighting), dtype=torch.float64, device=like.device)
+        return as_number(weighting, like.device)
     if isinstance(weighting, torch.Tensor) and weighting.dtype in _WEIGHTS:
         return weighting.to(torch.float32)
     return weighting

@@ -100,7 +100,7 @@ def test_a_second_backward_is_refused():
     x = torch.randn(4, 50, requires_grad=True) * 1
     loss = mle.masked_cross_entropy(x, torch.arange(4), inplace_backward=True)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=MODIFIED):
+    with pytest.raises(RuntimeError, match="inplace_backward=True has one backward"):
         loss.backward()
 
 

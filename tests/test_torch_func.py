@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_autograd import EDIT, ELEMENTS, MASK, PUBLIC, leaves, token_module
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import masked_loss_ext as mle
 from masked_loss_ext import reference
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 from masked_loss_ext.ops.masked_squared_error import masked_squared_error
 
 
@@ -128,3 +130,32 @@ def test_arguments_are_checked_under_vmap():
     ):
         with pytest.raises(ValueError, match=text):
             torch.vmap(bad)(x)
+
+
+LABELS, ROWS = torch.tensor([1, 0]), torch.tensor([1.0, 0.0])
+WITH_FLOAT_MASK = {
+    "squared": lambda x: mle.masked_mse(x, x.detach() + 1, ROWS),
+    "tokens": lambda x: mle.masked_edit_token_mean_loss(x[None], x[None] * 0, ROWS[None]),
+    "elements": lambda x: mle.MaskEditLoss()(x[None], x[None] * 0, attention_mask=ROWS[None]),
+    "cross entropy": lambda x: mle.masked_cross_entropy(x, LABELS, ROWS),
+    "statistics": lambda x: mle.row_statistics(x, LABELS, ROWS).lse.sum(),
+    "terms": lambda x: cross_entropy_terms(x, LABELS, ROWS).log_prob.sum(),
+}
+
+
+@pytest.mark.parametrize("name", WITH_FLOAT_MASK)
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_no_data_of_a_mask_is_read_while_tracing(name):
+    """Eagerly a floating mask on the CPU is looked at, to refuse an additive one."""
+    loss, x = WITH_FLOAT_MASK[name], torch.randn(2, 5, dtype=torch.float64)
+    gradient = torch.func.grad(loss)(x)
+    value, linear = torch.func.linearize(loss, x)
+    torch.testing.assert_close(value, loss(x))
+    torch.testing.assert_close(linear(x + 1), (gradient * (x + 1)).sum())
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(loss, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(x + 1), loss(x + 1))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert loss(fake.from_tensor(x)).shape == ()
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        torch.testing.assert_close(loss(x), value)

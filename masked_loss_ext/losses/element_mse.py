@@ -6,6 +6,7 @@ import torch
 from .._checks import (
     as_weighting,
     check_choice,
+    check_constant,
     check_leading_mask,
     check_mask,
     check_number,
@@ -97,6 +98,7 @@ class MaskEditLoss(torch.nn.Module):
             name, "attention_mask", attention_mask, "model_pred", model_pred, 2, broadcast=True
         )
         check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2, broadcast=True)
+        check_constant(name, "edit_mask", edit_mask)
         weighting = as_weighting(name, weighting, model_pred)
         check_weighting(name, weighting, "model_pred", model_pred)
         fg, bg = self._weights()

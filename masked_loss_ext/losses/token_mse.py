@@ -7,6 +7,7 @@ from .._aggregate import AGGREGATIONS, as_divisor, check_normalizer, reduce_toke
 from .._checks import (
     as_weighting,
     check_choice,
+    check_constant,
     check_mask,
     check_number,
     check_prediction,
@@ -37,6 +38,7 @@ def _check(
         ("edit_mask", edit_mask, None),
     ):
         check_mask(function, name, mask, "model_pred", model_pred, 2, label, broadcast=True)
+    check_constant(function, "edit_mask", edit_mask)
     weighting = as_weighting(function, weighting, model_pred)
     check_weighting(function, weighting, "model_pred", model_pred)
 

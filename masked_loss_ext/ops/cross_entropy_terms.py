@@ -8,7 +8,7 @@ in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and label
 from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
 from ..reference import CrossEntropyTerms
 from .cross_entropy_terms_autograd import call, is_transformed
-from .masked_cross_entropy import _temperature
+from .masked_cross_entropy import _temperature, _with_adjacent_classes
 
 _NAME = "cross_entropy_terms"
 
@@ -75,8 +75,7 @@ def cross_entropy_terms(
         ValueError: a shape, dtype, device or option that does not fit.
     """
     try:
-        if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = logits.contiguous()
+        logits = _with_adjacent_classes(logits)
         mask = as_mask(_NAME, "mask", mask)
         context_before, ngram_after = (None, None) if links is None else links
         args = (
@@ -100,10 +99,11 @@ def cross_entropy_terms(
         return CrossEntropyTerms(
             *(term if there else None for term, there in zip(results, asked, strict=True))
         )
-    _check_types(logits, target, mask, classes, links)
-    if type(failure) in (ValueError, IndexError):
-        failure = type(failure)(str(failure).replace("_cross_entropy_terms_backward", _NAME))
-    raise failure
+    try:
+        _check_types(logits, target, mask, classes, links)
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame: a cycle that would keep the logits
 
 
 def _check_types(logits, target, mask, classes, links):

@@ -7,10 +7,9 @@ reference, which needs memory of the logits' size: training does not come there.
 """
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import reference
-from .masked_squared_error import _below_autograd, _functorch_is_active, refuse_two_devices
+from .masked_squared_error import _below_autograd, is_transformed, refuse_two_devices
 
 _forward_op = torch.ops.masked_loss_ext.cross_entropy_terms.default
 _backward_op = torch.ops.masked_loss_ext._cross_entropy_terms_backward.default
@@ -19,10 +18,6 @@ _backward_op = torch.ops.masked_loss_ext._cross_entropy_terms_backward.default
 TENSORS = 7  # logits, target, mask, temperature, classes, context_before, ngram_after
 GRADIENTS = 6  # of all results but candidates and sums
 SHOWN = 7  # of the results: all but sums
-
-
-def is_transformed():
-    return _functorch_is_active() or forward_ad._current_level >= 0
 
 
 def call(args):
@@ -129,6 +124,24 @@ def _backward(ctx, *grads):
     return _backward_op(*grads, *saved, ctx.ignore_index)
 
 
+def _pullback(grads, tensors, ignore_index):
+    """The backward operator in plain PyTorch, as a function of the logits and of those incoming
+    gradients that there are, and these."""
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+
+    def function(logits, *given):
+        # Without its options a result is not computed; the two at temperature T always are.
+        terms, pull = torch.func.vjp(
+            lambda x: outputs(x, *tensors[1:], ignore_index)[:GRADIENTS], logits
+        )
+        full = [torch.zeros_like(term) for term in terms]
+        for i, grad in zip(present, given, strict=True):
+            full[i] = grad.to(terms[i].dtype)
+        return pull(tuple(full))[0]
+
+    return function, [grads[i] for i in present]
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
@@ -142,7 +155,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True
+        if is_transformed():  # gradients with a tangent, say
+            saved = ctx.saved_tensors[:TENSORS]
+            used = _used(grads, saved[4], saved[5], ctx.unscaled)
+            function, given = _pullback(used, saved, ctx.ignore_index)
+            grad_logits = function(saved[0], *given)
+        elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+            # create_graph=True, or compiled autograd
             grad_logits = _backward(ctx, *grads)
         else:
             with _below_autograd():
@@ -167,20 +186,10 @@ def _setup_backward(ctx, inputs, output):
 def _second_derivative(ctx, upstream):
     """Derivative of the backward operator, in its incoming gradients and the logits."""
     grads, tensors = ctx.saved_tensors[:GRADIENTS], ctx.saved_tensors[GRADIENTS:-1]
-    present = [i for i, grad in enumerate(grads) if grad is not None]
-
-    def pullback(logits, *given):
-        # Without its options a result is not computed; the two at temperature T always are.
-        terms, pull = torch.func.vjp(
-            lambda x: outputs(x, *tensors[1:], ctx.ignore_index)[:GRADIENTS], logits
-        )
-        full = [torch.zeros_like(term) for term in terms]
-        for i, grad in zip(present, given, strict=True):
-            full[i] = grad.to(terms[i].dtype)
-        return pull(tuple(full))[0]
-
-    _, pull = torch.func.vjp(pullback, tensors[0], *(grads[i] for i in present))
+    function, given = _pullback(grads, tensors, ctx.ignore_index)
+    _, pull = torch.func.vjp(function, tensors[0], *given)
     found = pull(upstream)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
     result = [None] * (GRADIENTS + TENSORS + 2)
     for position, grad in zip((GRADIENTS, *present), found, strict=True):
         if ctx.needs_input_grad[position]:

@@ -11,9 +11,10 @@ import numbers
 import torch
 
 from .._aggregate import AGGREGATIONS, check_normalizer
-from .._checks import as_integers, as_mask
+from .._checks import as_integers, as_mask, as_number, check_constant
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
+from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
 from .masked_cross_entropy_aggregate import aggregate_rows, check_aggregation
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
@@ -210,10 +211,10 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         if traced or type(tensors[0]) is not torch.Tensor:  # fakes of the operator check no shape
             tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
-        if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = logits.contiguous()
+        logits = _with_adjacent_classes(logits)
         mask = as_mask(name, "mask", mask)
         if weight is not None:
+            check_constant(name, "weight", weight)
             weight = checks.class_weight(name, weight, logits)
         args = (
             logits,
@@ -240,11 +241,19 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         if fitting is not None:  # the operator has refused the shapes, and not begun
             return _call(name, fitting, options, inplace_backward, gradient_in_forward)
         checks.explain(name, failure, tensors, options)
-        if name != "masked_cross_entropy" and type(failure) in (ValueError, IndexError):
-            failure = type(failure)(str(failure).replace("masked_cross_entropy", name))
+        operator = "masked_cross_entropy: "
+        if name + ": " != operator and type(failure) in (ValueError, IndexError):
+            raise type(failure)(str(failure).replace(operator, name + ": ", 1))
         raise failure
     finally:
-        del failure  # it holds this frame, and so would the logits
+        del failure  # its traceback holds this frame: a cycle that would keep the logits
+
+
+def _with_adjacent_classes(logits):
+    # Not contiguous(), which takes a tensor without elements as it is, whatever its strides.
+    if logits.dim() > 0 and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return logits.clone(memory_format=torch.contiguous_format)
+    return logits
 
 
 def _temperature(name, temperature, logits):
@@ -269,10 +278,7 @@ def _number(name, argument, value, logits):
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
-        if value.requires_grad:
-            raise ValueError(
-                f"{name}: {argument} must not require a gradient: it would get none; detach it"
-            )
+        check_constant(name, argument, value)
         return value
     _check_number(name, argument, value)
-    return torch.full((), value, dtype=torch.float64, device=logits.device)
+    return as_number(value, logits.device)

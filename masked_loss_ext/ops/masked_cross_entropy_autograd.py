@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy: fake, derivative, and the ways to the native operator.
 
-As in masked_squared_error.py: torch.compile and torch.export see ``torch.ops``; torch.func and
-forward-mode AD take _Differentiable; eager training _Eager; without gradients the operator is
-called directly. ``call`` takes the operator's arguments and returns (loss, lse, entropy, log_prob,
-hit), of which the last four mean nothing without statistics.
+As in masked_squared_error.py: torch.compile and torch.export see ``torch.ops``; torch.func takes
+_Differentiable; forward-mode AD plain PyTorch; eager training _Eager; without gradients the
+operator is called directly. ``call`` takes the operator's arguments and returns (loss, lse,
+entropy, log_prob, hit), of which the last four mean nothing without statistics.
 """
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import reference
 from . import masked_cross_entropy_higher as higher
-from .masked_squared_error import _below_autograd, _functorch_is_active, refuse_two_devices
+from .masked_squared_error import (
+    _below_autograd,
+    _functorch_is_active,
+    is_batch,
+    is_transformed,
+    needs_plain,
+    refuse_two_devices,
+)
 
 _forward_op = torch.ops.masked_loss_ext.masked_cross_entropy.default
 _backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward.default
@@ -23,14 +29,18 @@ TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperat
 TOKEN_WEIGHT, NORMALIZER = 4, 7
 ARGUMENTS = 16
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
+SMOOTH_DISTANCE = 5
 
 
 def call(args, inplace_backward):
-    transformed = _functorch_is_active() or forward_ad._current_level >= 0
+    if needs_plain():
+        return higher.outputs(*args)[:SHOWN]
     if torch.compiler.is_compiling():
-        # A registered operator under a traced transform loses tangents in silence.
-        return higher.outputs(*args)[:SHOWN] if transformed else _forward_op(*args)[:SHOWN]
-    if transformed:
+        from . import masked_cross_entropy_schedule as schedule  # which is made of this module
+
+        way = schedule.call_scheduled if schedule.is_scheduled(args) else _forward_op
+        return way(*args)[:SHOWN]
+    if _functorch_is_active():
         return _Differentiable.apply(*args)[:SHOWN]
     token_weight = args[TOKEN_WEIGHT]
     if torch.is_grad_enabled() and (
@@ -150,6 +160,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, *tensors):
         ctx.inplace_backward, ctx.options = how
+        ctx.overwritten = False
         with _below_autograd():
             results = _forward_op(*tensors, *ctx.options)
         loss, lse, entropy, log_prob, hit, smooth_distance, denominator = results
@@ -164,13 +175,22 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse=None, grad_entropy=None, grad_log_prob=None, _=None):
+        if ctx.overwritten:  # a flag, as saved-tensor hooks hide the version of what is saved
+            raise RuntimeError(
+                "masked_cross_entropy: inplace_backward=True has one backward: the gradient stands "
+                "where the logits were"
+            )
         grads = (grad_loss, grad_lse, grad_entropy, grad_log_prob)
         needs = _needs(ctx, 1)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads, saved, ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True
+        if is_transformed():  # gradients with a tangent, say
+            results = _gradients(args, needs)
+        elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+            # create_graph=True, or compiled autograd
             results = _backward_op(*args, *needs)
-        elif ctx.inplace_backward and needs[0]:
+        elif ctx.inplace_backward and needs[0] and not any(map(is_batch, grads)):
+            ctx.overwritten = True
             with _below_autograd():
                 results = _overwrite(saved[0], args, needs[1])
         else:
@@ -208,7 +228,7 @@ torch.library.register_autograd(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator for torch.func and forward-mode AD; slower per call."""
+    """The operator for torch.func; slower per call."""
 
     @staticmethod
     def forward(*args):
@@ -217,21 +237,17 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:TENSORS])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
+        if all(grad is None for grad in grads[:4]):
+            return (None,) * ARGUMENTS
         needs = _needs(ctx)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads[:4], saved, ctx.options)
-        results = _DifferentiableBackward.apply(*args, *needs)
+        results = _gradients(args, needs)
         return tuple(_input_gradients(*results, saved[TOKEN_WEIGHT], needs))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        inputs = ctx.saved_tensors[:TENSORS]
-        found = higher.tangents(inputs, ctx.options, (tangents[0], tangents[TOKEN_WEIGHT]))
-        return (*found, None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -266,6 +282,13 @@ torch.library.register_autograd(
 )
 
 
+def _gradients(args, needs):
+    """The backward operator under a transform."""
+    if needs_plain():
+        return higher.gradients(args[:16], (*args[16:], *needs))
+    return _DifferentiableBackward.apply(*args, *needs)
+
+
 class _DifferentiableBackward(torch.autograd.Function):
     """The backward operator for torch.func, differentiable again."""
 
@@ -273,7 +296,11 @@ class _DifferentiableBackward(torch.autograd.Function):
     def forward(*args):
         return _backward_op(*args)
 
-    setup_context = staticmethod(_setup_backward)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_backward(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
     backward = staticmethod(_second_derivative)
 
     @staticmethod

@@ -50,7 +50,7 @@ def class_weight(name, weight, logits):
     if weight.is_complex():
         raise ValueError(f"{name}: weight must be floating or integer, got {weight.dtype}")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return weight.detach().to(dtype).contiguous()
+    return weight.to(dtype).contiguous()
 
 
 def expanded(tensors):
@@ -123,8 +123,8 @@ def check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shif
 
 
 def check_factor(name, argument, value, most=None):
-    if not isinstance(value, torch.Tensor):
-        check_number(name, argument, value, least=0, most=most)
+    # A tensor is none: it would lose its derivative, and be waited for.
+    check_number(name, argument, value, least=0, most=most)
 
 
 def check_int64(name, argument, value):
@@ -154,10 +154,6 @@ def softcap_number(name, softcap):
     """What the operator takes: 0 for none."""
     if softcap is None or (isinstance(softcap, (int, float)) and softcap == math.inf):
         return 0.0
-    if isinstance(softcap, torch.Tensor):
-        if not softcap > 0:
-            raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
-        return softcap
     if not (type(softcap) is float and _SMALLEST <= softcap < _NO_CAP):
         check_scale(name, "softcap", softcap)
     return softcap if softcap < _NO_CAP else 0.0

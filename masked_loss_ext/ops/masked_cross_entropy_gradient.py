@@ -6,11 +6,16 @@ the device by what comes in where that is not 1; it reads nothing else.
 """
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import reference
+from ..reference.squared_error import select
 from .masked_cross_entropy_autograd import TENSORS, TOKEN_WEIGHT, call, refuse_derivative
-from .masked_squared_error import _below_autograd, _functorch_is_active, refuse_two_devices
+from .masked_squared_error import (
+    _below_autograd,
+    is_batch,
+    is_transformed,
+    refuse_two_devices,
+)
 
 _fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient.default
 _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_.default
@@ -36,8 +41,7 @@ def call_with_gradient(args, inplace_backward):
         not (torch.is_grad_enabled() and args[0].requires_grad)
         or (token_weight is not None and token_weight.requires_grad)
         or torch.compiler.is_compiling()
-        or _functorch_is_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
     ):
         return call(args, inplace_backward)
     return (_Fused.apply((inplace_backward, args[TENSORS:-1]), *args[:TENSORS]),)
@@ -55,6 +59,7 @@ class _Fused(torch.autograd.Function):
             else:
                 loss, gradient = _fused_op(*tensors, *options)
         ctx.save_for_backward(gradient)
+        ctx.handed_over = False
         return loss
 
     @staticmethod
@@ -64,7 +69,17 @@ class _Fused(torch.autograd.Function):
                 "masked_cross_entropy: gradient_in_forward=True has no second derivative; call it "
                 "without, or backward without create_graph"
             )
+        if ctx.handed_over:  # a flag, as saved-tensor hooks hide the version of what is saved
+            raise RuntimeError(
+                "masked_cross_entropy: gradient_in_forward=True has one backward: the gradient has "
+                "been handed over"
+            )
         (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_dynamo_compiling() or is_transformed() or is_batch(grad_loss):
+            # compiled autograd, a gradient with a tangent, a batch of them
+            scaled = (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
+            return None, select(gradient != 0, scaled), *[None] * (TENSORS - 1)
+        ctx.handed_over = True
         with _below_autograd():
             _scale_op(gradient, grad_loss)
             # Who gets it may add to it: a second backward must not find it.

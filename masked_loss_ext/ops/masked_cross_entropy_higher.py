@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""masked_cross_entropy in plain PyTorch: vmap, tangents, the second derivative.
+"""masked_cross_entropy in plain PyTorch: vmap, forward mode, the second derivative.
 
 They are derivatives of reference/, need memory of the logits' size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
@@ -8,7 +8,7 @@ does not come: torch.func.vmap, forward-mode AD and double backward.
 import torch
 
 from .. import reference
-from ..reference.cross_entropy import counted_rows, row_losses, scaled_logits
+from ..reference.cross_entropy import at_labels, counted_rows, row_losses, scaled_logits
 from ..reference.squared_error import select
 
 
@@ -83,7 +83,9 @@ def _denominator(on, labels, weight, normalizer, reduction):
         return torch.ones((), dtype=torch.float64, device=on.device)
     if normalizer is not None:
         return normalizer.double()
-    return on.sum().double() if weight is None else select(on, weight[labels]).double().sum()
+    if weight is None:
+        return on.sum().double()
+    return select(on, at_labels(weight, labels)).double().sum()
 
 
 def _differentiable(tensors, options):
@@ -95,19 +97,6 @@ def _differentiable(tensors, options):
         return outputs(*inputs, *options[:-1], True)[:4]
 
     return function, [x for x in (tensors[0], tensors[4]) if x is not None]
-
-
-def tangents(tensors, options, directions):
-    """Forward-mode derivative, as the derivative of the (linear) pullback."""
-    function, primals = _differentiable(tensors, options)
-    values, pullback = torch.func.vjp(function, *primals)
-    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
-    directions = [
-        torch.zeros_like(primal) if direction is None else direction.to(primal.dtype)
-        for primal, direction in zip(primals, directions, strict=False)
-    ]
-    loss, lse, entropy, log_prob = pushforward(tuple(directions))[0]
-    return loss, lse, entropy if options[-1] else entropy.new_zeros(0), log_prob
 
 
 def _pullback(saved, options):

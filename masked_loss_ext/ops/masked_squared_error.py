@@ -2,11 +2,12 @@
 """masked_squared_error: fake, derivative, and the one function that the losses call.
 
 The schema is in csrc/schemas.cpp, the formula in csrc/masked_squared_error.h. Four ways lead to the
-native operator, because no single one serves all of PyTorch:
+native operator, because no single one serves all of PyTorch, and a fifth around it:
 
 - torch.compile and torch.export see ``torch.ops`` with ``register_fake`` and ``register_autograd``;
-- torch.func and forward-mode AD need an ``autograd.Function`` with ``setup_context``
-  (_Differentiable);
+- torch.func needs an ``autograd.Function`` with ``setup_context`` (_Differentiable);
+- forward-mode AD gets plain PyTorch: a jvp of our own would be right once, and 0 in silence within
+  another;
 - eager training takes the classic ``autograd.Function`` (_Eager), a third of that per call;
 - without gradients the operator is called directly.
 """
@@ -15,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
-from .._checks import as_edit_mask, as_mask
+from .._checks import as_edit_mask, as_mask, as_number, check_constant, is_symbolic
 from . import masked_squared_error_higher as higher
 
 _forward_op = torch.ops.masked_loss_ext.masked_squared_error.default
@@ -25,6 +26,25 @@ _backward_op = torch.ops.masked_loss_ext._masked_squared_error_backward.default
 # autograd kernel would run a second time in each call.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def is_transformed():
+    """Whether torch.func or forward-mode AD may stand around the call."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def needs_plain():
+    """Whether plain PyTorch alone has all derivatives: in forward mode, and where torch.compile
+    traces a transform, under which a registered operator loses tangents in silence."""
+    if forward_ad._current_level >= 0:
+        return True
+    return _functorch_is_active() and torch.compiler.is_compiling()
+
+
+def is_batch(grad):
+    """Whether a gradient is a batch of them (is_grads_batched): that is an older vmap, which
+    torch.func does not know of."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def masked_squared_error(
@@ -38,23 +58,26 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
+    check_constant("masked_squared_error", "edit_mask", edit_mask)
     mask = as_mask("masked_squared_error", "mask", mask)
     edit_mask = as_edit_mask("masked_squared_error", "edit_mask", edit_mask)
+    weights = (foreground_weight, background_weight)
+    if torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, weights)):
+        edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
     args = (
         prediction,
         target,
         mask,
         edit_mask,
         weighting,
-        foreground_weight,
-        background_weight,
+        *weights,
         reduction,
     )
-    transformed = _functorch_is_active() or forward_ad._current_level >= 0
+    if needs_plain():
+        return higher.loss_and_count(*args)[0]
     if torch.compiler.is_compiling():
-        # A registered operator under a traced transform loses tangents in silence.
-        return higher.loss_and_count(*args)[0] if transformed else _forward_op(*args)[0]
-    if transformed:
+        return _forward_op(*args)[0]
+    if _functorch_is_active():
         return _Differentiable.apply(*args)[0]
     if torch.is_grad_enabled() and (
         prediction.requires_grad
@@ -64,6 +87,18 @@ def masked_squared_error(
         return _Eager.apply(*args)
     with _below_autograd():
         return _forward_op(*args)[0]
+
+
+def _as_edit_mask(prediction, edit_mask, foreground_weight, background_weight):
+    """Weights that change from call to call, in a tensor: as numbers of the operator they would be
+    compiled in."""
+    device = prediction.device
+    fg, bg = as_number(foreground_weight, device), as_number(background_weight, device)
+    if edit_mask is None:
+        return bg.expand(prediction.shape[:1]), 1.0, 0.0
+    m = edit_mask if edit_mask.is_floating_point() else edit_mask != 0
+    m = m.to(reference.accumulate_dtype(prediction, prediction))
+    return fg * m + bg * (1 - m), 1.0, 0.0
 
 
 def _loss_shape(prediction, reduction):
@@ -169,7 +204,10 @@ class _Eager(torch.autograd.Function):
             return (None,) * 8
         *inputs, count = ctx.saved_tensors
         args = (grad_loss, inputs, count, ctx.options, ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # create_graph=True
+        if is_transformed():  # a gradient with a tangent, say
+            return _gradients(_transformed_backward, *args)
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+            # create_graph=True, or compiled autograd
             return _gradients(_backward_op, *args)
         with _below_autograd():
             return _gradients(_backward_op, *args)
@@ -196,7 +234,7 @@ torch.library.register_autograd(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator for torch.func and forward-mode AD; slower per call."""
+    """The operator for torch.func; slower per call."""
 
     @staticmethod
     def forward(*args):
@@ -205,24 +243,21 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_forward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_count):
+        if grad_loss is None:
+            return (None,) * 8
         *inputs, count = ctx.saved_tensors
         return _gradients(
-            _DifferentiableBackward.apply,
+            _transformed_backward,
             grad_loss,
             inputs,
             count,
             ctx.options,
             ctx.needs_input_grad,
         )
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        inputs = ctx.saved_tensors[:5]
-        return higher.tangent_of_loss(inputs, ctx.options, tangents), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -256,6 +291,12 @@ torch.library.register_autograd(
 )
 
 
+def _transformed_backward(*args):
+    if needs_plain():
+        return higher.gradients(*args)
+    return _DifferentiableBackward.apply(*args)
+
+
 class _DifferentiableBackward(torch.autograd.Function):
     """The backward operator for torch.func, differentiable again."""
 
@@ -266,6 +307,7 @@ class _DifferentiableBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _setup_backward(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
 
     backward = staticmethod(_second_derivative)
 

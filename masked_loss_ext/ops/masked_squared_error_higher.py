@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Plain-PyTorch pieces of masked_squared_error's derivative: vmap, tangents, the second derivative.
+"""Plain-PyTorch pieces of masked_squared_error: vmap, forward mode, the second derivative.
 
 They are built from reference/, need memory of prediction's size, and are used where training
 does not come: torch.func.vmap, forward-mode AD and double backward.
@@ -32,23 +32,6 @@ def loss_and_count(prediction, target, mask, edit_mask, weighting, *options):
         on = align_leading(mask, prediction) != 0
         count = on.expand(prediction.shape).sum()
     return loss, count
-
-
-def tangent_of_loss(inputs, options, tangents):
-    """Forward-mode derivative of the loss: its partial derivatives times the tangents, summed."""
-    prediction, _, mask, _, weighting = inputs
-    # Per-element partial derivatives first, then the reduction.
-    partials = masked_squared_error_gradients(
-        torch.ones((), device=prediction.device), *inputs, *options[:2], "none"
-    )
-    total = torch.zeros_like(partials[0])
-    for partial, tangent in zip(partials, (tangents[0], tangents[1], tangents[4]), strict=True):
-        if tangent is not None:
-            total = total + partial * tangent.to(partial.dtype)
-    on = None
-    if mask is not None:
-        on = (align_leading(mask, prediction) != 0).expand(prediction.shape)
-    return _reduce_like_loss(select(on, total), prediction, on, options[2])
 
 
 def second_derivative(saved, options, upstream, needs):

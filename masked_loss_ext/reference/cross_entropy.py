@@ -78,6 +78,11 @@ def _gather(z, labels):
     return z.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def at_labels(weight, labels):
+    """Class weights of labels. Not weight[labels], which under vmap reads a label of rank 0."""
+    return weight.gather(0, labels.reshape(-1)).reshape(labels.shape)
+
+
 def statistics_of(z, labels, on):
     """RowStatistics of z; banned classes (-inf) have probability, gradient and entropy term 0."""
     lse = torch.logsumexp(z, -1)
@@ -98,7 +103,7 @@ def row_losses(z, labels, on, weight, token_weight, label_smoothing, z_loss, foc
     lse = torch.logsumexp(z, -1)
     ce = lse - _gather(z, labels)
     w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
-    w_y = w[labels]
+    w_y = at_labels(w, labels)
     loss = (1 - label_smoothing) * w_y * ce
     if label_smoothing > 0:
         # A class of weight 0 takes no part, banned (-inf) or not.

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Numbers that change from step to step under torch.compile: one graph, or two, for all of them."""
+
+import pytest
+import torch
+from cases_cross_entropy import BY_NAME, EVERYTHING, make
+from torch._dynamo.utils import counters
+
+import masked_loss_ext as mle
+from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
+
+forward_op = torch.ops.masked_loss_ext._masked_cross_entropy_scheduled.default
+backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_scheduled.default
+native_op = torch.ops.masked_loss_ext.masked_cross_entropy.default
+generator = torch.Generator().manual_seed(4)
+X = torch.randn(3, 5, 7, generator=generator)
+TARGET = torch.randint(0, 7, (3, 5), generator=generator)
+MASK = torch.rand(3, 5, generator=generator) < 0.7
+EDIT = torch.rand(3, 5, generator=generator)
+WEIGHT = torch.rand(7, generator=generator)
+VALUES = (0.5, 0.6, 0.75, 0.9, 1.25, 2.0, 3.0, 0.1, 0.2, 0.3)  # one graph each would be above 8
+f = mle.masked_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def everything(x, t):
+    options = {"z_loss": t, "focal_gamma": t, "softcap": 3 * t, "label_smoothing": t / 10}
+    loss, stats = f(
+        x,
+        TARGET,
+        MASK,
+        weight=WEIGHT,
+        token_weight=x[..., 0],
+        temperature=t,
+        shift=1,
+        **options,
+        return_stats=True,
+    )
+    return loss + (stats.entropy * stats.lse).sum() + stats.log_prob.mean()
+
+
+def set_on_a_module(x, t):
+    edit_loss.foreground_weight = t
+    return edit_loss(x, X.flip(0), None, EDIT)
+
+
+edit_loss = mle.MaskEditLoss()
+token_loss = mle.masked_edit_token_mean_loss
+NUMBERS = {
+    "temperature": lambda x, t: f(x, TARGET, MASK, temperature=t),
+    "normalizer": lambda x, t: f(x, TARGET, MASK, normalizer=t),
+    "label_smoothing": lambda x, t: f(x, TARGET, MASK, label_smoothing=t / 4),
+    "softcap": lambda x, t: f(x, TARGET, MASK, softcap=t),
+    "z_loss": lambda x, t: f(x, TARGET, MASK, z_loss=t, reduction="none").sum(),
+    "focal_gamma": lambda x, t: f(x, TARGET, MASK, focal_gamma=t),
+    "everything": everything,
+    "temperature of statistics": lambda x, t: mle.row_statistics(x, None, temperature=t).lse.sum(),
+    "softcap of statistics": lambda x, t: mle.row_statistics(x, TARGET, softcap=t).entropy.sum(),
+    "temperature of terms": lambda x, t: cross_entropy_terms(
+        x, TARGET, MASK, temperature=t
+    ).scaled_log_prob.sum(),
+    "weighting": lambda x, t: mle.MseLoss()(x, X.flip(0), t),
+    "weighting of tokens": lambda x, t: token_loss(x, X.flip(0), MASK, EDIT, t),
+    "foreground_weight": lambda x, t: token_loss(x, X.flip(0), MASK, EDIT, None, t),
+    "background_weight": lambda x, t: token_loss(x, X.flip(0), MASK, EDIT > 0.5, None, 2.0, t),
+    "weight without edit mask": lambda x, t: token_loss(
+        x, X.flip(0), MASK, None, None, t, edit_mask_default="foreground"
+    ),
+    "weights of a module": set_on_a_module,
+}
+
+
+def assert_same_step(compiled, function, t):
+    x = X.clone().requires_grad_()
+    results = [(loss, *torch.autograd.grad(loss, x)) for loss in (compiled(x, t), function(x, t))]
+    torch.testing.assert_close(*results)
+    assert (results[0][1] != 0).any()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_float_that_changes(name, dynamic):
+    function = NUMBERS[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for t in VALUES:
+        assert_same_step(compiled, function, t)
+    assert counters["stats"]["unique_graphs"] <= (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("name", ["temperature", "normalizer", "weighting", "z_loss"])
+def test_an_int_that_changes(name):
+    function = NUMBERS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for t in range(2, 13):
+        assert_same_step(compiled, function, t)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("name", ["temperature", "label_smoothing", "z_loss", "focal_gamma"])
+def test_a_schedule_that_begins_where_nothing_is_done(name):
+    """At temperature 1, or 0 of the others, the first graph does without."""
+    start = 1.0 if name == "temperature" else 0.0
+    compiled = torch.compile(NUMBERS[name], fullgraph=True, backend="aot_eager")
+    for step in range(10):
+        assert_same_step(compiled, NUMBERS[name], start + step / 16)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_constant_number_stays_in_the_graph():
+    """Nothing is made for numbers that do not change."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: f(x, TARGET, **{**EVERYTHING, "temperature": 1.0}), backend=keep, fullgraph=True
+    )
+    compiled(X)
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert native_op in called and forward_op not in called
+    assert not any("ones" in str(target) or "mul" in str(target) for target in called)
+
+
+@pytest.mark.parametrize("name", ["everything", "weights of a module", "weighting of tokens"])
+def test_through_inductor(name):
+    compiled = torch.compile(NUMBERS[name], fullgraph=True)
+    for t in VALUES:
+        assert_same_step(compiled, NUMBERS[name], t)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_number_out_of_range_is_refused_there_too():
+    compiled = torch.compile(NUMBERS["label_smoothing"], fullgraph=True, backend="aot_eager")
+    for t in (0.5, 0.75, 1.0):
+        compiled(X, t)
+    with pytest.raises(Exception, match=r"label_smoothing must be"):
+        compiled(X, 8.0)
+
+
+# --- the operators themselves ------------------------------------------------------------------
+
+
+def arguments_of(name, numbers):
+    inputs = make(BY_NAME[name], torch.float32)
+    tensors = [inputs["logits"], inputs["target"], inputs.get("mask"), inputs.get("weight")]
+    tensors += [inputs.get("token_weight"), inputs.get("segment_ids"), None, None]
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    return numbers, tensors
+
+
+@pytest.mark.parametrize("numbers", [(0.1, 3.0, 0.2, 2.0), (0.0, 0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("name", ["both_weights_none", "segments_mean", "v17"])
+def test_opcheck(name, numbers):
+    numbers, tensors = arguments_of(name, numbers)
+    for tensor in (tensors[0], tensors[4]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(forward_op, (numbers, *tensors, -100, 0, "mean", True))
+    with torch.no_grad():
+        results = forward_op(numbers, *tensors, -100, 0, "mean", True)
+        native = native_op(*tensors, -100, *numbers.tolist(), 0, "mean", True)
+        for ours, theirs in zip(results[:5], native, strict=False):
+            assert torch.equal(ours, theirs)
+        plain = [t if t is None else t.detach() for t in tensors]
+        grads = (torch.ones(()), *(torch.ones_like(results[1]),) * 3)
+        saved = (results[1], results[2], results[3], results[5], results[6])
+        arguments = (numbers, *grads, *plain[:7], *saved, -100, 0, "mean", True)
+        torch.library.opcheck(backward_op, (*arguments, plain[4] is not None))
+
+
+def test_operators_called_directly():
+    numbers, tensors = arguments_of("v17", (2.0, 0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
+        forward_op(numbers, *tensors, -100, 0, "mean", False)
+    tensors[0].requires_grad_()
+    loss = forward_op(numbers / 4, *tensors, -100, 0, "mean", False)[0]
+    with pytest.raises(RuntimeError, match="backward_scheduled has no derivative"):
+        torch.autograd.grad(loss, tensors[0], create_graph=True)
