@@ -127,6 +127,15 @@ def is_symbolic(value):
     return not has_static_value(value)
 
 
+def check_flags(function, flags):
+    """Options that are on or off: of "no" one would not think that it is on."""
+    for argument, value in flags.items():
+        if value is True or value is False:
+            continue
+        if isinstance(value, torch.Tensor) or value not in (0, 1):
+            raise TypeError(f"{function}: {argument} must be a bool, got {value!r}")
+
+
 def refuse_unknown(function, unknown, known):
     """For a signature that ends in ``**unknown``: an argument that is taken must be used."""
     for name in unknown:

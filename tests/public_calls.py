@@ -52,7 +52,8 @@ def made(make, e):
 
 def everything(e):
     loss, statistics = mle.masked_cross_entropy(
-        e["logits"], e["labels"], e["mask"], weight=e["class_weight"], token_weight=e["grey"],
+        e["logits"], e["labels"], e["mask"],
+        weight=e["class_weight"].detach(), token_weight=e["grey"],
         label_smoothing=0.1, temperature=e["number"], softcap=9.0, z_loss=1e-3, focal_gamma=1.5,
         shift=1, segment_ids=e["documents"], normalizer=e["count"], return_stats=True,
     )  # fmt: skip
@@ -130,20 +131,20 @@ def masked_dropout(e):
 CALLS = {
     "AttentionMaskMseLoss": [
         lambda e: mle.AttentionMaskMseLoss()(
-            e["pred"], e["target"], e["mask"], e["grey"], e["weighting"]
+            e["pred"], e["target"], e["mask"], e["grey"].detach(), e["weighting"]
         )
     ],
     "MaskEditLoss": [lambda e: mle.MaskEditLoss()(e["pred"], e["target"], e["weighting"])],
     "MseLoss": [lambda e: mle.MseLoss()(e["pred"], e["target"], e["weighting"])],
     "masked_edit_token_mean_loss": [
         lambda e: mle.masked_edit_token_mean_loss(
-            e["pred"], e["target"], e["mask"], e["grey"], e["weighting"]
+            e["pred"], e["target"], e["mask"], e["grey"].detach(), e["weighting"]
         ),
         lambda e: mle.masked_edit_token_mean_loss(e["pred"], e["target"], e["grey"]),
     ],
     "compute_loss_multi_resolution": [
         lambda e: mle.compute_loss_multi_resolution(
-            e["pred"], e["target"], e["mask"], e["grey"], e["weighting"]
+            e["pred"], e["target"], e["mask"], e["grey"].detach(), e["weighting"]
         )
     ],
     "masked_mse": [lambda e: mle.masked_mse(e["pred"], e["target"], e["mask"])],

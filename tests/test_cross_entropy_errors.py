@@ -123,9 +123,9 @@ NUMBERS = [
     ({"class_dim": None}, TypeError, "class_dim", "an int", "got NoneType"),
     ({"class_dim": 1.0}, TypeError, "class_dim", "an int", "got float"),
     ({"class_dim": True}, TypeError, "class_dim", "an int", "got bool"),
-    ({"inplace_backward": "no"}, TypeError, "inplace_backward", "True or False", "got str"),
-    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward", "True or False", "got str"),
-    ({"return_stats": "no"}, TypeError, "return_stats", "True or False", "got str"),
+    ({"inplace_backward": "no"}, TypeError, "inplace_backward", "a bool", "got"),
+    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward", "a bool", "got"),
+    ({"return_stats": "no"}, TypeError, "return_stats", "a bool", "got"),
 ]
 SHARED = [case for case in TENSORS if set(case[0]) <= {"logits", "target", "mask"}]
 SHARED += [

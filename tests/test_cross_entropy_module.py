@@ -260,9 +260,9 @@ BAD = [
     ({"ignore_index": -(2**70)}, ValueError, "ignore_index must fit in 64 bits"),
     ({"class_dim": 1.0}, TypeError, "class_dim must be an int, got float"),
     ({"class_dim": None}, TypeError, "class_dim must be an int, got NoneType"),
-    ({"inplace_backward": "no"}, TypeError, "inplace_backward must be True or False, got str"),
-    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward must be True or False"),
-    ({"return_stats": "no"}, TypeError, "return_stats must be True or False, got str"),
+    ({"inplace_backward": "no"}, TypeError, "inplace_backward must be a bool, got"),
+    ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward must be a bool"),
+    ({"return_stats": "no"}, TypeError, "return_stats must be a bool, got"),
     ({"weight": [1.0, 2.0]}, TypeError, "weight must be a torch.Tensor, got list"),
     ({"weight": torch.ones(2, 2)}, ValueError, "weight must have one entry per class [V], got [2"),
 ]

@@ -198,7 +198,7 @@ MORE = [
         "weight must be a number, got str",
     ),
     (lambda: u.CompositeLoss({"focal": {"gama": 1.0}}), "CompositeLoss: focal: unexpected keyword"),
-    (lambda: u.CompositeLoss({"focal": {"gama": 1.0}}), "gama; did you mean gamma?"),
+    (lambda: u.CompositeLoss({"focal": {"gama": 1.0}}), "gama; did you mean gamma"),
     (lambda: u.CompositeLoss({"focal": {"type": ["focal"]}}), "focal: type must be one of focal,"),
     (lambda: u.CompositeLoss({"a.b": {"type": "focal"}}), "loss_config must have names"),
     (lambda: u.CompositeLoss({"pop": {"type": "focal"}}), "loss_config must have names"),

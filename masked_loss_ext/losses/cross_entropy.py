@@ -4,7 +4,7 @@
 import torch
 
 from .._aggregate import REDUCTIONS
-from .._checks import check_choice, check_tensor, shape_text
+from .._checks import check_choice, check_flags, check_tensor, shape_text
 from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import masked_cross_entropy
 
@@ -95,12 +95,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         checks.check_int64(name, "ignore_index", ignore_index)
         checks.softcap_number(name, softcap)
         checks.check_int64(name, "class_dim", class_dim)
-        checks.check_flags(
-            name,
-            inplace_backward=inplace_backward,
-            gradient_in_forward=gradient_in_forward,
-            return_stats=return_stats,
-        )
+        flags = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
+        check_flags(name, flags | {"return_stats": return_stats})
         if weight is not None:
             check_tensor(name, "weight", weight)
             if weight.dim() != 1:

@@ -11,7 +11,7 @@ import numbers
 import torch
 
 from .._aggregate import AGGREGATIONS, check_normalizer
-from .._checks import as_integers, as_mask, as_number, check_constant
+from .._checks import as_integers, as_mask, as_number, check_constant, check_flags
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
 from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
@@ -140,7 +140,7 @@ def masked_cross_entropy(
     tensors = (logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer)
     if inplace_backward or gradient_in_forward:
         how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
-        checks.check_flags(name, **how)
+        check_flags(name, how)
     if reduction in AGGREGATIONS:
         return _call_aggregated(
             tensors, numbers, reduction, return_stats, inplace_backward, gradient_in_forward

@@ -16,6 +16,7 @@ from .._checks import (
     CONVERTED_INTEGERS,
     CONVERTED_MASKS,
     check_choice,
+    check_flags,
     check_int,
     check_length,
     check_number,
@@ -159,13 +160,6 @@ def softcap_number(name, softcap):
     return softcap if softcap < _NO_CAP else 0.0
 
 
-def check_flags(name, **flags):
-    """A word is true, whatever it says."""
-    for argument, value in flags.items():
-        if not hasattr(value, "__bool__"):
-            raise TypeError(f"{name}: {argument} must be True or False, got {type(value).__name__}")
-
-
 # --- what the operator refused, or will not see --------------------------------------------------
 
 
@@ -184,11 +178,12 @@ def explain(name, failure, tensors, options):
     check_shift(name, shift)
     check_int64(name, "ignore_index", ignore_index)
     check_choice(name, "reduction", reduction, REDUCTIONS)
-    check_flags(name, return_stats=statistics)
-    if isinstance(failure, (ValueError, IndexError, TypeError)):
-        _hint(name, *tensors[:3])
-    else:
+    check_flags(name, {"return_stats": statistics})
+    # Of some dtypes the operator has no name, and of others PyTorch's schemas know nothing.
+    said = isinstance(failure, (ValueError, IndexError, TypeError))
+    if not said or str(failure).endswith("got another"):
         _check_dtypes(name, tensors)
+    _hint(name, *tensors[:3])
 
 
 def _hint(name, logits, target, mask):

@@ -5,6 +5,7 @@ import torch
 
 from .._checks import (
     check_device,
+    check_flags,
     check_int,
     check_integers,
     check_mask,
@@ -49,15 +50,6 @@ def check_weights(name, weights):
 
 def check_ignore_index(name, ignore_index):
     check_size(name, "ignore_index", ignore_index, -(2**63), 2**63 - 1)
-
-
-def check_flags(name, flags):
-    """Options that are on or off: of "no" one would not think that it is on."""
-    for argument, value in flags.items():
-        if value is True or value is False:
-            continue
-        if isinstance(value, torch.Tensor) or value not in (0, 1):
-            raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
 
 
 def may_be_on(name, active):

@@ -3,10 +3,9 @@
 
 import torch
 
-from .._checks import check_choice, check_number, shape_text
+from .._checks import check_choice, check_flags, check_number, shape_text
 from ._arguments import (
     as_part,
-    check_flags,
     check_ignore_index,
     check_size,
     check_smoothing,

@@ -3,9 +3,8 @@
 
 import torch
 
-from .._checks import check_choice, check_device, check_number, check_tensor
+from .._checks import check_choice, check_device, check_flags, check_number, check_tensor
 from ._arguments import (
-    check_flags,
     check_ignore_index,
     check_list,
     check_logits,

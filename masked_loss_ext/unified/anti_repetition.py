@@ -5,6 +5,7 @@ import torch
 
 from .._checks import (
     as_integers,
+    check_flags,
     check_integers,
     check_mask,
     check_number,
@@ -13,7 +14,6 @@ from .._checks import (
 )
 from ..ops.repetition import repetition_counts
 from ._arguments import (
-    check_flags,
     check_ignore_index,
     check_logits,
     check_size,

@@ -3,7 +3,8 @@
 
 import torch
 
-from ._arguments import as_part, check_flags, check_weights
+from .._checks import check_flags
+from ._arguments import as_part, check_weights
 from ._routing import check_experts, load_balance, routed
 from ._rows import check_floating, cleaned, masked_mean, row_mask
 from .diversity import DiversityLoss

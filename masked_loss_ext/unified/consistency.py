@@ -3,9 +3,8 @@
 
 import torch
 
-from .._checks import check_choice, check_device, check_number, shape_text
+from .._checks import check_choice, check_device, check_flags, check_number, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._arguments import check_flags
 from ._rows import check_floating, cleaned, masked_mean, row_mask
 
 _NAME = "ConsistencyLoss"

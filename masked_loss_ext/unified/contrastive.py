@@ -6,13 +6,14 @@ import torch
 from .._checks import (
     check_choice,
     check_device,
+    check_flags,
     check_integers,
     check_number,
     check_rank,
     shape_text,
 )
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._arguments import check_flags, check_ignore_index
+from ._arguments import check_ignore_index
 from ._routing import can_be_looked_at
 from ._rows import check_floating, cleaned, masked_mean, row_mask, valid_rows, without_autocast
 

@@ -5,10 +5,9 @@ import warnings
 
 import torch
 
-from .._checks import check_tensor
+from .._checks import check_flags, check_tensor
 from ._arguments import (
     as_part,
-    check_flags,
     check_ignore_index,
     check_segments,
     check_size,

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 
 from .._checks import (
     check_device,
+    check_flags,
     check_integers,
     check_mask,
     check_number,
     check_rank,
     shape_text,
 )
-from ._arguments import check_flags, check_ignore_index, check_segments, check_size
+from ._arguments import check_ignore_index, check_segments, check_size
 from ._documents import document_starts, of_one_document
 from ._operators import cross_entropy
 from ._rows import check_floating, is_autocast, valid_rows

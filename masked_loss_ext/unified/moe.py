@@ -3,8 +3,8 @@
 
 import torch
 
-from .._checks import check_number
-from ._arguments import check_flags, check_weights
+from .._checks import check_flags, check_number
+from ._arguments import check_weights
 from ._routing import check_experts, choice_counts, load_balance, routed
 from ._rows import attached_zero, cleaned, masked_mean
 from ._state import KeepsState, advances, borrow, give_back, snapshot

@@ -5,10 +5,9 @@ import math
 
 import torch
 
-from .._checks import check_mask, check_number, shape_text
+from .._checks import check_flags, check_mask, check_number, shape_text
 from ..ops.masked_cross_entropy import row_statistics
 from ._arguments import (
-    check_flags,
     check_ignore_index,
     check_logits,
     check_segments,

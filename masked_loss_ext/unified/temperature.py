@@ -3,9 +3,8 @@
 
 import torch
 
-from .._checks import check_choice, check_number
+from .._checks import check_choice, check_flags, check_number
 from ._arguments import (
-    check_flags,
     check_ignore_index,
     check_logits,
     check_segments,

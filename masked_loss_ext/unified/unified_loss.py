@@ -4,8 +4,9 @@
 import inspect
 from collections.abc import Mapping
 
+from .._checks import check_flags
 from . import _build, _components
-from ._arguments import check_flags, check_logits, check_segments, check_targets
+from ._arguments import check_logits, check_segments, check_targets
 from ._read import read
 from ._state import SyncsState
 from .adaptive_mtp import AdaptiveMTPLoss
