@@ -79,11 +79,16 @@ MASKED_LOSS_EXT_INLINE void rescale(RowSums<A>& a, A max, A factor) {
   a.sum *= factor;
 }
 
+// To a larger max. An exponential is taken only where one is needed: of a short row it is a good part.
+MASKED_LOSS_EXT_INLINE void raise_max(RowSums<double>& a, double max) {
+  if (a.max != -INFINITY && a.max != max) rescale(a, max, ::exp(a.max - max));
+  a.max = max;
+}
+
 MASKED_LOSS_EXT_INLINE void merge(RowSums<double>& a, RowSums<double> b) {
   const double max = a.max > b.max ? a.max : b.max;
-  rescale(a, max, ::exp(a.max - max));
-  rescale(b, max, ::exp(b.max - max));
-  a.max = max;
+  raise_max(a, max);
+  raise_max(b, max);
   a.ties += b.ties;
   a.sum += b.sum;
   a.distance += b.distance;
@@ -101,8 +106,8 @@ MASKED_LOSS_EXT_INLINE void with_label(RowSums<double>& sums, double z) {
 
 // ln sum e^(z - max): of a row whose largest class has almost all of it, what is beside it.
 MASKED_LOSS_EXT_INLINE double log_sum_of(const RowSums<double>& sums) {
-  if (sums.ties == 0) return ::log(sums.sum);
-  return ::log(sums.ties) + ::log1p(sums.sum / sums.ties);
+  if (sums.ties == 1) return ::log1p(sums.sum);
+  return ::log(sums.ties + sums.sum);
 }
 
 MASKED_LOSS_EXT_INLINE double entropy_of(const RowSums<double>& sums, double log_sum) {
