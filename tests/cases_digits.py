@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Rows that float32 sums lose digits of: one class that has almost all, and large logits.
 
-Values are worked out in float64 from differences, so that they keep their digits themselves. An `Op`
-gives of logits, labels and options: loss ("none"), its gradient for an incoming gradient of 1, and the
-statistics; tests run it on the CPU and under the simulator.
+Values are worked out in float64 from differences, so that they keep their own digits. The tests on
+the CPU and those under the simulator share them.
 """
 
 import torch
@@ -14,7 +13,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def confident(margin, dtype, shape=(3, 997)):
-    """Logits whose class `best` of each row stands `margin` and more above all others, and `best`."""
+    """Logits of which class `best` of each row stands `margin` or more above all others; `best`."""
     torch.manual_seed(int(margin))
     others = torch.randn(shape).clamp(-2, 2).to(dtype).double()
     best = torch.tensor([0, shape[1] // 2 + 3, shape[1] - 1])
@@ -23,7 +22,7 @@ def confident(margin, dtype, shape=(3, 997)):
 
 
 def truth_beside(x, best):
-    """ln p of the best class, entropy, and p of all others with -(1 - p) of the best, in float64."""
+    """ln p of the best class, entropy, and p of the others with -(1 - p) of the best; float64."""
     d = x.double()
     below = d - d.gather(1, best[:, None])
     others = below.exp().scatter(1, best[:, None], 0.0)

@@ -102,7 +102,7 @@ def test_thirty_above_fifty_thousand_others():
 @every_margin
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_of_a_confident_row(dtype, margin, shape):
-    """The entropy keeps its digits whether the label is that class, another one, or none is given."""
+    """The entropy keeps its digits whether the label is that class, another, or there is none."""
     x, best = confident(margin, dtype, shape)
     log_p, entropy, _ = truth_beside(x, best)
     for target in (best, (best + 1) % shape[1], None):
@@ -133,7 +133,7 @@ def test_confident_at_a_temperature(way, temperature):
         assert_relative(grad, gradient[row : row + 1] / temperature)
 
 
-# --- large logits ----------------------------------------------------------------------------------
+# --- large logits --------------------------------------------------------------------------------
 
 
 def cases_of_large_logits():
@@ -183,14 +183,14 @@ def test_a_shift_changes_nothing(shift):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-# --- infinity ----------------------------------------------------------------------------------------
+# --- infinity ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [2, 40, 20001])
 @pytest.mark.parametrize("statistics", [False, True])
 @every_dtype
 def test_a_logit_of_infinity(classes, statistics, dtype):
-    """lse as torch.logsumexp; all else NaN, as F.cross_entropy and its gradient. Other rows as ever."""
+    """lse as torch.logsumexp; all else NaN, as F.cross_entropy and its gradient."""
     x = torch.zeros(3, classes, dtype=dtype)
     x[1, -1] = inf
     x[2, 0] = -inf

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Saved tensors that come back with other strides, gradients that come in expanded, and memory that is not
-there: each is read right, or refused. Cross entropy and the terms of a language model's loss."""
+"""Saved tensors that come back with other strides, gradients that come in expanded, what has no
+elements and lengths beyond the row: read right, or refused. Cross entropy and its terms."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_saved_tensors_of_another_size_are_refused():
         torch.autograd.grad(loss.sum(), leaf)
 
 
-# --- no elements, and lengths that are none -----------------------------------------------------------
+# --- no elements, and lengths beyond the row --------------------------------------------------
 
 backward = torch.ops.masked_loss_ext._masked_cross_entropy_backward
 op = torch.ops.masked_loss_ext.masked_cross_entropy

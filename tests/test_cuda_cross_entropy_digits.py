@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels under the simulator: what is beside a confident class, gradients of large logits, a
-logit of +inf, shifts beyond the row."""
+"""The CUDA kernels under the simulator: what is beside a confident class, gradients of large
+logits, a logit of +inf, shifts beyond the row."""
 
 from math import inf, nan
 

@@ -12,8 +12,8 @@ the loss of a row that counts is
         + z_loss * lse^2
     )
 
-and exactly 0 of one that does not. Where a logit is +inf lse is inf, and all else of the row NaN, its
-gradient too. A row counts where the mask is on and its label is not
+and exactly 0 of one that does not. Where a logit is +inf lse is inf, and all else of the row NaN,
+its gradient too. A row counts where the mask is on and its label is not
 ignore_index; with a shift k both are those of position t + k, which must lie inside the row and,
 where segment_ids are given, in the segment of t.
 """
