@@ -13,7 +13,7 @@
 //             + g_L / T [j = y] + g_l [j = y] + sum_k g_k [j = c_k] + g_U sum_c r_c [j = c]
 //   a = -(g_L + g_M) / T     b = -(g_l + sum_k g_k + g_U sum_c r_c)
 // and 0 where s_j is -inf. A ln p_c beyond kLargestLogProb is taken for it, so that -ln(1 - p_c) stays
-// finite (at most 24 ln 2); it is constant there, so r_c is 0.
+// finite (at most 24 ln 2); it is constant there, so r_c is 0. A logit of +inf makes all of its row NaN.
 #pragma once
 
 #include <math.h>
@@ -80,6 +80,11 @@ MASKED_LOSS_EXT_INLINE TermSums term_sums_at(const double* sums, int64_t row) {
 MASKED_LOSS_EXT_INLINE void put_term_sums(double* sums, int64_t row, const TermSums& r) {
   double* p = sums + row * kTermSums;
   p[0] = r.max, p[1] = r.log_sum_scaled, p[2] = r.log_sum, p[3] = r.entropy;
+}
+
+// Nothing but -inf: there is no gradient.
+MASKED_LOSS_EXT_INLINE bool all_banned(const TermSums& r) {
+  return r.max == -INFINITY && r.log_sum_scaled == -INFINITY;
 }
 
 MASKED_LOSS_EXT_INLINE double log_prob_of(const TermSums& r, double s) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cross_entropy_terms.h"
-#include "masked_cross_entropy_host.h"
+#include "masked_cross_entropy_saved.h"
 
 namespace masked_loss_ext {
 
@@ -73,11 +73,11 @@ struct TermRowInputs : RowInputs {
         ngram_after(contiguous(in.ngram_after)) {}
 };
 
-inline TermRows term_rows(const Tensor& logits, const TermRowInputs& in, int64_t ignore_index) {
+inline TermRows term_rows(const TermRowInputs& in, int64_t ignore_index) {
   TermRows q;
-  q.counted = counted_rows(logits, in, ignore_index, 0);
+  q.counted = counted_rows(in, ignore_index, 0);
   q.classes = array_of(in.classes);
-  q.asked = in.classes ? in.classes->size(logits.dim() - 1) : 0;
+  q.asked = in.classes ? in.classes->size(in.classes->dim() - 1) : 0;
   if (in.context_before) {
     q.context_before = static_cast<const int32_t*>(in.context_before->const_data_ptr());
     q.ngram_after = static_cast<const int32_t*>(in.ngram_after->const_data_ptr());
@@ -130,22 +130,25 @@ inline TermArrays arrays_of(const TermOutputs& out, const TermInputs& in, bool u
   return a;
 }
 
-// Incoming gradients, contiguous: autograd may hand them over expanded.
+// Incoming gradients and the saved sums, contiguous: autograd may hand gradients over expanded, a hook on
+// saved tensors the sums.
 struct TermGradientInputs {
   std::optional<Tensor> scaled_log_prob, scaled_mean_log_prob, log_prob, entropy, class_log_prob,
       unlikelihood;
+  Tensor sums;
 
   TermGradientInputs(const std::optional<Tensor>& scaled_log_prob,
                      const std::optional<Tensor>& scaled_mean_log_prob,
                      const std::optional<Tensor>& log_prob, const std::optional<Tensor>& entropy,
                      const std::optional<Tensor>& class_log_prob,
-                     const std::optional<Tensor>& unlikelihood)
+                     const std::optional<Tensor>& unlikelihood, const Tensor& sums)
       : scaled_log_prob(RowInputs::contiguous(scaled_log_prob)),
         scaled_mean_log_prob(RowInputs::contiguous(scaled_mean_log_prob)),
         log_prob(RowInputs::contiguous(log_prob)),
         entropy(RowInputs::contiguous(entropy)),
         class_log_prob(RowInputs::contiguous(class_log_prob)),
-        unlikelihood(RowInputs::contiguous(unlikelihood)) {}
+        unlikelihood(RowInputs::contiguous(unlikelihood)),
+        sums(*RowInputs::contiguous(sums)) {}
 
   TermArrays arrays() const {
     TermArrays a;
@@ -157,37 +160,27 @@ struct TermGradientInputs {
     a.unlikelihood = array_of(unlikelihood);
     return a;
   }
+
+  double* read_sums() const { return static_cast<double*>(const_cast<void*>(sums.const_data_ptr())); }
 };
 
-inline void check_term_gradients(const char* op, const TermInputs& in, const TermGradientInputs& g,
-                                 const Tensor& sums) {
+inline void check_term_gradients(const char* op, const TermInputs& in, const TermGradientInputs& g) {
   const Tensor& logits = in.rows.logits;
   auto check = [&](const char* name, const std::optional<Tensor>& tensor) {
-    if (!tensor) return;
-    if (tensor->scalar_type() != accumulate_type(logits)) {
-      fail(op, ": ", name, " must have the dtype of the terms, got ",
-           torch::headeronly::toString(tensor->scalar_type()));
-    }
-    if (&tensor != &g.class_log_prob) return check_per_row(op, name, *tensor, logits);
-    const int64_t rows = logits.numel() / logits.size(logits.dim() - 1);
-    if (!in.classes || tensor->numel() != rows * in.classes->size(logits.dim() - 1)) {
-      fail(op, ": ", name, " must have the shape of classes, got ", shape_text(*tensor));
-    }
-    check_same_device(op, name, *tensor, logits, "logits");
+    if (tensor) check_row_values(op, name, *tensor, logits);
   };
   check("grad_scaled_log_prob", g.scaled_log_prob);
   check("grad_scaled_mean_log_prob", g.scaled_mean_log_prob);
   check("grad_log_prob", g.log_prob);
   check("grad_entropy", g.entropy);
-  check("grad_class_log_prob", g.class_log_prob);
   check("grad_unlikelihood", g.unlikelihood);
-  const int64_t last = sums.dim() - 1;
-  if (sums.scalar_type() != ScalarType::Double || last < 0 || sums.size(last) != kTermSums ||
-      sums.numel() * logits.size(logits.dim() - 1) != logits.numel() * kTermSums ||
-      !sums.is_contiguous()) {
-    fail(op, ": sums must be what the forward returned, got ", shape_text(sums));
+  if (g.class_log_prob) {
+    check_loss_type(op, "grad_class_log_prob", *g.class_log_prob, logits);
+    if (!in.classes) fail(op, ": grad_class_log_prob must be None without classes");
+    check_same_shape(op, "grad_class_log_prob", *g.class_log_prob, *in.classes, "classes");
+    check_same_device(op, "grad_class_log_prob", *g.class_log_prob, logits, "logits");
   }
-  check_same_device(op, "sums", sums, logits, "logits");
+  check_row_sums(op, "sums", g.sums, kTermSums, ScalarType::Double, logits);
 }
 
 }  // namespace masked_loss_ext

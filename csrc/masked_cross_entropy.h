@@ -7,6 +7,7 @@
 //   H = -sum_c p_c ln p_c              Q = sum_c w_c (lse - z_c)
 //   core = (1 - eps) w_y ce + eps / V Q                   F = (1 - p)^gamma
 //   row loss = token_weight (core F + z_loss lse^2)
+// A logit of +inf makes lse inf and all else of its row NaN, its gradient too.
 //
 // Derivative, with g the gradient of the row loss times token_weight, g_lse, g_H, g_lp those of the
 // statistics lse, H and -ce, W = sum_c w_c, F' = d F / d ce = gamma (1 - p)^(gamma - 1) p:
@@ -55,13 +56,16 @@ struct CrossEntropyOptions {
   double label_smoothing = 0, softcap = 0, z_loss = 0, focal_gamma = 0;
 };
 
-// Sums over a part of a row; parts are merged in order.
+// Sums over a part of a row; parts are merged in order. The label's column is no part of them and comes
+// last, in double (with_label): float sums swallow what is below 6e-8 of its e^0, and log p with it. What
+// `ties` counts stays apart for the same reason; it may be 0, and the terms then be part of the sum.
 template <class A>
 struct RowSums {
   A max = -A(INFINITY);     // of z
-  A sum = 0;                // of e^(z - max)
+  A ties = 0;               // terms e^0, of z = max
+  A sum = 0;                // of e^(z - max) but for those
   A distance = 0;           // of e^(z - max) (z - max), for the entropy
-  A weighted = 0;           // of w z, for label smoothing
+  A weighted = 0;           // of w z, for label smoothing; the label's too
   A before = -A(INFINITY);  // largest z before the target, for the hit
 };
 
@@ -69,25 +73,59 @@ struct RowSums {
 template <class A>
 MASKED_LOSS_EXT_INLINE void rescale(RowSums<A>& a, A max, A factor) {
   if (a.max == -A(INFINITY) || a.max == max) return;
+  a.sum += a.ties;
+  a.ties = 0;
   a.distance = factor * (a.distance + (a.max - max) * a.sum);
   a.sum *= factor;
 }
 
+// To a larger max. An exponential is taken only where one is needed: of a short row it is a good part.
+MASKED_LOSS_EXT_INLINE void raise_max(RowSums<double>& a, double max) {
+  if (a.max != -INFINITY && a.max != max) rescale(a, max, ::exp(a.max - max));
+  a.max = max;
+}
+
 MASKED_LOSS_EXT_INLINE void merge(RowSums<double>& a, RowSums<double> b) {
   const double max = a.max > b.max ? a.max : b.max;
-  rescale(a, max, ::exp(a.max - max));
-  rescale(b, max, ::exp(b.max - max));
-  a.max = max;
+  raise_max(a, max);
+  raise_max(b, max);
+  a.ties += b.ties;
   a.sum += b.sum;
   a.distance += b.distance;
   a.weighted += b.weighted;
   a.before = a.before > b.before ? a.before : b.before;
 }
 
+MASKED_LOSS_EXT_INLINE void with_label(RowSums<double>& sums, double z) {
+  RowSums<double> label;
+  label.max = z;
+  label.ties = z == -INFINITY ? 0 : 1;
+  if (z != z) label.sum = NAN;
+  merge(sums, label);
+}
+
+// ln sum e^(z - max): of a row whose largest class has almost all of it, what is beside it.
+MASKED_LOSS_EXT_INLINE double log_sum_of(const RowSums<double>& sums) {
+  if (sums.ties == 1) return ::log1p(sums.sum);
+  return ::log(sums.ties + sums.sum);
+}
+
+MASKED_LOSS_EXT_INLINE double entropy_of(const RowSums<double>& sums, double log_sum) {
+  if (!(::fabs(sums.max) < INFINITY)) return NAN;  // no class is left, or one is +inf
+  return log_sum - sums.distance / (sums.ties + sums.sum);
+}
+
 // What a row comes to; all 0 where it does not count.
 struct RowResult {
+  double highest = 0, log_sum = 0;  // see RowLogits, RowSums: lse = highest scale + log_sum
   double lse = 0, entropy = 0, log_prob = 0, smooth_distance = 0, loss = 0;
   bool hit = false;
+};
+
+// Of a row in the unit s in which it was read, z = s scale: the largest but for the label's (of which
+// RowSums.max is the multiple), and the label's.
+struct RowLogits {
+  double highest = -INFINITY, label = 0, scale = 1;
 };
 
 // (1 - p)^gamma and its derivative in ce; 0 where p is 1, where gamma < 1 would make it infinite.
@@ -124,16 +162,23 @@ MASKED_LOSS_EXT_INLINE double row_loss(const CrossEntropyOptions& o, const RowRe
   return loss;
 }
 
-// target: z at the label, for a row that has one; weight_sum = sum of w.
-MASKED_LOSS_EXT_INLINE RowResult row_result(const RowSums<double>& sums, bool has_label,
-                                            double target, double weight_sum) {
+// weight_sum = sum of w.
+MASKED_LOSS_EXT_INLINE RowResult row_result(RowSums<double> sums, const RowLogits& s, bool has_label,
+                                            double weight_sum) {
   RowResult r;
-  const double log_sum = ::log(sums.sum);
-  r.lse = sums.max + log_sum;
-  r.entropy = sums.max == -INFINITY ? NAN : log_sum - sums.distance / sums.sum;  // 0 classes are left
+  const double target = s.label * s.scale;
+  r.highest = s.highest;
+  if (has_label) {
+    with_label(sums, target);
+    r.highest = s.highest > s.label ? s.highest : s.label;
+  }
+  r.log_sum = log_sum_of(sums);
+  r.lse = sums.max + r.log_sum;
+  r.entropy = entropy_of(sums, r.log_sum);
   if (!has_label) return r;
-  r.log_prob = (target - sums.max) - log_sum;
-  r.smooth_distance = weight_sum * r.lse - sums.weighted;
+  const bool overflows = sums.max == INFINITY;
+  r.log_prob = overflows ? double(NAN) : (target - sums.max) - r.log_sum;
+  r.smooth_distance = overflows ? double(NAN) : weight_sum * r.lse - sums.weighted;
   r.hit = target == sums.max && sums.before < target;
   return r;
 }
@@ -148,16 +193,27 @@ struct RowCoefficients {
   double probability = 0, excess = 0, smoothing = 0, entropy_scale = 0, entropy = 0;
 };
 
-// ln p_c = (s_c - base) scale + offset, with z = s scale. The saved lse is rounded like the logits, so
-// that z - lse has no digits left where they are large; the label's own log-probability has all of its.
-struct RowBase {
-  double base = 0, offset = 0;
-};
+// What the forward keeps of a row for the backward, [rows, 2] in the dtype of the loss, so that
+// ln p_c = (s_c - highest) scale - log_sum. Their sum would be rounded like the logits, and s - lse has no
+// digits left where those are large.
+constexpr int64_t kRowSums = 2;
 
-// s_y: s at the label, where there is one.
-MASKED_LOSS_EXT_INLINE RowBase base_of(const RowResult& r, bool has_label, double s_y) {
-  if (has_label && ::fabs(r.log_prob) <= ::fabs(r.lse)) return {s_y, r.log_prob};
-  return {0, -r.lse};
+template <class A>
+MASKED_LOSS_EXT_INLINE void put_row_sums(A* sums, int64_t row, const RowResult& r) {
+  sums[row * kRowSums] = A(r.highest);
+  sums[row * kRowSums + 1] = A(r.log_sum);
+}
+
+template <class A>
+MASKED_LOSS_EXT_INLINE void set_row_sums(RowResult& r, const A* sums, int64_t row, double scale) {
+  r.highest = sums[row * kRowSums];
+  r.log_sum = sums[row * kRowSums + 1];
+  r.lse = r.highest * scale + r.log_sum;
+}
+
+// Nothing but -inf: there is no gradient.
+MASKED_LOSS_EXT_INLINE bool all_banned(const RowResult& r) {
+  return r.highest == -INFINITY && r.log_sum == -INFINITY;
 }
 
 MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions& o,
@@ -175,7 +231,7 @@ MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions
     k.smoothing = g.loss * focal.factor * o.label_smoothing / double(classes);
   }
   k.excess = k.smoothing * weight_sum + 2 * g.loss * o.z_loss * r.lse + g.lse;
-  k.probability = target + k.excess;
+  k.probability = r.highest == INFINITY ? double(NAN) : target + k.excess;
   k.entropy_scale = g.entropy;
   k.entropy = r.entropy;
   return k;

@@ -5,8 +5,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "layout_builder.h"
@@ -61,9 +63,33 @@ inline void check_logits(const char* op, const Tensor& logits) {
   if (dims > kTorchDims) {
     fail(op, ": logits must have at most ", kTorchDims, " dimensions, got ", dims);
   }
-  if (logits.stride(dims - 1) != 1 && logits.size(dims - 1) > 1) {
-    fail(op, ": logits must be contiguous in the last dimension, got a stride of ",
-         logits.stride(dims - 1));
+}
+
+// Rows of which each is one stretch of memory.
+inline bool has_contiguous_rows(const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  return logits.stride(last) == 1 || logits.size(last) == 1 || logits.numel() == 0;
+}
+
+// For what is written over: two rows that share memory would each overwrite what the other must still read.
+inline void check_overwritable(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.is_contiguous()) return;
+  if (!has_contiguous_rows(tensor)) {
+    fail(op, ": ", name, " must be contiguous in the last dimension to be written over, got a stride of ",
+         tensor.stride(tensor.dim() - 1));
+  }
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) steps.push_back({tensor.stride(d), tensor.size(d)});
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride < extent) {
+      fail(op, ": ", name, " must not be expanded or overlap to be written over, got a stride of ",
+           stride, " across ", extent, " elements for ", shape_text(tensor));
+    }
+    extent += stride * (size - 1);
   }
 }
 
@@ -89,6 +115,7 @@ inline void check_number(const char* op, const char* name, const std::optional<T
 // What a gradient that is already there is multiplied with.
 inline void check_scaling(const char* op, const Tensor& grad_logits, const Tensor& grad_loss) {
   check_logits(op, grad_logits);
+  check_overwritable(op, "grad_logits", grad_logits);
   check_number(op, "grad_loss", grad_loss, grad_logits);
   if (grad_loss.scalar_type() != accumulate_type(grad_logits)) {
     fail(op, ": grad_loss must have the dtype of the loss, got ",
@@ -101,9 +128,8 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& log
   if (weight.dim() != 1 || weight.size(0) != classes) {
     fail(op, ": weight must have one entry per class [", classes, "], got ", shape_text(weight));
   }
-  if (weight.scalar_type() != accumulate_type(logits) ||
-      (weight.stride(0) != 1 && classes > 1)) {
-    fail(op, ": weight must be contiguous and have the dtype of the loss, ",
+  if (weight.scalar_type() != accumulate_type(logits)) {
+    fail(op, ": weight must have the dtype of the loss, ",
          torch::headeronly::toString(accumulate_type(logits)), ", got ",
          torch::headeronly::toString(weight.scalar_type()));
   }
@@ -112,13 +138,10 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& log
 
 inline void check_options(const char* op, const CrossEntropyOptions& options, int64_t shift,
                           const Tensor& logits) {
-  if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) {
-    fail(op, ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
-  }
-  if (!(options.softcap >= 0)) fail(op, ": softcap must be positive, got ", options.softcap);
-  if (!(options.focal_gamma >= 0)) {
-    fail(op, ": focal_gamma must not be negative, got ", options.focal_gamma);
-  }
+  check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
+  check_finite(op, "softcap", options.softcap, false);
+  check_finite(op, "z_loss", options.z_loss, false);
+  check_finite(op, "focal_gamma", options.focal_gamma, false);
   if (shift < 0) fail(op, ": shift must not be negative, got ", shift);
   if (shift > 0 && logits.dim() < 2) {
     fail(op, ": logits must be [..., S, V] where shift is not 0, got ", shape_text(logits));
@@ -150,13 +173,17 @@ inline void check_inputs(const char* op, const CrossEntropyInputs& in,
   check_number(op, "temperature", in.temperature, in.logits);
 }
 
-// Contiguous copies where the caller's are not: one entry per row, beside V logits.
+// What is read, for as long as this lives: contiguous copies where the caller's are not, which is one entry
+// per row beside V logits, or per class; of the logits only where a row of them is no stretch of memory.
 struct RowInputs {
-  std::optional<Tensor> target, mask, token_weight, segment_ids;
+  Tensor logits;
+  std::optional<Tensor> target, mask, weight, token_weight, segment_ids;
 
   explicit RowInputs(const CrossEntropyInputs& in)
-      : target(contiguous(in.target)),
+      : logits(has_contiguous_rows(in.logits) ? in.logits : torch::stable::contiguous(in.logits)),
+        target(contiguous(in.target)),
         mask(contiguous(in.mask)),
+        weight(contiguous(in.weight)),
         token_weight(contiguous(in.token_weight)),
         segment_ids(contiguous(in.segment_ids)) {}
 
@@ -166,15 +193,15 @@ struct RowInputs {
   }
 };
 
-inline CountedRows counted_rows(const Tensor& logits, const RowInputs& in, int64_t ignore_index,
-                                int64_t shift) {
+inline CountedRows counted_rows(const RowInputs& in, int64_t ignore_index, int64_t shift) {
+  const Tensor& logits = in.logits;
   const int64_t dims = logits.dim();
   CountedRows q;
   q.rows = 1;
   for (int64_t d = 0; d + 1 < dims; ++d) q.rows *= logits.size(d);
   q.classes = logits.size(dims - 1);
   q.row_length = dims > 1 ? logits.size(dims - 2) : 1;
-  q.shift = shift;
+  q.shift = std::min(shift, q.row_length);  // beyond the row there is nothing: no sum overflows
   q.ignore_index = ignore_index;
   q.target = array_of(in.target);
   q.mask = array_of(in.mask);

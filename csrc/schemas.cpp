@@ -30,7 +30,7 @@
 // elements.
 
 // Cross entropy and row statistics of the rows that count (formula: masked_cross_entropy.h).
-//   logits        [..., V]  floating; any strides, but of the last dimension
+//   logits        [..., V]  floating; any strides (copied where the last one is not 1)
 //   target        [...]     integer; None: statistics alone, loss 0
 //   mask          [...]     any dtype, on where != 0; None keeps everything
 //   weight        [V]       class weights, in the dtype of the loss
@@ -44,7 +44,8 @@
 // Returns, in float32 (float64 where logits is): the loss; per row log-sum-exp, entropy (with
 // `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
 // one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
-// at rows that do not count; and the denominator [] (float64).
+// at rows that do not count; the denominator [] (float64); and what the backward needs besides, row_sums
+// [..., 2] (masked_cross_entropy.h).
 
 // What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms.h).
 //   logits, target, mask, temperature as above; target may not be None
@@ -100,13 +101,13 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, "
       "float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, SymInt shift=0, "
       "str reduction=\"mean\", bool statistics=False) -> (Tensor loss, Tensor lse, Tensor entropy, "
-      "Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor denominator)");
+      "Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor denominator, Tensor row_sums)");
   // grad_* may be absent; grad_logits is contiguous, with no elements where it is not needed, and so
   // is grad_token_weight (in the dtype of the loss).
   m.def(
       "_masked_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor? grad_log_prob, Tensor logits, Tensor? target, Tensor? mask, Tensor? weight, "
-      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor lse, Tensor entropy, "
+      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor row_sums, Tensor entropy, "
       "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_logits, bool needs_token_weight) -> (Tensor grad_logits, "
@@ -115,7 +116,7 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "_masked_cross_entropy_backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor? grad_log_prob, Tensor(a!) logits, Tensor? target, Tensor? mask, Tensor? weight, "
-      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor lse, Tensor entropy, "
+      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor row_sums, Tensor entropy, "
       "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
       "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");

@@ -90,6 +90,7 @@ OPTIONS = [
         "temperature_high": {"temperature": 3.0},
         "softcap": {"softcap": 5.0},
         "z_loss": {"z_loss": 0.05},
+        "z_loss_large": {"z_loss": 0.5},
         "focal": {"focal_gamma": 2.0},
         "focal_root": {"focal_gamma": 0.5},
         "focal_smoothing": {"focal_gamma": 3.0, "label_smoothing": 0.2},

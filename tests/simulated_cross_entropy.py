@@ -16,7 +16,7 @@ from simulated import Uploader
 from masked_loss_ext import reference
 
 STATISTICS = ("lse", "entropy", "log_prob", "hit")
-OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "denominator")
+OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "denominator", "row_sums")
 DIFFERENTIABLE = ("loss", "lse", "entropy", "log_prob")
 ROUNDINGS_IN_A_ROW = 64  # in float64; the reference's own error is 0 there
 
@@ -69,7 +69,7 @@ class Call:
         wide = self.results["loss"].dtype
         grads = [upstream.get(name) for name in DIFFERENTIABLE]
         grads = [None if g is None else self.op.upload(g.to(wide)) for g in grads]
-        saved = [self.device[name] for name in ("lse", "entropy", "log_prob")]
+        saved = [self.device[name] for name in ("row_sums", "entropy", "log_prob")]
         saved += [self.device["smooth_distance"], self.device["denominator"]]
         inputs = list(self.inputs)
         if in_place:

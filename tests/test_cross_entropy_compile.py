@@ -54,10 +54,11 @@ def op_arguments(name, dtype=torch.float32, target=True):
 
 def backward_arguments(name, statistics):
     tensors, numbers = op_arguments(name)
-    loss, lse, entropy, log_prob, _, distance, denominator = op(*tensors, *numbers, statistics)
+    results = op(*tensors, *numbers, statistics)
+    loss, lse, entropy, log_prob, _, distance, denominator, row_sums = results
     g = torch.full_like(lse, 0.5)
     grads = (torch.ones_like(loss), g, g, g) if statistics else (torch.ones_like(loss), *[None] * 3)
-    saved = (lse, entropy, log_prob, distance, denominator)
+    saved = (row_sums, entropy, log_prob, distance, denominator)
     return (*grads, *tensors[:7], *saved, *numbers)
 
 
@@ -249,10 +250,10 @@ def test_meta_tensors():
     args = (x, y, m, None, t, None, None, None, -100, 0.1, 0.0, 0.0, 0.0, 1)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (4, 9))):
         results = op(*args, reduction, True)
-        shapes = [shape, (4, 9), (4, 9), (4, 9), (4, 9), (4, 9), ()]
+        shapes = [shape, (4, 9), (4, 9), (4, 9), (4, 9), (4, 9), (), (4, 9, 2)]
         assert [tuple(r.shape) for r in results] == shapes
         assert all(r.device.type == "meta" for r in results)
-        dtypes = [torch.float32] * 4 + [torch.bool, torch.float32, torch.float64]
+        dtypes = [torch.float32] * 4 + [torch.bool, torch.float32, torch.float64, torch.float32]
         assert [r.dtype for r in results] == dtypes
 
 

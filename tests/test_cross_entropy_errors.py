@@ -21,6 +21,9 @@ f = mle.masked_cross_entropy
 op = torch.ops.masked_loss_ext.masked_cross_entropy
 backward = torch.ops.masked_loss_ext._masked_cross_entropy_backward
 backward_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_backward_
+fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient
+fused_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_
+scale = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_
 
 # keywords that replace good ones, the error, the argument, what the text must hold besides
 TENSORS = [
@@ -127,6 +130,11 @@ NUMBERS = [
     ({"gradient_in_forward": "no"}, TypeError, "gradient_in_forward", "a bool", "got"),
     ({"return_stats": "no"}, TypeError, "return_stats", "a bool", "got"),
 ]
+CHECKED_BY_THE_OPERATOR = [
+    ({"temperature": torch.tensor(math.inf)}, ValueError, "temperature", "finite", "got inf"),
+    ({"normalizer": torch.tensor(-1.0)}, ValueError, "normalizer", "not negative", "got -1"),
+    ({"normalizer": torch.tensor(math.nan)}, ValueError, "normalizer", "finite", "got nan"),
+]
 SHARED = [case for case in TENSORS if set(case[0]) <= {"logits", "target", "mask"}]
 SHARED += [
     case
@@ -135,7 +143,7 @@ SHARED += [
 ]
 
 
-@pytest.mark.parametrize("bad,kind,name,rule,got", TENSORS + NUMBERS)
+@pytest.mark.parametrize("bad,kind,name,rule,got", TENSORS + NUMBERS + CHECKED_BY_THE_OPERATOR)
 def test_masked_cross_entropy(bad, kind, name, rule, got):
     arguments = {"logits": X, "target": Y, "mask": M, **bad}
     text = f"masked_cross_entropy: {name}"
@@ -373,7 +381,7 @@ def call_backward(function=backward, **bad):
         **dict.fromkeys(("grad_lse", "grad_entropy", "grad_log_prob")),
         **{"logits": X.clone(), "target": Y, "mask": None, "weight": None},
         **{"token_weight": None, "segment_ids": None, "temperature": None},
-        **{"lse": row, "entropy": torch.zeros(0), "log_prob": row},
+        **{"row_sums": torch.zeros(2, 3, 2), "entropy": torch.zeros(0), "log_prob": row},
         **{"smooth_distance": torch.zeros(0), "denominator": one, "ignore_index": -100},
         **{"label_smoothing": 0.0, "softcap": 0.0, "z_loss": 0.0, "focal_gamma": 0.0},
         **{"shift": 0, "reduction": "mean", "needs_logits": True, "needs_token_weight": False},
@@ -386,20 +394,29 @@ def call_backward(function=backward, **bad):
 
 OP_ARGUMENTS = [
     ({"logits": X.long()}, "logits must be float16"),
-    ({"logits": X[..., ::2]}, "logits must be contiguous in the last dimension, got a stride of 2"),
     ({"target": Y.float()}, "target must be"),
     ({"target": Y[:1]}, "target must have the shape"),
     ({"mask": M[:1]}, "mask must have the shape"),
     ({"mask": M.to(torch.complex64)}, "mask must be bool"),
-    ({"weight": W.double()}, "weight must be contiguous and have the dtype of the loss"),
+    ({"weight": W.double()}, "weight must have the dtype of the loss, Float, got Double"),
     ({"weight": W[:3]}, "weight must have one entry per class"),
-    ({"weight": torch.ones(10)[::2]}, "weight must be contiguous"),
     ({"token_weight": Y}, "token_weight must be float16"),
     ({"segment_ids": M}, "segment_ids must be"),
     ({"temperature": torch.ones(1)}, "temperature must be a number [], got [1]"),
     ({"label_smoothing": 2.0}, "label_smoothing must be in [0, 1]"),
-    ({"softcap": -1.0}, "softcap must be positive"),
-    ({"focal_gamma": -1.0}, "focal_gamma must not be negative"),
+    ({"label_smoothing": math.nan}, "label_smoothing must be in [0, 1], got nan"),
+    *(
+        ({name: value}, f"{name} must be finite and not negative, got {text}")
+        for name in ("softcap", "z_loss", "focal_gamma")
+        for value, text in ((-1.0, "-1"), (math.inf, "inf"), (math.nan, "nan"))
+    ),
+    *(
+        (
+            {"temperature": torch.tensor(value)},
+            f"temperature must be positive and finite, got {text}",
+        )
+        for value, text in ((0.0, "0"), (-1.0, "-1"), (math.inf, "inf"), (math.nan, "nan"))
+    ),
     ({"shift": -1}, "shift must not be negative"),
     ({"reduction": "max"}, "reduction must be mean, sum or none, got max"),
 ]
@@ -411,11 +428,16 @@ BACKWARD_ARGUMENTS = [
     ({"grad_entropy": torch.ones(3)}, "grad_entropy must have the shape"),
     ({"grad_entropy": torch.ones(2, 3)}, "entropy must have the shape"),
     ({"grad_log_prob": torch.ones(3)}, "grad_log_prob must have the shape"),
-    ({"lse": torch.ones(3)}, "lse must have the shape"),
-    ({"lse": torch.ones(2, 3).double()}, "lse must have the dtype"),
+    ({"row_sums": torch.ones(2, 3)}, "row_sums must be what the forward returned, Float [..., 2]"),
+    ({"row_sums": torch.ones(2, 3, 2).double()}, "row_sums must be what the forward returned"),
     ({"log_prob": torch.ones(0)}, "log_prob must have the shape"),
+    ({"log_prob": torch.ones(2, 3).double()}, "log_prob must have the dtype of the loss"),
     ({"label_smoothing": 0.1}, "smooth_distance must have the shape"),
-    ({"denominator": torch.ones(2)}, "denominator must be a number"),
+    # Checked where the option is off, too.
+    ({"entropy": torch.ones(3)}, "entropy must have the shape"),
+    ({"smooth_distance": torch.ones(1)}, "smooth_distance must have the shape"),
+    ({"denominator": torch.ones(2)}, "denominator must be a float64 number []"),
+    ({"denominator": torch.ones(())}, "denominator must be a float64 number []"),
 ]
 BOTH_BACKWARDS = pytest.mark.parametrize(
     "function,name",
@@ -456,3 +478,44 @@ def test_operators_refuse_a_meta_tensor_among_others(name):
     value = value.long() if name in ("target", "segment_ids") else value
     for call in (call_op, call_backward):
         check(lambda c=call: c(**{name: value}), ValueError, "device", "meta")
+
+
+@pytest.mark.parametrize("value,text", [(-1.0, "-1"), (math.nan, "nan"), (math.inf, "inf")])
+def test_a_normalizer_that_is_read_is_checked(value, text):
+    rule = f"masked_cross_entropy: normalizer must be finite and not negative, got {text}"
+    value = torch.tensor(value)
+    check(lambda: call_op(normalizer=value), ValueError, rule)
+    for fused in (fused_op, fused_in_place):
+        x = X.clone()
+        check(lambda f=fused, x=x: f(x, Y, normalizer=value), ValueError, rule)
+        assert x.equal(X)
+
+
+def overlapping():
+    """Logits whose rows share memory, as [2, 3, 5]."""
+    return [torch.zeros(3, 5).expand(2, 3, 5), torch.zeros(40).as_strided((2, 3, 5), (9, 3, 1))]
+
+
+@pytest.mark.parametrize("x", overlapping(), ids=["expanded", "overlapping"])
+def test_nothing_is_written_over_memory_that_rows_share(x):
+    rule = "must not be expanded or overlap to be written over"
+    check(lambda: call_backward(backward_in_place, logits=x), ValueError, f"logits {rule}")
+    check(lambda: fused_in_place(x, Y), ValueError, f"logits {rule}")
+    one = torch.ones(())
+    check(lambda: scale(x, one), ValueError, f"grad_logits {rule}")
+    column = torch.zeros(2, 5, 3).transpose(1, 2)
+    rule = "must be contiguous in the last dimension to be written over, got a stride of 3"
+    check(lambda: call_backward(backward_in_place, logits=column), ValueError, f"logits {rule}")
+    check(lambda: fused_in_place(column, Y), ValueError, f"logits {rule}")
+    check(lambda: scale(column, one), ValueError, f"grad_logits {rule}")
+
+
+def test_any_strides_are_read():
+    x, w = torch.randn(2, 5, 3).transpose(1, 2), torch.rand(10)[::2]
+    results = call_op(logits=x, weight=w, statistics=True)
+    expected = call_op(logits=x.contiguous(), weight=w.contiguous(), statistics=True)
+    assert all(map(torch.equal, results, expected))
+    saved = dict(zip(("entropy", "log_prob"), results[2:4], strict=True), row_sums=results[7])
+    saved["denominator"] = results[6]
+    grads = [call_backward(logits=a, weight=b, **saved) for a, b in ((x, w), (x.contiguous(), w))]
+    assert grads[0][0].equal(grads[1][0]) and grads[0][0].any()

@@ -38,7 +38,7 @@ def test_the_function(options, text):
     [
         ({"reduction": "none"}, "reduction must be mean or sum, got none"),
         ({"reduction": "max"}, "reduction must be mean, sum or none, got max"),
-        ({"temperature": torch.tensor(0.0)}, "temperature must be positive, got 0"),
+        ({"temperature": torch.tensor(0.0)}, "temperature must be positive and finite, got 0"),
         ({"normalizer": torch.ones(1)}, r"normalizer must be a number \[\], got \[1\]"),
         ({"token_weight": torch.ones(3)}, "token_weight must have the shape of logits"),
         ({"shift": -1}, "shift must not be negative"),
@@ -65,7 +65,7 @@ def test_scaling():
         (X, torch.ones(2), r"grad_loss must be a number \[\], got \[2\]"),
         (X, torch.ones((), dtype=torch.float64), "grad_loss must have the dtype of the loss"),
         (X.long(), torch.ones(()), "logits must be float16"),
-        (X[..., ::2], torch.ones(()), "logits must be contiguous in the last dimension"),
+        (X[..., ::2], torch.ones(()), "grad_logits must be contiguous in the last dimension"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: {text}"):
             scale_op(grad, factor)

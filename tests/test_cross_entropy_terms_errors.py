@@ -113,7 +113,7 @@ def test_the_operators_themselves():
     check(lambda: op(X, Y, None, None, None, L), ValueError, "links must be a pair", "one of the")
     check(
         lambda: backward(g.double(), *none, X, Y, *none, sums, -100),
-        ValueError, "grad_scaled_log_prob must have the dtype of the terms", "Double",
+        ValueError, "grad_scaled_log_prob must have the dtype of the loss", "Double",
     )  # fmt: skip
     check(
         lambda: backward(g[:1], *none, X, Y, *none, sums, -100),

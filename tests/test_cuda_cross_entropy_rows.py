@@ -77,7 +77,8 @@ def test_a_logit_that_is_not_a_number_shows(op, value):
         logits, target, mask = make((3, length))
         logits[0, length // 2] = value
         results = op(logits, target, mask).results
-        assert results["loss"].isnan() and results["lse"][0].isnan() and mask[0]
+        assert results["loss"].isnan() and results["log_prob"][0].isnan() and mask[0]
+        assert str(results["lse"][0].item()) == str(value)
         assert results["lse"][1:].isfinite().all()
 
 
@@ -175,9 +176,11 @@ def test_backward_refuses(op):
     with pytest.raises(ValueError, match="denominator must be a float64 number"):
         call.backward({"loss": torch.ones(4)})
     call.device["denominator"] = denominator
-    call.device["lse"] = op.upload(torch.ones(4, dtype=torch.float64))
-    with pytest.raises(ValueError, match="lse must have the dtype of the loss, Float, got Double"):
-        call.backward({"loss": torch.ones(4)})
+    for bad in (torch.ones(4, 2, dtype=torch.float64), torch.ones(4), torch.ones(4, 3)):
+        call.device["row_sums"] = op.upload(bad)
+        rule = r"row_sums must be what the forward returned, Float \[..., 2\], got"
+        with pytest.raises(ValueError, match=rule):
+            call.backward({"loss": torch.ones(4)})
     lean = op(logits, target, statistics=False)
     with pytest.raises(ValueError, match="entropy must have the shape of logits"):
         lean.backward({"entropy": torch.ones(4)})

@@ -54,7 +54,9 @@ def test_statistics_alone(shape, dtype):
     assert alone.log_prob is None and alone.hit is None
     for name in ("lse", "entropy"):
         ours, theirs = getattr(alone, name), getattr(expected, name)
-        assert_same_bits(ours.detach(), theirs.detach(), name)
+        # A label's column comes last, apart from the others.
+        rtol, atol = 8 * torch.finfo(wide).eps, 32 * torch.finfo(wide).eps
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=atol, msg=name)
         weights = torch.randn(shape[:-1], generator=g).to(wide)
         grads = [torch.autograd.grad(s, logits, weights, retain_graph=True) for s in (ours, theirs)]
         # With a label that column is computed apart; without, lse is rounded.

@@ -25,11 +25,11 @@ const TermsKernels& terms_kernels() {
 }
 
 // Everything but what is written. `rows` and the inputs must outlive it.
-TermsProblem terms_problem(const TermInputs& in, const TermRowInputs& rows, const Layout& layout,
-                           int64_t ignore_index) {
+TermsProblem terms_problem(const char* op, const TermInputs& in, const TermRowInputs& rows,
+                           const Layout& layout, int64_t ignore_index) {
   TermsProblem q;
-  static_cast<CrossEntropyProblem&>(q) = problem_of(in.rows, rows, {}, layout, ignore_index, 0);
-  q.rows = term_rows(in.rows.logits, rows, ignore_index);
+  static_cast<CrossEntropyProblem&>(q) = problem_of(op, in.rows, rows, {}, layout, ignore_index, 0);
+  q.rows = term_rows(rows, ignore_index);
   q.chunks = cut(q.counted, true);
   return q;
 }
@@ -59,13 +59,12 @@ EightTensors cross_entropy_terms_forward_cpu(
   constexpr const char* op = "cross_entropy_terms";
   const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
   check_terms(op, in, unscaled);
-  check_temperature(op, temperature);
   TermOutputs out = allocate_terms(in, unscaled, [&](const auto& sizes, ScalarType type) {
     return empty_tensor(logits, sizes, type);
   });
   const TermRowInputs rows(in);
-  const Layout layout = row_layout(op, logits, nullptr);
-  TermsProblem q = terms_problem(in, rows, layout, ignore_index);
+  const Layout layout = row_layout(op, rows.logits, nullptr);
+  TermsProblem q = terms_problem(op, in, rows, layout, ignore_index);
   q.unscaled = unscaled;
   q.terms = arrays_of(out, in, unscaled);
   q.sums = static_cast<double*>(out.sums.mutable_data_ptr());
@@ -92,18 +91,18 @@ Tensor cross_entropy_terms_backward_cpu(
     const std::optional<Tensor>& ngram_after, const Tensor& sums, int64_t ignore_index) {
   constexpr const char* op = "_cross_entropy_terms_backward";
   const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
-  const TermGradientInputs gradients(grad_scaled_log_prob, grad_scaled_mean_log_prob, grad_log_prob,
-                                     grad_entropy, grad_class_log_prob, grad_unlikelihood);
   check_terms(op, in, true);
-  check_term_gradients(op, in, gradients, sums);
+  const TermGradientInputs gradients(grad_scaled_log_prob, grad_scaled_mean_log_prob, grad_log_prob,
+                                     grad_entropy, grad_class_log_prob, grad_unlikelihood, sums);
+  check_term_gradients(op, in, gradients);
   std::vector<int64_t> sizes = row_sizes(logits);
   sizes.push_back(logits.size(logits.dim() - 1));
   Tensor grad_logits = empty_tensor(logits, sizes, logits.scalar_type());
   const TermRowInputs rows(in);
-  const Layout layout = row_layout(op, logits, &grad_logits);
-  TermsProblem q = terms_problem(in, rows, layout, ignore_index);
+  const Layout layout = row_layout(op, rows.logits, &grad_logits);
+  TermsProblem q = terms_problem(op, in, rows, layout, ignore_index);
   q.terms = gradients.arrays();
-  q.sums = static_cast<double*>(const_cast<void*>(sums.const_data_ptr()));
+  q.sums = gradients.read_sums();
   q.grad_logits = array_of(grad_logits);
   const size_t bytes = grad_logits.numel() * grad_logits.element_size();
   advise_huge_pages(grad_logits.mutable_data_ptr(), bytes);

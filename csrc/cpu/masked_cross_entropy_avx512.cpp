@@ -14,7 +14,7 @@ namespace masked_loss_ext {
 namespace {
 #include "cpu/masked_cross_entropy_both.inc"
 }  // namespace
-extern const CrossEntropyKernels cross_entropy_avx512 = {forward, finish, read_target, backward,
+extern const CrossEntropyKernels cross_entropy_avx512 = {forward, finish, read_slope, backward,
                                                          count,   both, scale};
 }  // namespace masked_loss_ext
 #include "cpu/target_end.inc"

@@ -20,13 +20,8 @@ struct RowChunks {
 // What a piece of a row comes to.
 struct RowPart {
   RowSums<double> sums;
-  double highest = -INFINITY;  // of which sums.max is the multiple by scale
-  double target = 0;           // z at the label, where the piece holds it
-};
-
-// s at the label, and what d / d z there is multiplied with; 0 at -inf.
-struct TargetLogit {
-  double s = 0, slope = 0;
+  double highest = -INFINITY;  // of s but for the label's; sums.max is its multiple by scale
+  double label = 0;            // s at the label, where the piece holds it
 };
 
 // One entry per chunk of the last step of the forward.
@@ -46,6 +41,7 @@ struct CrossEntropyProblem {
   bool statistics = false;
   // per row: results of the forward, input of the backward
   Array lse, entropy, log_prob, smooth_distance, hit;
+  Array row_sums;  // [rows, kRowSums]
   // forward
   Array loss;                     // per row; absent for scalar reductions
   RowPart* parts = nullptr;       // [rows, pieces], where rows are cut
@@ -54,7 +50,7 @@ struct CrossEntropyProblem {
   Array grad_loss, grad_lse, grad_entropy, grad_log_prob;  // per row, or absent
   double grad_scale = 0;  // d loss / d row loss, but for what grad_loss holds per row
   Array grad_logits, grad_token_weight;
-  TargetLogit* targets = nullptr;  // [rows], where rows are cut
+  double* slopes = nullptr;  // [rows], d z / d logit at the label, where rows are cut
   ByteRange zero_logits;  // where grad_logits is known to be 0 already
 };
 
@@ -63,7 +59,7 @@ constexpr int64_t kRowsPerFinish = 256;
 struct CrossEntropyKernels {
   void (*forward)(const CrossEntropyProblem&, int64_t chunk);
   void (*finish)(const CrossEntropyProblem&, int64_t group);  // of kRowsPerFinish rows that were cut
-  void (*read_target)(const CrossEntropyProblem&, int64_t row);  // into targets
+  void (*read_slope)(const CrossEntropyProblem&, int64_t row);  // into slopes
   void (*backward)(const CrossEntropyProblem&, int64_t chunk);
   void (*count)(const CrossEntropyProblem&, int64_t chunk);  // of rows; into totals
   void (*both)(const CrossEntropyProblem&, int64_t chunk);   // of whole rows

@@ -22,15 +22,15 @@ struct GradientCall {
 // What the backward reads of each row that the forward wrote.
 void set_row_values(CrossEntropyProblem& q, Tensor& buffer, const Tensor& logits) {
   const int64_t rows = q.counted.rows;
-  buffer = empty_tensor(logits, {3, rows}, accumulate_type(logits));
-  q.lse = array_of(buffer);
+  buffer = empty_tensor(logits, {kRowSums + 2, rows}, accumulate_type(logits));
+  q.row_sums = array_of(buffer);
   auto part = [&](int64_t i) {
-    Array array = q.lse;
+    Array array = q.row_sums;
     array.data = static_cast<char*>(array.data) + i * rows * size_of(array.kind);
     return array;
   };
-  q.log_prob = part(1);
-  if (q.options.label_smoothing > 0) q.smooth_distance = part(2);
+  q.log_prob = part(kRowSums);
+  if (q.options.label_smoothing > 0) q.smooth_distance = part(kRowSums + 1);
 }
 
 // Returns the loss. The counted rows are known before the first gradient is written, so that a bad label
@@ -41,15 +41,16 @@ Tensor with_gradient_cpu(const GradientCall& c, Tensor& grad_logits, bool in_pla
   const RowReduction reduction = scalar_reduction(op, c.reduction_name);
   check_inputs(op, c.in, c.options, c.shift);
   check_number(op, "normalizer", c.normalizer, logits);
-  check_temperature(op, c.in.temperature);
-  if (!in_place) {
+  if (in_place) {
+    check_overwritable(op, "logits", logits);
+  } else {
     std::vector<int64_t> sizes = row_sizes(logits);
     sizes.push_back(logits.size(logits.dim() - 1));
     grad_logits = empty_tensor(logits, sizes, logits.scalar_type());
   }
   const RowInputs rows(c.in);
-  const Layout layout = row_layout(op, logits, &grad_logits);
-  CrossEntropyProblem q = problem_of(c.in, rows, c.options, layout, c.ignore_index, c.shift);
+  const Layout layout = row_layout(op, rows.logits, &grad_logits);
+  CrossEntropyProblem q = problem_of(op, c.in, rows, c.options, layout, c.ignore_index, c.shift);
   Tensor row_values;
   set_row_values(q, row_values, logits);
   q.grad_logits = array_of(grad_logits);
@@ -58,10 +59,11 @@ Tensor with_gradient_cpu(const GradientCall& c, Tensor& grad_logits, bool in_pla
     advise_huge_pages(grad_logits.mutable_data_ptr(), bytes);
     q.zero_logits = untouched_pages(grad_logits.mutable_data_ptr(), bytes);
   }
+  const bool divides = reduction == RowReduction::kMean;
+  const double given = c.normalizer && divides ? read_normalizer(op, *c.normalizer) : 1;
   const ChunkTotals counted = run_count(q);
   if (counted.bad_row >= 0) refuse_label(q, logits, counted.bad_row);
-  double denominator = reduction == RowReduction::kMean ? counted.denominator : 1;
-  if (c.normalizer && reduction == RowReduction::kMean) denominator = read_number(*c.normalizer);
+  const double denominator = divides && !c.normalizer ? counted.denominator : given;
   q.grad_scale = denominator != 0 ? 1 / denominator : 0;
   const ChunkTotals totals = run_both(q, grad_logits, in_place);
   const std::vector<int64_t> scalar;

@@ -62,10 +62,10 @@ inline ChunkTotals run_forward(CrossEntropyProblem& q) {
 inline void run_backward(CrossEntropyProblem& q, const Tensor* grad_logits, bool in_place) {
   const CrossEntropyKernels& kernel = cross_entropy_kernels();
   q.chunks = cut(q.counted, q.counted.rows >= kManyRows);
-  std::vector<TargetLogit> targets(q.chunks.pieces > 1 ? q.counted.rows : 0);
-  q.targets = targets.empty() ? nullptr : targets.data();
-  for (int64_t row = 0; q.targets != nullptr && row < q.counted.rows; ++row) {
-    kernel.read_target(q, row);
+  std::vector<double> slopes(q.chunks.pieces > 1 ? q.counted.rows : 0);
+  q.slopes = slopes.empty() ? nullptr : slopes.data();
+  for (int64_t row = 0; q.slopes != nullptr && row < q.counted.rows; ++row) {
+    kernel.read_slope(q, row);
   }
   if (grad_logits == nullptr || in_place) {
     return for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernel.backward(q, chunk); });

@@ -39,16 +39,31 @@ inline RowChunks cut(const CountedRows& q, bool whole_rows) {
   return c;
 }
 
+inline void check_temperature(const char* op, const std::optional<Tensor>& temperature) {
+  if (!temperature) return;
+  const double value = read_number(*temperature);
+  if (!(value > 0 && value < INFINITY)) {
+    fail(op, ": temperature must be positive and finite, got ", value);
+  }
+}
+
+inline double read_normalizer(const char* op, const Tensor& normalizer) {
+  const double value = read_number(normalizer);
+  check_finite(op, "normalizer", value, false);
+  return value;
+}
+
 // Everything but what is written. `rows` and the inputs must outlive it.
-inline CrossEntropyProblem problem_of(const CrossEntropyInputs& in, const RowInputs& rows,
-                                      const CrossEntropyOptions& options, const Layout& layout,
-                                      int64_t ignore_index, int64_t shift) {
+inline CrossEntropyProblem problem_of(const char* op, const CrossEntropyInputs& in,
+                                      const RowInputs& rows, const CrossEntropyOptions& options,
+                                      const Layout& layout, int64_t ignore_index, int64_t shift) {
+  check_temperature(op, in.temperature);
   CrossEntropyProblem q;
   q.layout = &layout;
-  q.counted = counted_rows(in.logits, rows, ignore_index, shift);
+  q.counted = counted_rows(rows, ignore_index, shift);
   q.options = options;
-  q.logits = array_of(in.logits);
-  q.weight = array_of(in.weight);
+  q.logits = array_of(rows.logits);
+  q.weight = array_of(rows.weight);
   q.token_weight = array_of(rows.token_weight);
   if (in.temperature) q.scale = 1 / read_number(*in.temperature);
   q.weight_sum = double(q.counted.classes);
@@ -57,12 +72,6 @@ inline CrossEntropyProblem problem_of(const CrossEntropyInputs& in, const RowInp
     for (int64_t c = 0; c < q.counted.classes; ++c) q.weight_sum += read_entry<double>(q.weight, c);
   }
   return q;
-}
-
-inline void check_temperature(const char* op, const std::optional<Tensor>& temperature) {
-  if (!temperature) return;
-  const double value = read_number(*temperature);
-  if (!(value > 0)) fail(op, ": temperature must be positive, got ", value);
 }
 
 // Where the label of a row stands in its tensor: [i, j].

@@ -16,9 +16,9 @@ constexpr int64_t kMaxPacks = 2048;  // of a part in the backward: see masked_cr
 using OptionalTensor = std::optional<Tensor>;
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-TermParams term_params(const TermInputs& in, const TermRowInputs& per_row, int64_t ignore_index) {
+TermParams term_params(const TermRowInputs& per_row, int64_t ignore_index) {
   TermParams p = {};
-  p.rows = term_rows(in.rows.logits, per_row, ignore_index);
+  p.rows = term_rows(per_row, ignore_index);
   return p;
 }
 
@@ -88,7 +88,7 @@ EightTensors cross_entropy_terms_forward_cuda(
   });
   CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, nullptr);
   cut(q, 0);
-  TermParams p = term_params(in, per_row, ignore_index);
+  TermParams p = term_params(per_row, ignore_index);
   p.terms = arrays_of(out, in, unscaled);
   p.sums = out.sums.mutable_data_ptr<double>();
   p.unscaled = unscaled;
@@ -110,17 +110,17 @@ Tensor cross_entropy_terms_backward_cuda(
   check_terms(op, in, true);
   const DeviceScope scope(logits);
   const TermGradientInputs gradients(grad_scaled_log_prob, grad_scaled_mean_log_prob, grad_log_prob,
-                                     grad_entropy, grad_class_log_prob, grad_unlikelihood);
-  check_term_gradients(op, in, gradients, sums);
+                                     grad_entropy, grad_class_log_prob, grad_unlikelihood, sums);
+  check_term_gradients(op, in, gradients);
   const TermRowInputs per_row(in);
   std::vector<int64_t> sizes = row_sizes(logits);
   sizes.push_back(logits.size(logits.dim() - 1));
   Tensor grad_logits = device_empty(logits, sizes, logits.scalar_type());
   CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, &grad_logits);
   cut(q, kMaxPacks);
-  TermParams p = term_params(in, per_row, ignore_index);
+  TermParams p = term_params(per_row, ignore_index);
   p.terms = gradients.arrays();
-  p.sums = static_cast<double*>(const_cast<void*>(sums.const_data_ptr()));
+  p.sums = gradients.read_sums();
   launch_cross_entropy_terms_backward(op, q, p, grad_logits);
   return grad_logits;
 }

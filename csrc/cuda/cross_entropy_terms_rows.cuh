@@ -40,33 +40,40 @@ __device__ __forceinline__ const T* row_of(const CrossEntropyParams& q, int64_t 
   return static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row);
 }
 
-// Of one row. All parts are scaled to the largest maximum at once. Returns the sum of s - max.
+// Of one row. All parts are scaled to the largest maximum at once; then comes the label, s_y. Returns the
+// sum of s - max.
 __device__ __forceinline__ double merge_term_parts(const TermPart* parts, int64_t count, double scale,
-                                                   double classes, const TermParams& p, bool scaled,
-                                                   TermSums& r) {
-  double largest = -INFINITY;
+                                                   double classes, double s_y, const TermParams& p,
+                                                   bool scaled, TermSums& r) {
+  double largest = -INFINITY, plain = 0;
   for (int64_t i = 0; i < count; ++i) largest = max(largest, parts[i].max);
-  RowSums<double> total;
-  double scaled_sum = 0, plain = 0;
+  RowSums<double> one, at_scale;
   for (int64_t i = 0; i < count; ++i) {
     RowSums<double> part;
     part.max = parts[i].max;
+    part.ties = parts[i].ties;
     part.sum = parts[i].sum;
     part.distance = parts[i].distance;
     const double below = parts[i].max - largest;
     rescale(part, largest, exp(below));
-    total.sum += part.sum;
-    total.distance += part.distance;
-    scaled_sum += below < 0 && below > -INFINITY ? parts[i].scaled * exp(below * scale) : parts[i].scaled;
+    one.ties += part.ties;
+    one.sum += part.sum;
+    one.distance += part.distance;
+    at_scale.sum += below < 0 && below > -INFINITY ? parts[i].scaled * exp(below * scale) : parts[i].scaled;
     plain += parts[i].plain;
   }
-  r.max = largest;
+  one.max = largest;
+  at_scale.max = largest * scale;
+  with_label(one, s_y);
+  with_label(at_scale, s_y * scale);
+  r.max = one.max;
   if (p.unscaled) {
-    r.log_sum = log(total.sum);
-    r.entropy = largest == -INFINITY ? double(NAN) : r.log_sum - total.distance / total.sum;
+    r.log_sum = log_sum_of(one);
+    r.entropy = entropy_of(one, r.log_sum);
   }
-  r.log_sum_scaled = scaled ? log(scaled_sum) : r.log_sum;
-  return plain - classes * (largest == -INFINITY ? 0.0 : largest);
+  r.log_sum_scaled = scaled ? log_sum_of(at_scale) : r.log_sum;
+  if (r.max == INFINITY) r.log_sum = r.log_sum_scaled = NAN;
+  return plain - classes * (r.max == -INFINITY ? 0.0 : r.max);
 }
 
 // grid: ceil(rows / block); block: kThreads. scaled: the parts hold sums at T apart from those at 1.
@@ -82,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   TermSums r;
   if (label >= 0) {
     const double scale = scale_of<double>(q), classes = double(q.rows.classes);
-    const double below = merge_term_parts(parts + row * q.parts, q.parts, scale, classes, p, scaled, r);
+    const double below = merge_term_parts(parts + row * q.parts, q.parts, scale, classes,
+                                          access.logit(label), p, scaled, r);
     put_terms(p.rows, p.terms, row, label, r, below / classes, scale, access);
   } else {
     fill_terms(p.rows, p.terms, row, label == kBadLabel ? double(NAN) : 0.0, access);
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     set_coefficients(p.rows, p.terms, r, access);
     gradient = gradient_of<A>(r);
     // Nothing but -inf: there is no gradient.
-    if (r.sums.log_sum_scaled == -INFINITY) gradient.label = kNotCounted;
+    if (all_banned(r.sums)) gradient.label = kNotCounted;
   }
   gradients[row] = gradient;
 }
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const int64_t label = label_at(q, row);
   if (label < 0) return;
   TermRow r = term_row(q, p, row, label);
-  if (r.sums.log_sum_scaled == -INFINITY) return;
+  if (all_banned(r.sums)) return;
   const DeviceTermAccess<T> access{row_of<T>(q, row), grad_logits + offset_at(q.layout, kGrad, row)};
   set_coefficients(p.rows, p.terms, r, access);
   store_cells(p.rows, p.terms, r, access);

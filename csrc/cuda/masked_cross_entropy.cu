@@ -13,7 +13,7 @@ namespace masked_loss_ext::cuda {
 namespace {
 
 struct ForwardResults {
-  Tensor loss, lse, entropy, log_prob, hit, smooth_distance, denominator;
+  Tensor loss, lse, entropy, log_prob, hit, smooth_distance, denominator, row_sums;
 };
 
 ForwardResults make_results(const CrossEntropyInputs& in, const CrossEntropyOptions& options,
@@ -23,19 +23,23 @@ ForwardResults make_results(const CrossEntropyInputs& in, const CrossEntropyOpti
   const ScalarType type = accumulate_type(like);
   const bool has_target = in.target.has_value();
   const bool per_row = reduction == RowReduction::kNone && has_target;
+  std::vector<int64_t> sums = rows;
+  sums.push_back(kRowSums);
   return {device_empty(like, per_row ? rows : scalar, type),
           device_empty(like, rows, type),
           device_empty(like, statistics ? rows : none, type),
           device_empty(like, has_target ? rows : none, type),
           device_empty(like, statistics && has_target ? rows : none, ScalarType::Bool),
           device_empty(like, options.label_smoothing > 0 && has_target ? rows : none, type),
-          device_empty(like, scalar, ScalarType::Double)};
+          device_empty(like, scalar, ScalarType::Double),
+          device_empty(like, sums, type)};
 }
 
 template <class A>
 RowOutputs<A> outputs_of(const ForwardResults& r, RowReduction reduction, bool has_target,
                          const Tensor& weight_sum, const std::optional<Tensor>& normalizer) {
   RowOutputs<A> out = {};
+  out.row_sums = data_of<A>(r.row_sums);
   out.lse = data_of<A>(r.lse);
   out.entropy = data_of<A>(r.entropy);
   out.log_prob = data_of<A>(r.log_prob);
@@ -85,7 +89,9 @@ void launch_cross_entropy_forward(const char* op, const CrossEntropyParams& q,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_cross_entropy_forward_cuda(
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+EightTensors masked_cross_entropy_forward_cuda(
     const Tensor& logits, const std::optional<Tensor>& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& token_weight,
     const std::optional<Tensor>& segment_ids, const std::optional<Tensor>& temperature,
@@ -105,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_cross_
   q.statistics = statistics;
   cut(q, 0);
   launch_cross_entropy_forward(op, q, r, reduction, normalizer, logits);
-  return {r.loss, r.lse, r.entropy, r.log_prob, r.hit, r.smooth_distance, r.denominator};
+  return {r.loss, r.lse,             r.entropy,     r.log_prob,
+          r.hit,  r.smooth_distance, r.denominator, r.row_sums};
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// masked_cross_entropy on CUDA, backward: checks of what forward saved, launches. Nothing here waits for
-// the device.
+// masked_cross_entropy on CUDA, backward: launches. Nothing here waits for the device.
 #include "cuda/masked_cross_entropy_backward.cuh"
 
 #include <optional>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "cuda/masked_cross_entropy_launch.cuh"
+#include "masked_cross_entropy_saved.h"
 
 namespace masked_loss_ext::cuda {
 namespace {
@@ -17,92 +17,24 @@ constexpr int64_t kMaxPacks = 2048;  // of a part, 32 KB: blocks that only write
 
 using OptionalTensor = std::optional<Tensor>;
 
-struct Gradients {
-  const OptionalTensor &loss, &lse, &entropy, &log_prob;
-};
-
-struct Saved {
-  const Tensor &lse, &entropy, &log_prob, &smooth_distance, &denominator;
-};
-
-// One value per row in the dtype of the loss; `empty_allowed`: forward leaves what is not wanted empty.
-void check_row_values(const char* op, const char* name, const Tensor& tensor, const Tensor& logits,
-                      bool empty_allowed) {
-  if (empty_allowed && tensor.numel() == 0) return;
-  check_per_row(op, name, tensor, logits);
-  if (tensor.scalar_type() == accumulate_type(logits)) return;
-  fail(op, ": ", name, " must have the dtype of the loss, ",
-       torch::headeronly::toString(accumulate_type(logits)), ", got ",
-       torch::headeronly::toString(tensor.scalar_type()));
-}
-
-void check_gradients(const char* op, const Gradients& grad, const Saved& saved, const Tensor& logits,
-                     bool has_target, RowReduction reduction) {
-  if (grad.loss && reduction == RowReduction::kNone && has_target) {
-    check_row_values(op, "grad_loss", *grad.loss, logits, false);
-  } else if (grad.loss) {
-    check_number(op, "grad_loss", grad.loss, logits);
-    if (grad.loss->scalar_type() != accumulate_type(logits)) {
-      fail(op, ": grad_loss must have the dtype of the loss");
-    }
-  }
-  if (grad.lse) check_row_values(op, "grad_lse", *grad.lse, logits, false);
-  if (grad.entropy) check_row_values(op, "grad_entropy", *grad.entropy, logits, false);
-  if (grad.log_prob) check_row_values(op, "grad_log_prob", *grad.log_prob, logits, false);
-  check_row_values(op, "lse", saved.lse, logits, false);
-  check_row_values(op, "entropy", saved.entropy, logits, !grad.entropy);
-  check_row_values(op, "log_prob", saved.log_prob, logits, !has_target);
-  check_row_values(op, "smooth_distance", saved.smooth_distance, logits, true);
-  if (saved.denominator.dim() != 0 || saved.denominator.scalar_type() != ScalarType::Double) {
-    fail(op, ": denominator must be a float64 number []");
-  }
-  check_same_device(op, "denominator", saved.denominator, logits, "logits");
-}
-
-struct BackwardCall {
-  const char* op;
-  CrossEntropyInputs in;
-  Gradients grad;
-  Saved saved;
-  CrossEntropyOptions options;
-  int64_t ignore_index, shift;
-  RowReduction reduction;
-};
-
-// What may come with strides of its own, contiguous for as long as this lives.
-struct RowValues {
-  OptionalTensor grad_loss, grad_lse, grad_entropy, grad_log_prob;
-  Tensor lse, entropy, log_prob, smooth_distance;
-
-  explicit RowValues(const BackwardCall& c)
-      : grad_loss(RowInputs::contiguous(c.grad.loss)),
-        grad_lse(RowInputs::contiguous(c.grad.lse)),
-        grad_entropy(RowInputs::contiguous(c.grad.entropy)),
-        grad_log_prob(RowInputs::contiguous(c.grad.log_prob)),
-        lse(*RowInputs::contiguous(c.saved.lse)),
-        entropy(*RowInputs::contiguous(c.saved.entropy)),
-        log_prob(*RowInputs::contiguous(c.saved.log_prob)),
-        smooth_distance(*RowInputs::contiguous(c.saved.smooth_distance)) {}
-};
-
 template <class A>
 const A* values_of(const OptionalTensor& tensor) {
   return tensor && tensor->numel() > 0 ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
 template <class A>
-BackwardInputs<A> inputs_of(const BackwardCall& c, const RowValues& v, const Tensor& weight_sum,
+BackwardInputs<A> inputs_of(const CrossEntropyBackward& c, const BackwardValues& v, const Tensor& weight_sum,
                             const Tensor& grad_token_weight) {
   BackwardInputs<A> in = {};
   in.grad_loss = values_of<A>(v.grad_loss);
   in.grad_lse = values_of<A>(v.grad_lse);
   in.grad_entropy = values_of<A>(v.grad_entropy);
   in.grad_log_prob = values_of<A>(v.grad_log_prob);
-  in.lse = values_of<A>(v.lse);
+  in.row_sums = values_of<A>(v.row_sums);
   in.entropy = values_of<A>(v.entropy);
   in.log_prob = values_of<A>(v.log_prob);
   in.smooth_distance = values_of<A>(v.smooth_distance);
-  in.denominator = static_cast<const double*>(c.saved.denominator.const_data_ptr());
+  in.denominator = static_cast<const double*>(c.denominator.const_data_ptr());
   in.weight_sum = values_of<double>(weight_sum);
   in.one_grad_loss = c.reduction != RowReduction::kNone;
   in.grad_token_weight = data_of<A>(grad_token_weight);
@@ -110,8 +42,8 @@ BackwardInputs<A> inputs_of(const BackwardCall& c, const RowValues& v, const Ten
 }
 
 // Two launches, one where grad_logits is not needed (null).
-void launch_cross_entropy_backward(const BackwardCall& c, const CrossEntropyParams& q,
-                                   const RowValues& values, void* grad_logits,
+void launch_cross_entropy_backward(const CrossEntropyBackward& c, const CrossEntropyParams& q,
+                                   const BackwardValues& values, void* grad_logits,
                                    const Tensor& grad_token_weight) {
   if (q.rows.rows == 0) return;
   const Tensor& like = c.in.logits;
@@ -120,7 +52,7 @@ void launch_cross_entropy_backward(const BackwardCall& c, const CrossEntropyPara
   constexpr int64_t kMostBytes = sizeof(RowGradient<double>);
   Tensor buffer = device_empty(like, {q.rows.rows * kMostBytes / 8}, ScalarType::Double);
   const cudaStream_t stream = current_stream(like);
-  const bool full = c.grad.entropy || c.options.label_smoothing > 0 || c.options.softcap > 0;
+  const bool full = c.grad_entropy || c.options.label_smoothing > 0 || c.options.softcap > 0;
   with_logits_type(q, [&](auto value) {
     using T = decltype(value);
     using A = accumulate_t<T>;
@@ -137,9 +69,9 @@ void launch_cross_entropy_backward(const BackwardCall& c, const CrossEntropyPara
 }
 
 // grad_logits: null where it is not needed. Returns grad_token_weight.
-Tensor backward(const BackwardCall& c, const Tensor* grad_logits, bool needs_token_weight) {
+Tensor backward(const CrossEntropyBackward& c, const Tensor* grad_logits, bool needs_token_weight) {
   const RowInputs per_row(c.in);
-  const RowValues values(c);
+  const BackwardValues values(c);
   needs_token_weight = needs_token_weight && c.in.token_weight && c.in.target;
   const std::vector<int64_t> none = {0};
   Tensor grad_token_weight =
@@ -154,30 +86,32 @@ Tensor backward(const BackwardCall& c, const Tensor* grad_logits, bool needs_tok
   return grad_token_weight;
 }
 
-void check(const BackwardCall& c) {
-  check_inputs(c.op, c.in, c.options, c.shift);
-  check_gradients(c.op, c.grad, c.saved, c.in.logits, c.in.target.has_value(), c.reduction);
-}
-
 std::tuple<Tensor, Tensor> masked_cross_entropy_backward_cuda(
     const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
     const OptionalTensor& grad_log_prob, const Tensor& logits, const OptionalTensor& target,
     const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& token_weight,
-    const OptionalTensor& segment_ids, const OptionalTensor& temperature, const Tensor& lse,
+    const OptionalTensor& segment_ids, const OptionalTensor& temperature, const Tensor& row_sums,
     const Tensor& entropy, const Tensor& log_prob, const Tensor& smooth_distance,
     const Tensor& denominator, int64_t ignore_index, double label_smoothing, double softcap,
     double z_loss, double focal_gamma, int64_t shift, std::string reduction, bool needs_logits,
     bool needs_token_weight) {
   constexpr const char* op = "_masked_cross_entropy_backward";
-  const BackwardCall call{op,
-                          {logits, target, mask, weight, token_weight, segment_ids, temperature},
-                          {grad_loss, grad_lse, grad_entropy, grad_log_prob},
-                          {lse, entropy, log_prob, smooth_distance, denominator},
-                          {label_smoothing, softcap, z_loss, focal_gamma},
-                          ignore_index,
-                          shift,
-                          parse_row_reduction(op, reduction)};
-  check(call);
+  const CrossEntropyBackward call{op,
+                                  {logits, target, mask, weight, token_weight, segment_ids, temperature},
+                                  grad_loss,
+                                  grad_lse,
+                                  grad_entropy,
+                                  grad_log_prob,
+                                  row_sums,
+                                  entropy,
+                                  log_prob,
+                                  smooth_distance,
+                                  denominator,
+                                  {label_smoothing, softcap, z_loss, focal_gamma},
+                                  ignore_index,
+                                  shift,
+                                  parse_row_reduction(op, reduction)};
+  check_backward(call);
   const DeviceScope scope(logits);
   std::vector<int64_t> sizes = {0};
   if (needs_logits) {
@@ -193,20 +127,28 @@ Tensor masked_cross_entropy_backward_in_place_cuda(
     const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
     const OptionalTensor& grad_log_prob, const Tensor& logits, const OptionalTensor& target,
     const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& token_weight,
-    const OptionalTensor& segment_ids, const OptionalTensor& temperature, const Tensor& lse,
+    const OptionalTensor& segment_ids, const OptionalTensor& temperature, const Tensor& row_sums,
     const Tensor& entropy, const Tensor& log_prob, const Tensor& smooth_distance,
     const Tensor& denominator, int64_t ignore_index, double label_smoothing, double softcap,
     double z_loss, double focal_gamma, int64_t shift, std::string reduction, bool needs_token_weight) {
   constexpr const char* op = "_masked_cross_entropy_backward_";
-  const BackwardCall call{op,
-                          {logits, target, mask, weight, token_weight, segment_ids, temperature},
-                          {grad_loss, grad_lse, grad_entropy, grad_log_prob},
-                          {lse, entropy, log_prob, smooth_distance, denominator},
-                          {label_smoothing, softcap, z_loss, focal_gamma},
-                          ignore_index,
-                          shift,
-                          parse_row_reduction(op, reduction)};
-  check(call);
+  const CrossEntropyBackward call{op,
+                                  {logits, target, mask, weight, token_weight, segment_ids, temperature},
+                                  grad_loss,
+                                  grad_lse,
+                                  grad_entropy,
+                                  grad_log_prob,
+                                  row_sums,
+                                  entropy,
+                                  log_prob,
+                                  smooth_distance,
+                                  denominator,
+                                  {label_smoothing, softcap, z_loss, focal_gamma},
+                                  ignore_index,
+                                  shift,
+                                  parse_row_reduction(op, reduction)};
+  check_backward(call);
+  check_overwritable(op, "logits", logits);
   const DeviceScope scope(logits);
   return backward(call, &logits, needs_token_weight);
 }

@@ -10,7 +10,8 @@ namespace masked_loss_ext::cuda {
 template <class A>
 struct BackwardInputs {
   const A *grad_loss, *grad_lse, *grad_entropy, *grad_log_prob;  // [rows] each, or null
-  const A *lse, *entropy, *log_prob, *smooth_distance;           // [rows] each, or null
+  const A* row_sums;                                             // [rows, kRowSums]
+  const A *entropy, *log_prob, *smooth_distance;                 // [rows] each, or null
   const double* denominator;                                     // []
   const double* weight_sum;  // [], where there are class weights and label smoothing, or null
   bool one_grad_loss;        // grad_loss is []
@@ -18,10 +19,10 @@ struct BackwardInputs {
 };
 
 // d / d logit of a row, but for 1 - u^2: (probability - entropy_scale (ln p + entropy)) p - smoothing w,
-// with ln p = (u - base) scale + offset, and at the label what `target` says.
+// with ln p = (u - base) scale - log_sum, and at the label what `target` says.
 template <class A>
 struct RowGradient {
-  A probability, entropy_scale, entropy, base, offset, smoothing, target;
+  A probability, entropy_scale, entropy, base, log_sum, smoothing, target;
   int64_t label;
 };
 
@@ -39,13 +40,11 @@ __device__ __forceinline__ double row_loss_gradient(const BackwardInputs<A>& in,
   return double(in.grad_loss[in.one_grad_loss ? 0 : row]) / denominator;
 }
 
-// label_u: u at the label, where there is one.
 template <class A>
 __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyParams& q,
                                                           const BackwardInputs<A>& in,
                                                           const RowResult& r, int64_t row,
-                                                          int64_t label, double label_u,
-                                                          double loss_gradient) {
+                                                          int64_t label, double loss_gradient) {
   RowGradients g;
   g.loss = label >= 0 ? loss_gradient * token_weight_at(q, row) : 0;
   g.lse = saved(in.grad_lse, row);
@@ -60,9 +59,8 @@ __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyPara
   out.probability = A(k.probability * per_z);
   out.entropy_scale = A(k.entropy_scale * per_z);
   out.entropy = A(k.entropy);
-  const RowBase b = base_of(r, label >= 0, label_u);
-  out.base = A(b.base);
-  out.offset = A(b.offset);
+  out.base = A(r.highest);
+  out.log_sum = A(r.log_sum);
   out.smoothing = A(k.smoothing * per_z);
   out.target = label >= 0 ? A(target_gradient(k, r.log_prob, w_y) * per_z) : A(0);
   out.label = label;
@@ -94,13 +92,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   double token_weight_gradient = label == kBadLabel ? double(NAN) : 0;
   if (label >= 0 || label == kNoLabel) {
     RowResult r;
-    r.lse = saved(in.lse, row);
+    set_row_sums(r, in.row_sums, row, scale_of<double>(q));
     r.entropy = saved(in.entropy, row);
     r.log_prob = saved(in.log_prob, row);
     r.smooth_distance = saved(in.smooth_distance, row);
     const double loss_gradient = row_loss_gradient(in, row);
-    const double label_u = label >= 0 ? unit_at<A>(q, row, label) : 0;
-    gradient = row_gradient_of(q, in, r, row, label, label_u, loss_gradient);
+    gradient = row_gradient_of(q, in, r, row, label, loss_gradient);
     if (in.grad_token_weight != nullptr && label >= 0) {
       token_weight_gradient =
           loss_gradient * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
@@ -145,7 +142,7 @@ struct GradientWriter {
 
   // A banned class (-inf) has none, be it the label.
   __device__ __forceinline__ A gradient_of(A logit, A u, int64_t col, bool is_label) const {
-    const A log_p = (u - k.base) * scale + k.offset, p = exponential(log_p);
+    const A log_p = (u - k.base) * scale - k.log_sum, p = exponential(log_p);
     A gradient = k.probability * p;
     if (kFull) {
       if (k.entropy_scale != 0) {

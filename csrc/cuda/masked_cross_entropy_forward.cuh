@@ -38,6 +38,16 @@ struct RowReader {
         unit(q),
         exponential(scale_of<A>(q)) {}
 
+  // The label's column is no part of the sums (see RowSums). Nobody looks at a column at a time: that a pack
+  // holds it is found by one comparison.
+  template <int kVector>
+  __device__ __forceinline__ void leave_out_label(A* u, int64_t col) const {
+    const uint64_t offset = static_cast<uint64_t>(label - col);
+    if (offset >= kVector) return;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) u[j] = j == static_cast<int>(offset) ? -A(INFINITY) : u[j];
+  }
+
   // The largest before the label tells whether the label is the first of equal ones.
   template <int kVector>
   __device__ __forceinline__ void note_before(const A* u, A largest, int64_t col) {
@@ -51,15 +61,19 @@ struct RowReader {
     }
   }
 
-  // A class of weight 0 takes no part, also where its logit is -inf.
+  // A class of weight 0 takes no part, also where its logit is -inf. Distances from the largest of the pack
+  // keep digits that large logits have not.
   template <int kVector>
   __device__ __forceinline__ void add_weighted(const A* u, int64_t col) {
-    A sum = 0;
+    A base = u[0], sum = 0, weights = 0;
+    for (int j = 1; j < kVector; ++j) base = max(base, u[j]);
+    base = finite_base(base);
     for (int j = 0; j < kVector; ++j) {
       const A w = weight != nullptr ? weight[col + j] : A(1);
-      sum += w == 0 ? A(0) : w * u[j];
+      sum += w == 0 ? A(0) : w * (u[j] - base);
+      weights += w;
     }
-    share.weighted += double(sum);
+    share.weighted += double(sum) + double(base) * double(weights);
   }
 
   // Packs that are not there hold -inf. One rescaling for all of them.
@@ -79,17 +93,19 @@ struct RowReader {
       rescale(sums, largest, exponential(sums.max - largest));
       sums.max = largest;
     }
-    const A base = largest == -A(INFINITY) ? A(0) : largest;
+    const A base = finite_base(largest);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      A sum = 0, distance = 0;
+      A sum = 0, distance = 0, ties = 0;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const A below = u[i][j] - base, e = exponential(below);
-        sum += e;
+        sum += kFull && below == 0 ? A(0) : e;
+        if (kFull) ties += below == 0 ? A(1) : A(0);
         if (kFull) distance += e * max(below, A(-1e30f));  // e is 0 at -inf
       }
       sums.sum += sum;
+      if (kFull) sums.ties += ties;
       if (kFull) sums.distance += distance;
     }
   }
@@ -109,6 +125,7 @@ struct RowReader {
       }
       if (kFull && there) unit.apply(u[i]);
       if (kFull && smoothing && there) add_weighted<kVector>(u[i], col + i * step);
+      leave_out_label<kVector>(u[i], col + i * step);
     }
     add(u, col, step);
   }
@@ -117,6 +134,7 @@ struct RowReader {
     A u[1][1] = {{logit}};
     if (kFull) unit.apply(u[0]);
     if (kFull && smoothing) add_weighted<1>(u[0], col);
+    leave_out_label<1>(u[0], col);
     add(u, col, 0);
   }
 
@@ -147,6 +165,7 @@ __device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponentia
   sums.max = largest;
   sums.sum = group_sum(sums.sum, lanes);
   if (kFull) {
+    sums.ties = group_sum(sums.ties, lanes);
     sums.distance = group_sum(sums.distance, lanes);
     sums.before = group_max(sums.before, lanes);
     share.weighted = group_sum(share.weighted, lanes);
@@ -158,12 +177,13 @@ __device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponentia
 template <bool kFull, class A>
 __device__ __forceinline__ RowShare<A> block_merge(RowShare<A> share, Exponential<A> exponential) {
   __shared__ A warp_max[kMaxWarps], warp_sum[kMaxWarps], warp_distance[kMaxWarps];
-  __shared__ A warp_before[kMaxWarps];
+  __shared__ A warp_before[kMaxWarps], warp_ties[kMaxWarps];
   __shared__ double warp_weighted[kMaxWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   share = group_merge<kFull>(share, exponential, kWarpSize);
   if (lane == 0) {
     warp_max[warp] = share.sums.max;
+    warp_ties[warp] = share.sums.ties;
     warp_sum[warp] = share.sums.sum;
     warp_distance[warp] = share.sums.distance;
     warp_before[warp] = share.sums.before;
@@ -174,6 +194,7 @@ __device__ __forceinline__ RowShare<A> block_merge(RowShare<A> share, Exponentia
   RowShare<A> other;
   if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
     other.sums.max = warp_max[lane];
+    other.sums.ties = warp_ties[lane];
     other.sums.sum = warp_sum[lane];
     other.sums.distance = warp_distance[lane];
     other.sums.before = warp_before[lane];
@@ -206,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   if (!read || item.lane != 0) return;
   RowSums<double> out;
   out.max = share.sums.max;
+  out.ties = share.sums.ties;
   out.sum = share.sums.sum;
   out.distance = share.sums.distance;
   out.weighted = share.weighted;

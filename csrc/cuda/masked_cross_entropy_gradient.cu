@@ -164,6 +164,7 @@ Tensor masked_cross_entropy_with_gradient_in_place_cuda(
                           shift,
                           reduction};
   check(call);
+  check_overwritable("masked_cross_entropy", "logits", logits);
   const DeviceScope scope(logits);
   return with_gradient(call, logits);
 }

@@ -119,13 +119,14 @@ template <class A>
 __device__ __forceinline__ RowGradient<A> finish_row(const CrossEntropyParams& q, const SweepInputs& in,
                                                      const RowShare<A>& share, const RowItem& item,
                                                      int64_t label, double label_u) {
-  const double scale = scale_of<double>(q);
   RowSums<double> sums;
-  sums.max = double(share.sums.max) * scale;
+  sums.max = share.sums.max;
+  sums.ties = share.sums.ties;
   sums.sum = share.sums.sum;
-  sums.distance = double(share.sums.distance) * scale;
-  sums.weighted = share.weighted * scale;
-  const RowResult r = row_result(sums, true, label_u * scale, sum_of_weights(q, in.weight_sum));
+  sums.distance = share.sums.distance;
+  sums.weighted = share.weighted;
+  const RowResult r =
+      finish_sums(sums, scale_of<double>(q), true, label_u, sum_of_weights(q, in.weight_sum));
   if (item.part == 0) {
     in.row_losses[item.row] =
         token_weight_at(q, item.row) * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
@@ -133,8 +134,7 @@ __device__ __forceinline__ RowGradient<A> finish_row(const CrossEntropyParams& q
   BackwardInputs<A> none = {};
   none.weight_sum = in.weight_sum;
   const double denominator = *in.denominator;
-  return row_gradient_of(q, none, r, item.row, label, label_u,
-                         denominator == 0 ? 0 : 1 / denominator);
+  return row_gradient_of(q, none, r, item.row, label, denominator == 0 ? 0 : 1 / denominator);
 }
 
 // Over the blocks of a cluster, in their order, from the first warp of each; valid in the first warp.

@@ -7,6 +7,7 @@
 // Kernels work in the unit u: the logit, or tanh(logit / softcap); z = u * scale, scale = softcap / T.
 #pragma once
 
+#include <cfloat>
 #include <type_traits>
 
 #include "cuda/elements.cuh"
@@ -93,6 +94,15 @@ template <class A> using Exponential = typename ExponentialOf<A>::type;
 
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
+
+// What exponents are taken from: where all is -inf so far any finite number gives 0, and NaN for NaN; below
+// +inf one gives inf there, and 0 at what is finite.
+__device__ __forceinline__ float finite_base(float largest) {
+  return largest == -INFINITY ? 0.0f : min(largest, FLT_MAX);
+}
+__device__ __forceinline__ double finite_base(double largest) {
+  return largest == -double(INFINITY) ? 0.0 : min(largest, DBL_MAX);
+}
 
 // From logits to u. The branch is the same for a whole launch: take it once for many logits.
 template <class A>

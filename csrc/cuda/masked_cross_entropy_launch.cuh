@@ -65,11 +65,11 @@ inline CrossEntropyParams params_of(const char* op, const CrossEntropyInputs& in
                                     const RowInputs& per_row, const CrossEntropyOptions& options,
                                     int64_t ignore_index, int64_t shift, const Tensor* grad_logits) {
   CrossEntropyParams q = {};
-  q.rows = counted_rows(in.logits, per_row, ignore_index, shift);
+  q.rows = counted_rows(per_row, ignore_index, shift);
   q.options = options;
-  q.layout = row_layout(op, in.logits, grad_logits);
-  q.logits = array_of(in.logits);
-  q.weight = array_of(in.weight);
+  q.layout = row_layout(op, per_row.logits, grad_logits);
+  q.logits = array_of(per_row.logits);
+  q.weight = array_of(per_row.weight);
   q.token_weight = array_of(per_row.token_weight);
   q.temperature = array_of(in.temperature);
   return q;

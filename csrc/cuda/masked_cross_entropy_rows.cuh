@@ -18,6 +18,7 @@ enum class Denominator { kOne, kCounted, kGiven };
 template <class A>
 struct RowOutputs {
   A *lse, *entropy, *log_prob, *smooth_distance;  // [rows] or null
+  A* row_sums;                                    // [rows, kRowSums]
   bool* hit;                                      // [rows] or null
   A* row_loss;                                    // [rows], reduction none, or null
   A* loss;                                        // [], the other reductions, or null
@@ -27,7 +28,7 @@ struct RowOutputs {
   const double* weight_sum;  // [], where there are class weights and label smoothing, or null
 };
 
-// Sums of the parts of one row, from u to z. All parts are scaled to the largest maximum at once, so that
+// Sums of the parts of one row, still in u. All parts are scaled to the largest maximum at once, so that
 // their exponentials do not wait for each other.
 __device__ __forceinline__ RowSums<double> merge_parts(const RowSums<double>* parts, int64_t count,
                                                        double scale) {
@@ -37,21 +38,30 @@ __device__ __forceinline__ RowSums<double> merge_parts(const RowSums<double>* pa
   for (int64_t i = 0; i < count; ++i) {
     RowSums<double> part = parts[i];
     rescale(part, largest, exp(scale * (part.max - largest)));
+    total.ties += part.ties;
     total.sum += part.sum;
     total.distance += part.distance;
     total.weighted += part.weighted;
     total.before = max(total.before, part.before);
   }
-  total.max = largest * scale;
-  total.distance *= scale;
-  total.weighted *= scale;
-  total.before *= scale;
+  total.max = largest;
   return total;
+}
+
+// sums: of a whole row, in u. label_u: u at the label, where there is one.
+__device__ __forceinline__ RowResult finish_sums(RowSums<double> sums, double scale, bool has_label,
+                                                 double label_u, double weight_sum) {
+  const RowLogits logits = {sums.max, label_u, scale};
+  sums.max *= scale;
+  sums.distance *= scale;
+  sums.weighted *= scale;
+  sums.before *= scale;
+  return row_result(sums, logits, has_label, weight_sum);
 }
 
 __device__ __forceinline__ RowResult not_a_number() {
   RowResult r;
-  r.lse = r.entropy = r.log_prob = r.smooth_distance = r.loss = NAN;
+  r.highest = r.log_sum = r.lse = r.entropy = r.log_prob = r.smooth_distance = r.loss = NAN;
   return r;
 }
 
@@ -63,8 +73,9 @@ __device__ __forceinline__ RowResult result_of(const CrossEntropyParams& q, cons
   if (label == kBadLabel) return not_a_number();
   const bool has_label = label >= 0;
   const double weight_sum = sum_of_weights(q, out.weight_sum);
-  RowResult r = row_result(merge_parts(parts + row * q.parts, q.parts, scale_of<double>(q)), has_label,
-                           has_label ? unit_at<A>(q, row, label) * scale_of<double>(q) : 0, weight_sum);
+  const double scale = scale_of<double>(q);
+  RowResult r = finish_sums(merge_parts(parts + row * q.parts, q.parts, scale), scale, has_label,
+                            has_label ? unit_at<A>(q, row, label) : 0, weight_sum);
   if (has_label) {
     r.loss = token_weight_at(q, row) * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
   }
@@ -73,6 +84,7 @@ __device__ __forceinline__ RowResult result_of(const CrossEntropyParams& q, cons
 
 template <class A>
 __device__ __forceinline__ void write_row(const RowOutputs<A>& out, const RowResult& r, int64_t row) {
+  put_row_sums(out.row_sums, row, r);
   out.lse[row] = A(r.lse);
   if (out.entropy != nullptr) out.entropy[row] = A(r.entropy);
   if (out.log_prob != nullptr) out.log_prob[row] = A(r.log_prob);

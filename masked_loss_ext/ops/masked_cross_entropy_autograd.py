@@ -89,6 +89,7 @@ def _forward_fake(
         empty(rows if statistics and has_target else nothing, torch.bool),
         empty(rows if label_smoothing > 0 and has_target else nothing),
         empty((), torch.float64),
+        empty((*rows, 2)),
     )
 
 
@@ -130,8 +131,8 @@ refuse_derivative(_overwriting_op, "masked_cross_entropy(inplace_backward=True)"
 
 
 def _backward_arguments(grads, saved, options):
-    """saved: the operator's seven tensors but the normalizer, then lse, entropy, log_prob,
-    smooth_distance, denominator; options: what follows the tensors."""
+    """saved: the operator's seven tensors but the normalizer, then row_sums, entropy,
+    log_prob, smooth_distance, denominator; options: what follows the tensors."""
     grad_loss, grad_lse, grad_entropy, grad_log_prob = grads
     if not options[-1]:  # without statistics nobody can have used them
         grad_lse = grad_entropy = grad_log_prob = None
@@ -163,9 +164,9 @@ class _Eager(torch.autograd.Function):
         ctx.overwritten = False
         with _below_autograd():
             results = _forward_op(*tensors, *ctx.options)
-        loss, lse, entropy, log_prob, hit, smooth_distance, denominator = results
+        loss, lse, entropy, log_prob, hit, smooth_distance, denominator, row_sums = results
         ctx.save_for_backward(
-            *tensors[:NORMALIZER], lse, entropy, log_prob, smooth_distance, denominator
+            *tensors[:NORMALIZER], row_sums, entropy, log_prob, smooth_distance, denominator
         )
         ctx.set_materialize_grads(False)
         if not ctx.options[-1]:  # statistics
@@ -209,7 +210,7 @@ def _overwrite(logits, args, needs_token_weight):
 
 def _setup_forward(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[4:])
-    ctx.save_for_backward(*inputs[:NORMALIZER], output[1], output[2], output[3], *output[5:])
+    ctx.save_for_backward(*inputs[:NORMALIZER], output[7], output[2], output[3], *output[5:7])
     ctx.options = tuple(inputs[TENSORS:])
 
 

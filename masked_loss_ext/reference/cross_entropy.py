@@ -12,7 +12,8 @@ the loss of a row that counts is
         + z_loss * lse^2
     )
 
-and exactly 0 of one that does not. A row counts where the mask is on and its label is not
+and exactly 0 of one that does not. Where a logit is +inf lse is inf, and all else of the row NaN,
+its gradient too. A row counts where the mask is on and its label is not
 ignore_index; with a shift k both are those of position t + k, which must lie inside the row and,
 where segment_ids are given, in the segment of t.
 """
@@ -83,6 +84,11 @@ def at_labels(weight, labels):
     return weight.gather(0, labels.reshape(-1)).reshape(labels.shape)
 
 
+def _one_or_nan(lse):
+    """A factor for what follows from lse: NaN where a logit is +inf."""
+    return torch.where(lse == torch.inf, torch.nan, 1.0).to(lse.dtype)
+
+
 def statistics_of(z, labels, on):
     """RowStatistics of z; banned classes (-inf) have probability, gradient and entropy term 0."""
     lse = torch.logsumexp(z, -1)
@@ -94,14 +100,15 @@ def statistics_of(z, labels, on):
         return RowStatistics(select(on, lse), select(on, entropy), None, None)
     z_y = _gather(z, labels)
     hit = (z.argmax(-1) == labels) & on
-    return RowStatistics(select(on, lse), select(on, entropy), select(on, z_y - lse), hit)
+    log_prob = (z_y - lse) * _one_or_nan(lse)
+    return RowStatistics(select(on, lse), select(on, entropy), select(on, log_prob), hit)
 
 
 def row_losses(z, labels, on, weight, token_weight, label_smoothing, z_loss, focal_gamma):
     """The formula above, and w_y per row (the denominator's share)."""
     classes = z.shape[-1]
     lse = torch.logsumexp(z, -1)
-    ce = lse - _gather(z, labels)
+    ce = (lse - _gather(z, labels)) * _one_or_nan(lse)
     w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
     w_y = at_labels(w, labels)
     loss = (1 - label_smoothing) * w_y * ce
