@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The same numbers in every test, whatever ran before it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Idle threads sleep instead of spinning: several test processes may share two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A cache of its own: inductor's common one would hand out graphs that were compiled for operators
+# of another version, which it knows by name alone.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="masked_loss_ext_inductor_")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
