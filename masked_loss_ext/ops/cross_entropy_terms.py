@@ -54,7 +54,7 @@ def cross_entropy_terms(
     Args:
         logits: ``[..., V]`` float16, bfloat16, float32 or float64; any strides, but where the last
             dimension is not contiguous they are copied. A logit of -inf (a banned class) has
-            probability and gradient exactly 0.
+            probability and gradient exactly 0; one of +inf makes all of its row NaN.
         target: ``[...]`` int64, int32, int16, int8 or uint8.
         mask: ``[...]`` any dtype, on where not 0. None keeps all.
         temperature: T > 0, a number or a 0-d tensor (that may change without recompilation); gets

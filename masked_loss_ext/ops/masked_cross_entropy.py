@@ -68,7 +68,8 @@ def masked_cross_entropy(
     ...     F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1))
 
     With no row left the loss is 0, attached to the graph (PyTorch gives NaN). A logit of -inf (a
-    banned class) has probability and gradient exactly 0.
+    banned class) has probability and gradient exactly 0; one of +inf makes lse inf, as
+    ``torch.logsumexp``, and all else of its row NaN, the gradient too, as ``F.cross_entropy``.
 
     Args:
         logits: ``[..., V]`` float16, bfloat16, float32 or float64; any strides, but where the last
@@ -78,17 +79,19 @@ def masked_cross_entropy(
             ``F.cross_entropy`` has class weights: one entry per class is refused, unless there are
             as many rows; then it is a mask.)
         ignore_index: label of rows that do not count.
-        weight: ``[V]`` class weights; get no gradient.
+        weight: ``[V]`` class weights; must not require a gradient.
         token_weight: ``[...]`` floating, may be fractional; no part of the denominator, but of that
             of "weighted_mean". Differentiable.
         label_smoothing: in [0, 1].
-        temperature: T > 0, a number or a 0-d tensor (that may change without recompilation).
+        temperature: T > 0, a number or a 0-d tensor, which may change without recompilation. A CPU
+            tensor is checked, as that of normalizer; on CUDA neither is read before it is used, and
+            what is NaN, or a temperature not above 0, spoils the result.
         softcap: c > 0; None or infinity for none.
-        z_loss: weight of lse squared, at least 0.
+        z_loss: weight of lse squared, at least 0 and finite.
         focal_gamma: exponent of 1 - p, at least 0; p is the target's unsmoothed probability.
         shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
             mask, ignore_index, class and token weight are those of t + k. Results stand at t and
-            are 0 in the last k.
+            are 0 in the last k; S or more scores nothing.
         segment_ids: ``[..., S]`` integers; t counts only if t and t + k have the same (packed
             documents). Each run of one id is a sequence of "sequence_mean" and "sequence_sum".
         reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count); or, of the row
@@ -105,8 +108,9 @@ def masked_cross_entropy(
             ``F.cross_entropy``. Rows are the other dimensions in their order, ``[N, d1, ...]``.
             Logits whose classes are adjacent in memory (channels_last) are not copied, others are.
         inplace_backward: write the gradient over the logits. Saves memory of their size; whoever
-            else needs them afterwards gets PyTorch's error about modified variables. Ignored under
-            torch.compile, torch.func and create_graph.
+            else needs them afterwards gets PyTorch's error about modified variables. One backward;
+            ignored under torch.compile, compiled autograd, torch.func, is_grads_batched and
+            create_graph.
         gradient_in_forward: make the gradient in the sweep that makes the loss: one read of the
             logits less. For "mean" and "sum" without return_stats. The gradient's memory is taken
             from the forward on; one backward, without create_graph, which multiplies by what comes
