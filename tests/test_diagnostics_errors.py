@@ -45,7 +45,7 @@ def nested(rows):
         ),
         (dict(mask=nested(MASK)), ValueError, "mask must be a plain tensor, got a nested one"),
         (dict(mask=MASK.to("meta")), ValueError, "mask must hold data, got a tensor on the device"),
-        (dict(mask=MASK * math.nan), ValueError, "mask must be numbers, got NaN"),
+        (dict(mask=MASK * math.nan), ValueError, "mask must be on where it is not 0, got NaN"),
         (dict(mask=MASK.to(torch.float8_e8m0fnu)), ValueError, "mask must be bool, integer or"),
         (dict(batch={"x": X.to("meta"), "mask": MASK}), ValueError, "mask must have the first dim"),
     ],

@@ -209,10 +209,14 @@ def test_valid_dtypes(dtype):
 
 def test_masks_of_small_and_strange_numbers():
     tokens = torch.full((1, 5), 3)
-    valid = torch.tensor([[6e-8, -0.0, -1.0, float("nan"), float("inf")]])
+    valid = torch.tensor([[6e-8, -0.0, 0.5, 300.0, float("inf")]])
     expected = both_by_definition(tokens, torch.tensor([[1, 0, 1, 1, 1]]), 2)
     for dtype in (torch.float16, torch.float32, torch.float64):
         same(both(tokens, valid.to(dtype), 2), expected)
+    for wrong in (float("nan"), -1.0):
+        valid[0, 3] = wrong
+        with pytest.raises(ValueError, match="valid must be on where it is not 0, got (NaN|neg)"):
+            both(tokens, valid, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
