@@ -151,7 +151,7 @@ def _check_mask(mask):
             "Give mask == 0 instead"
         )
     if mask.isnan().any():
-        raise ValueError(f"{_NAME}: mask must be numbers, got NaN")
+        raise ValueError(f"{_NAME}: mask must be on where it is not 0, got NaN entries")
 
 
 def _entries(batch, mask):
