@@ -64,7 +64,7 @@ def lengths_to_mask(lengths, max_len=None, *, clip=False):
             f"{name}: lengths must be at most max_len {max_len}, got {longest}; clip=True cuts them"
         )
     if host:
-        lengths = lengths.to(torch.get_default_device())
+        lengths = lengths.to(torch.empty(0).device)  # the default, as torch.compile can trace it
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(1)
 
 
@@ -131,7 +131,7 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
                 f"{name}: Channel mismatch: latents[{i}] must have {latents[0].shape[1]} channels "
                 f"like the first, got {latent.shape[1]}"
             )
-        if not torch.can_cast(latent.dtype, latents[0].dtype):
+        if _kind(latent) > _kind(latents[0]):
             raise ValueError(
                 f"{name}: latents[{i}] must be of a dtype that fits that of the first "
                 f"{latents[0].dtype}, got {latent.dtype}"
@@ -149,6 +149,15 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     padded = torch.nn.utils.rnn.pad_sequence([x.to(first) for x in latents], batch_first=True)
     padded = F.pad(padded, (0, 0, 0, length - max(lengths)))
     return padded, lengths_to_mask(torch.tensor(lengths, device=first.device), length)
+
+
+def _kind(tensor):
+    """What torch.can_cast, which torch.compile cannot trace, goes by: more does not fit less."""
+    if tensor.is_complex():
+        return 3
+    if tensor.is_floating_point():
+        return 2
+    return 0 if tensor.dtype == torch.bool else 1
 
 
 def unpad(padded, mask):

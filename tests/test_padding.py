@@ -68,6 +68,17 @@ def test_lengths_are_not_looked_at_where_that_would_wait_or_break_a_graph():
     assert rows.tolist() == [[[True, False], [True] * 2], [[False] * 2, [True] * 2]]
 
 
+def test_lists_in_a_compiled_graph():
+    def mask_and_padded(x):
+        latents = [x[0, :2], x[1, :3].half()]
+        return mle.lengths_to_mask([1, 3], 4), *mle.pad_latents_for_multi_res(latents)
+
+    x = torch.arange(16.0).view(2, 4, 2)
+    compiled = torch.compile(mask_and_padded, fullgraph=True, backend="eager")
+    for result, expected in zip(compiled(x), mask_and_padded(x), strict=True):
+        assert torch.equal(result, expected) and result.dtype == expected.dtype
+
+
 def test_masks_of_lists_are_on_the_default_device():
     with torch.device("meta"):
         assert mle.lengths_to_mask([1, 2]).device.type == "meta"
