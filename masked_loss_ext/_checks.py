@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Argument errors: "<function>: <argument> must <rule>, got <what>".
 
-Only shapes, dtypes and devices are looked at, never data: no synchronisation with a GPU.
+Shapes, dtypes and devices are looked at, and data on the CPU alone: no synchronisation with a GPU.
 """
 
 import difflib

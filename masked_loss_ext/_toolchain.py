@@ -74,6 +74,7 @@ def answer_of(command, timeout=120):
             encoding="utf-8",
             errors="backslashreplace",
             timeout=timeout,
+            umask=0o022,  # ninja makes folders even in a dry run
         )
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be started: {error.strerror}") from None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from ._checks import (
     as_mask,
     check_device,
+    check_flags,
     check_int,
     check_integers,
     check_length,
@@ -41,6 +42,7 @@ def lengths_to_mask(lengths, max_len=None, *, clip=False):
         ValueError: a length that is negative, or above max_len without ``clip``.
     """
     name = "lengths_to_mask"
+    check_flags(name, {"clip": clip})
     host = not isinstance(lengths, torch.Tensor)
     if host:
         lengths = _tensor_of(name, lengths)
@@ -62,21 +64,26 @@ def lengths_to_mask(lengths, max_len=None, *, clip=False):
             f"{name}: lengths must be at most max_len {max_len}, got {longest}; clip=True cuts them"
         )
     if host:
-        lengths = lengths.to(torch.get_default_device())
+        lengths = lengths.to(torch.empty(0).device)  # the default, as torch.compile can trace it
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def _tensor_of(function, lengths):
-    """Ints of the host as a tensor there, in their own dtype, so that 1.5 is not cut to 1."""
-    array = hasattr(lengths, "__array__") and not isinstance(lengths, (int, float))
-    if not (array or isinstance(lengths, (list, tuple, range))):
+    """Ints of the host as a tensor there, in a dtype of their kind, so that 1.5 is not cut to 1."""
+    # An array of NumPy may be what tensors cannot be: reversed, read-only, of the other byte order.
+    array = hasattr(lengths, "tolist")
+    values = lengths.tolist() if array else lengths
+    if isinstance(values, (list, tuple, range)):
+        if not values:
+            return torch.zeros(0, dtype=torch.int64, device="cpu")
+        if bool in map(type, values):  # beside ints it would become one
+            raise ValueError(f"{function}: lengths must be integers, got {torch.bool}")
+    elif not array:
         raise TypeError(
             f"{function}: lengths must be a tensor or a list of ints, got {type(lengths).__name__}"
         )
-    if not array and not lengths:
-        return torch.zeros(0, dtype=torch.int64, device="cpu")
     try:
-        return torch.as_tensor(lengths, device="cpu")
+        return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{function}: lengths must be ints of at most 64 bits: {error}") from None
 
@@ -124,7 +131,7 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
                 f"{name}: Channel mismatch: latents[{i}] must have {latents[0].shape[1]} channels "
                 f"like the first, got {latent.shape[1]}"
             )
-        if not torch.can_cast(latent.dtype, latents[0].dtype):
+        if _kind(latent) > _kind(latents[0]):
             raise ValueError(
                 f"{name}: latents[{i}] must be of a dtype that fits that of the first "
                 f"{latents[0].dtype}, got {latent.dtype}"
@@ -142,6 +149,15 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     padded = torch.nn.utils.rnn.pad_sequence([x.to(first) for x in latents], batch_first=True)
     padded = F.pad(padded, (0, 0, 0, length - max(lengths)))
     return padded, lengths_to_mask(torch.tensor(lengths, device=first.device), length)
+
+
+def _kind(tensor):
+    """What torch.can_cast, which torch.compile cannot trace, goes by: more does not fit less."""
+    if tensor.is_complex():
+        return 3
+    if tensor.is_floating_point():
+        return 2
+    return 0 if tensor.dtype == torch.bool else 1
 
 
 def unpad(padded, mask):
@@ -243,8 +259,8 @@ def map_mask_to_latent(image_mask):
         return image_mask.new_zeros(image_mask.shape[0], 0)
     cells = F.avg_pool2d(image_mask.unsqueeze(1), 8)
     tokens = F.max_pool2d(cells, 2).flatten(1)
-    # Resampling an image may leave a little more than 1; two is another scale.
-    if _has_values(tokens) and tokens.numel() and (tokens.max() > 2 or tokens.min() < -1):
+    # Resampling an image may leave a little more than 1; two is another scale, and NaN is none.
+    if _has_values(tokens) and tokens.numel() and not (tokens.max() <= 2 and tokens.min() >= -1):
         raise ValueError(
             f"map_mask_to_latent: image_mask must be in [0, 1], got averages of 8 x 8 pixels from "
             f"{tokens.min():g} to {tokens.max():g}; divide a mask of 0 to 255 by 255"

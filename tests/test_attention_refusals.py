@@ -20,6 +20,14 @@ TOKENS = [torch.ones(4, 2), torch.ones(3, 2)]
 Q = torch.randn(1, 1, 8, 16)
 IDS = mle.generate_nested_dropout_mask_ids
 NAN, INF = math.nan, math.inf
+KEYS = ["a", "b"], "packed", "mask", "inner", "outer"
+SWITCHES = (
+    "per_subseq_embs",
+    "return_materialized_mask",
+    "zero_masked",
+    "drop_masked",
+    "allow_ragged",
+)
 
 REFUSED = [
     (lambda: I(LO, LO, True), "RowIntervals: kv_len must be an int, got bool"),
@@ -298,6 +306,25 @@ REFUSED = [
     (
         lambda: IDS([4, 3], [1], num_sequences_per_sample=True),
         "generate_nested_dropout_mask_ids: num_sequences_per_sample must be an int, got bool",
+    ),
+    (
+        lambda: mle.generate_nested_dropout_attention_mask([4, 3], isolate_subsequences="no"),
+        "generate_nested_dropout_attention_mask: isolate_subsequences must be a bool, got 'no'",
+    ),
+    (
+        lambda: I.full(4).block_mask(with_q="no"),
+        "RowIntervals.block_mask: with_q must be a bool, got 'no'",
+    ),
+    (
+        lambda: I.from_document_ids(T([1, 2, 1]), check="no"),
+        "RowIntervals.from_document_ids: check must be a bool, got 'no'",
+    ),
+    *(
+        (
+            lambda name=name: mle.NestedDropoutSequencePacker(*KEYS, **{name: "no"}),
+            f"NestedDropoutSequencePacker: {name} must be a bool, got 'no'",
+        )
+        for name in SWITCHES
     ),
 ]
 

@@ -194,7 +194,7 @@ def test_a_server_of_the_compiler_does_not_keep_the_lock(tmp_path):
     text = f'#!/bin/sh\nsleep 30 >/dev/null 2>&1 & echo $! >> "{tmp_path}/servers"\nexec g++ "$@"\n'
     try:
         for _ in range(2):
-            (tmp_path / "csrc" / "one.cpp").touch()
+            (tmp_path / "csrc" / "cpu" / "one.cpp").touch()
             done = tiny_build.start(tmp_path, CXX=program(tmp_path / "served-g++", text))
             said = done.communicate()[0]
             assert done.returncode == 0 and "waiting for it" not in said, said
@@ -257,7 +257,7 @@ def test_others_cannot_write_to_what_is_made(tree):
     finally:
         os.umask(before)
     made = [p for p in (tree / "home").rglob("*")]
-    assert {_build.LIBRARY, "lock", "one.cpp.o", "cache"} <= {p.name for p in made}
+    assert {_build.LIBRARY, "lock", "cpu", "one.cpp.o", "cache"} <= {p.name for p in made}
     open_to_others = stat.S_IWGRP | stat.S_IWOTH
     assert not [p for p in made if p.stat().st_mode & open_to_others]
 

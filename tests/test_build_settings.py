@@ -173,17 +173,17 @@ def test_paths_and_messages_that_are_not_utf_8(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff"))
     folder.mkdir()
     csrc = tiny_build.make_tree(folder)
-    (csrc / "one.cpp").write_bytes(b'#warning "caf\xe9"\n' + tiny_build.SOURCE.encode())
+    (csrc / "cpu" / "one.cpp").write_bytes(b'#warning "caf\xe9"\n' + tiny_build.SOURCE.encode())
     built = tiny_build.start(folder, MASKED_LOSS_EXT_VERBOSE="1")
     said = built.communicate()[0]
     assert built.returncode == 0 and said.splitlines()[-1] == "_C.abi3.so", said
     assert "#warning" in said  # it was decoded
 
-    (csrc / "one.cpp").write_bytes(b'#error "caf\xe9"\n')
+    (csrc / "cpu" / "one.cpp").write_bytes(b'#error "caf\xe9"\n')
     failing = tiny_build.start(folder)
     said = failing.communicate()[0]
     assert failing.returncode == 1 and "Traceback" not in said, said
-    assert "BuildError: the compiler failed at one.cpp.o:" in said and "caf" in said
+    assert "BuildError: the compiler failed at cpu/one.cpp.o:" in said and "caf" in said
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "2>&- <&-", "2>/dev/full", ">&- 2>&-"])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Ragged -> padded + mask, and back; masks -> labels; image masks -> token masks."""
 
+from array import array
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,11 @@ def test_lengths_to_mask(max_len, dtype):
         (0, 1, 2),
         np.array([0, 1, 2]),
         np.array([0, 1, 2], dtype=np.uint16),
+        np.array([2, 1, 0])[::-1],
+        np.array([0, 1, 2], dtype=object),
+        np.array([0, 1, 2], dtype=">i4"),
+        np.frombuffer(bytes([0, 1, 2]), dtype=np.uint8),
+        array("q", [0, 1, 2]),
         [np.int64(0), 1, torch.tensor(2)],
         torch.tensor([0, 1, 2], dtype=torch.uint32),
         torch.tensor([0, 1, 2], dtype=torch.uint64),
@@ -61,6 +68,17 @@ def test_lengths_are_not_looked_at_where_that_would_wait_or_break_a_graph():
     assert rows.tolist() == [[[True, False], [True] * 2], [[False] * 2, [True] * 2]]
 
 
+def test_lists_in_a_compiled_graph():
+    def mask_and_padded(x):
+        latents = [x[0, :2], x[1, :3].half()]
+        return mle.lengths_to_mask([1, 3], 4), *mle.pad_latents_for_multi_res(latents)
+
+    x = torch.arange(16.0).view(2, 4, 2)
+    compiled = torch.compile(mask_and_padded, fullgraph=True, backend="eager")
+    for result, expected in zip(compiled(x), mask_and_padded(x), strict=True):
+        assert torch.equal(result, expected) and result.dtype == expected.dtype
+
+
 def test_masks_of_lists_are_on_the_default_device():
     with torch.device("meta"):
         assert mle.lengths_to_mask([1, 2]).device.type == "meta"
@@ -69,7 +87,7 @@ def test_masks_of_lists_are_on_the_default_device():
 
 
 def test_no_lengths():
-    assert mle.lengths_to_mask([]).shape == (0, 0)
+    assert mle.lengths_to_mask([]).shape == mle.lengths_to_mask(np.array([])).shape == (0, 0)
     assert mle.lengths_to_mask(torch.zeros(0, dtype=torch.int64), 4).shape == (0, 4)
 
 
@@ -77,6 +95,8 @@ BAD_LENGTHS = [
     (([1.5, 2],), ValueError, "lengths must be integers, got torch.float32"),
     ((torch.tensor([1.0]),), ValueError, "lengths must be integers, got torch.float32"),
     (([True],), ValueError, "lengths must be integers, got torch.bool"),
+    (([2, True],), ValueError, "lengths must be integers, got torch.bool"),
+    ((np.array([True]),), ValueError, "lengths must be integers, got torch.bool"),
     ((torch.ones(2, 2, dtype=torch.int64),), ValueError, "lengths must have 1 dimensions [B]"),
     ((3,), TypeError, "lengths must be a tensor or a list of ints, got int"),
     ((iter([1]),), TypeError, "lengths must be a tensor or a list of ints, got list_iterator"),
@@ -88,7 +108,7 @@ BAD_LENGTHS = [
     (([10**30],), ValueError, "lengths must be ints of at most 64 bits"),
     ((["1"],), ValueError, "lengths must be ints of at most 64 bits"),
     (([None],), ValueError, "lengths must be ints of at most 64 bits"),
-    ((np.array([1.5]),), ValueError, "lengths must be integers, got torch.float64"),
+    ((np.array([1.5]),), ValueError, "lengths must be integers, got torch.float32"),
     ((np.array(3),), ValueError, "lengths must have 1 dimensions [B], got []"),
     ((torch.empty(2, dtype=torch.int1),), ValueError, "lengths must be integers, got torch.int1"),
     ((torch.tensor([1]).to_sparse(),), ValueError, "lengths must be a dense tensor"),
@@ -100,6 +120,7 @@ BAD_LENGTHS = [
     (("12",), TypeError, "lengths must be a tensor or a list of ints, got str"),
     (([1], -1), ValueError, "max_len must not be negative, got -1"),
     (([1], 2.0), TypeError, "max_len must be an int, got float"),
+    ((np.array(0),), ValueError, "lengths must have 1 dimensions [B], got []"),
 ]
 
 
@@ -108,6 +129,11 @@ def test_bad_lengths(arguments, kind, text):
     with pytest.raises(kind) as caught:
         mle.lengths_to_mask(*arguments)
     assert f"lengths_to_mask: {text}" in str(caught.value)
+
+
+def test_clip_is_a_bool():
+    with pytest.raises(TypeError, match="lengths_to_mask: clip must be a bool, got 'no'"):
+        mle.lengths_to_mask([3], 2, clip="no")
 
 
 @pytest.mark.parametrize("max_seq_len", [None, 7, 12])
@@ -383,7 +409,10 @@ def test_bad_image_masks():
     half = torch.zeros(1, 16, 16)
     half[:, :, :8] = 255
     text = r"image_mask must be in \[0, 1\], got averages .* from 255 to 255; divide .* by 255"
-    for image, got in ((half, text), (torch.full((1, 16, 16), -2.0), "from -2 to -2")):
+    nan = torch.zeros(1, 16, 16)
+    nan[0, 3, 3] = torch.nan
+    low = torch.full((1, 16, 16), -2.0)
+    for image, got in ((half, text), (low, "from -2 to -2"), (nan, "from nan to nan")):
         with pytest.raises(ValueError, match=got):
             mle.map_mask_to_latent(image)
     assert torch.allclose(mle.map_mask_to_latent(half / 255 * 1.1), torch.tensor([[1.1]]))

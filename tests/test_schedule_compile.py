@@ -113,6 +113,14 @@ def test_a_schedule_that_begins_where_nothing_is_done(name):
     assert counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("name", ["temperature", "temperature of statistics"])
+def test_a_temperature_that_passes_through_one(name):
+    compiled = torch.compile(NUMBERS[name], fullgraph=True, backend="aot_eager")
+    for step in range(9):
+        assert_same_step(compiled, NUMBERS[name], 1.5 - step / 8)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
 def test_a_constant_number_stays_in_the_graph():
     """Nothing is made for numbers that do not change."""
     graphs = []

@@ -17,15 +17,15 @@ ADVICE = "set TORCH_EXTENSIONS_DIR to another folder"
 
 def make_tree(folder):
     csrc = Path(folder) / "csrc"
-    csrc.mkdir(parents=True)
-    (csrc / "one.cpp").write_text(SOURCE)
+    (csrc / "cpu").mkdir(parents=True)
+    (csrc / "cpu" / "one.cpp").write_text(SOURCE)
     return csrc
 
 
 def reduce(build, csrc, patch=setattr):
     """Make `build`, the module _build, compile that tree."""
     patch(build, "csrc_dir", lambda: csrc)
-    patch(build, "CPU_SOURCES", ["one.cpp"])
+    patch(build, "CPU_SOURCES", ["cpu/one.cpp"])
     patch(build, "CUDA_SOURCES", [])
 
 

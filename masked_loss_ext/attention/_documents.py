@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import as_mask, check_choice, check_int, check_rank, shape_text
+from .._checks import as_mask, check_choice, check_flags, check_int, check_rank, shape_text
 from ..ops.block_mask import packed_rows
 from . import _host
 from ._sources import intervals_of
@@ -29,6 +29,8 @@ def from_document_ids(ids, pad_id=None, *, check=None):
         limits = torch.iinfo(ids.dtype)
         fits = limits.min <= pad_id <= limits.max
         padding = ids == pad_id if fits else torch.zeros_like(begins)
+    if check is not None:
+        check_flags(name, {"check": check})
     if check or (check is None and _host.is_readable(ids)):
         _refuse_returning_ids(name, ids, begins, padding)
     return _runs(begins, padding).to(device)

@@ -4,7 +4,7 @@
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_int, check_tensor, shape_text
+from .._checks import check_flags, check_int, check_tensor, shape_text
 from ..ops.block_mask import interval_block_lists
 from . import _algebra, _documents, _host, _pictures, _sources
 
@@ -126,6 +126,7 @@ class RowIntervals:
             with_q: False leaves out what only the backward reads.
         """
         q_block, kv_block = block_pair("RowIntervals.block_mask", block_size)
+        check_flags("RowIntervals.block_mask", {"with_q": with_q})
         lo, hi = self.lo, self.hi
         if lo.dim() == 2:
             lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)

@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import ArgumentError, check_int
+from .._checks import ArgumentError, check_flags, check_int
 from . import _host
 from ._entries import token_count
 from ._host import to_device
@@ -147,6 +147,7 @@ def generate_nested_dropout_attention_mask(
         ``mask_mod(b, h, q_idx, kv_idx)`` and the ids ``[max_seq_len]`` int64.
     """
     name = "generate_nested_dropout_attention_mask"
+    check_flags(name, {"isolate_subsequences": isolate_subsequences})
     lengths, size, keep_k = _check(
         name, ps, keep_k_list, max_seq_len, masked_id, num_sequences_per_sample
     )

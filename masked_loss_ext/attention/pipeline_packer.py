@@ -3,7 +3,7 @@
 
 import torch
 
-from .._checks import ArgumentError, check_rank, check_tensor, shape_text
+from .._checks import ArgumentError, check_flags, check_rank, check_tensor, shape_text
 from ._entries import names, read_entry
 from ._host import LONGEST, length, to_device
 from .layout import PackedLayout
@@ -103,6 +103,16 @@ class NestedDropoutSequencePacker(torch.nn.Module):
             max_seq_len = length(_PACKER, "max_seq_len", max_seq_len)
         if pad_to_multiple is not None:
             pad_to_multiple = length(_PACKER, "pad_to_multiple", pad_to_multiple, 1)
+        check_flags(
+            _PACKER,
+            {
+                "per_subseq_embs": per_subseq_embs,
+                "return_materialized_mask": return_materialized_mask,
+                "zero_masked": zero_masked,
+                "drop_masked": drop_masked,
+                "allow_ragged": allow_ragged,
+            },
+        )
         self.input_list_read_keys = names(_PACKER, "input_list_read_keys", input_list_read_keys)
         self.packed_seq_write_key = packed_seq_write_key
         self.block_mask_write_key = block_mask_write_key

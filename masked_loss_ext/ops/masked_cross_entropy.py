@@ -11,7 +11,7 @@ import numbers
 import torch
 
 from .._aggregate import AGGREGATIONS, check_normalizer
-from .._checks import as_integers, as_mask, as_number, check_constant, check_flags
+from .._checks import as_integers, as_mask, as_number, check_constant, check_flags, is_symbolic
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
 from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
@@ -262,11 +262,18 @@ def _with_adjacent_classes(logits):
 
 def _temperature(name, temperature, logits):
     if not isinstance(temperature, torch.Tensor):
-        if temperature == 1:
+        # Where it changes the comparison would be a guard: a graph below 1, one at 1, one above.
+        if not _changes(temperature) and temperature == 1:
             return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
     return _number(name, "temperature", temperature, logits)
+
+
+def _changes(value):
+    """Whether a number is an input of the graph that is traced."""
+    tracing = torch.compiler.is_dynamo_compiling() and isinstance(value, (int, float))
+    return tracing and is_symbolic(value)
 
 
 def _check_number(name, argument, value):
