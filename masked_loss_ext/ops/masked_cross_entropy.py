@@ -258,7 +258,7 @@ def _with_adjacent_classes(logits):
 
 def _temperature(name, temperature, logits):
     if not isinstance(temperature, torch.Tensor):
-        if temperature == 1:
+        if temperature == 1 and temperature is not True:
             return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
