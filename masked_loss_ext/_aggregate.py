@@ -5,6 +5,8 @@ All of it works on a number per token, never on anything of the logits' size. Su
 float64, counts are exact; nothing is read on the host and no shape depends on data.
 """
 
+import math
+
 import torch
 
 from ._checks import (
@@ -16,6 +18,7 @@ from ._checks import (
     check_integers,
     check_number,
     check_tensor,
+    is_readable,
     shape_text,
 )
 from .reference.squared_error import accumulate_dtype, select
@@ -164,6 +167,12 @@ def as_divisor(name, normalizer, like):
                 f"{name}: normalizer must be a number [], got {shape_text(normalizer)}"
             )
         check_device(name, "normalizer", normalizer, "the loss", like)
+        if normalizer.is_complex():
+            raise ValueError(f"{name}: normalizer must be a real number, got {normalizer.dtype}")
+        if is_readable(normalizer) and not 0 <= normalizer.item() < math.inf:
+            raise ValueError(
+                f"{name}: normalizer must be finite and not negative, got {normalizer.item():g}"
+            )
         return normalizer.double()
     return as_number(normalizer, like.device)
 

@@ -117,6 +117,8 @@ def as_number(value, device):
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.ones((), dtype=torch.float64, device=device) * value
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):  # a Fraction, say
+        value = float(value)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
@@ -267,10 +269,7 @@ def check_not_additive(function, name, mask):
 
     Looks at data, so only at that of floating masks on the CPU, and not while tracing.
     """
-    if mask.dtype not in _FLOATING or mask.device.type != "cpu" or is_traced():
-        return
-    # A fake tensor, say, has no data; and a mode (make_fx, linearize) may trace this very look.
-    if type(mask) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    if mask.dtype not in _FLOATING or not is_readable(mask):
         return
     if mask.numel() and not mask.min() >= 0:
         if mask.isnan().any():
@@ -279,6 +278,14 @@ def check_not_additive(function, name, mask):
             f"{function}: {name} must be on where it is not 0, got negative entries: an additive "
             "mask? Give mask == 0 instead"
         )
+
+
+def is_readable(tensor):
+    """Whether data can be looked at for nothing: on the CPU, and not while tracing."""
+    if tensor.device.type != "cpu" or is_traced():
+        return False
+    # A fake tensor, say, has no data; and a mode (make_fx, linearize) may trace this very look.
+    return type(tensor) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
 def check_weighting(function, weighting, like_name, like):

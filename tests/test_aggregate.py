@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -181,6 +182,21 @@ BAD = [
     ({"normalizer": NAN}, ValueError, "normalizer must be a finite number at least 0, got nan"),
     ({"normalizer": "3"}, TypeError, "normalizer must be a number, got str"),
     ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number [], got [2]"),
+    (
+        {"normalizer": torch.tensor(-2.0)},
+        ValueError,
+        "normalizer must be finite and not negative, got -2",
+    ),
+    (
+        {"normalizer": torch.tensor(NAN)},
+        ValueError,
+        "normalizer must be finite and not negative, got nan",
+    ),
+    (
+        {"normalizer": torch.tensor(2j)},
+        ValueError,
+        "normalizer must be a real number, got torch.complex64",
+    ),
 ]
 
 
@@ -188,6 +204,17 @@ BAD = [
 def test_bad_arguments(bad, kind, text):
     arguments = {"loss": LOSS, "mask": MASK, "reduction": "sequence_mean", **bad}
     check(lambda: mle.aggregate_tokens(**arguments), kind, f"aggregate_tokens: {text}")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sequence_sum"])
+def test_numbers_of_any_kind(reduction):
+    x, y = torch.zeros(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64)
+    for half in (0.5, Fraction(1, 2), torch.tensor(0.5)):
+        loss = mle.masked_cross_entropy(x, y, reduction=reduction, normalizer=half)
+        torch.testing.assert_close(loss, torch.tensor(6 * math.log(2)))
+        errors = mle.aggregate_tokens(torch.ones(1, 3), None, reduction, normalizer=half)
+        assert errors == 6
+        assert mle.MseLoss()(x + 2, x, half) == 2
 
 
 # --- masked_cross_entropy ------------------------------------------------------------------------

@@ -264,6 +264,10 @@ CONSTANTS = {
     "temperature": (ONE, lambda f, t: f["cross_entropy"](X, Y, temperature=t)),
     "normalizer": (ONE, lambda f, t: f["cross_entropy"](X, Y, normalizer=t)),
     "weight": (WEIGHT, lambda f, t: f["cross_entropy"](X, Y, weight=t)),
+    "weight in a denominator": (
+        WEIGHT,
+        lambda f, t: f["cross_entropy"](X[None], Y[None], weight=t, reduction="sequence_mean"),
+    ),
     "temperature of statistics": (ONE, lambda f, t: f["statistics"](X, Y, temperature=t).lse.sum()),
     "temperature of terms": (ONE, lambda f, t: f["terms"](X, Y, temperature=t)[0].sum()),
     "edit_mask": (X[:, 0].clone(), lambda f, t: f["squared"](X, X + 1, None, t)),

@@ -173,3 +173,14 @@ def test_missing_hidden_states_warn():
         UnifiedLoss(V, H, "adaptive_mtp", use_mtp=True)(X, Y)  # has its own heads
         UnifiedLoss(V, H, use_mtp=True, mtp_type="adaptive")(X, Y)
         CALLABLE["UnifiedLoss"](X, Y, hidden_states=torch.zeros(B, S, H))
+
+
+@pytest.mark.parametrize("mtp_active", [False, True])
+def test_a_mask_where_the_heads_belong(mtp_active):
+    """The third by position is not the mask, as it is elsewhere."""
+    adaptive = AdaptiveMTPLoss(V)
+    text = "AdaptiveMTPLoss: additional_logits must be a list of tensors, got Tensor"
+    refused(lambda: adaptive(X, Y, torch.ones(B, S), mtp_active=mtp_active), TypeError, text)
+    assert adaptive.loss_count == 0
+    unified = UnifiedLoss(V, H, "adaptive_mtp")
+    refused(lambda: unified(X, Y, additional_logits=X), TypeError, "UnifiedLoss: additional_log")

@@ -263,7 +263,7 @@ def _with_adjacent_classes(logits):
 def _temperature(name, temperature, logits):
     if not isinstance(temperature, torch.Tensor):
         # Where it changes the comparison would be a guard: a graph below 1, one at 1, one above.
-        if not _changes(temperature) and temperature == 1:
+        if temperature is not True and not _changes(temperature) and temperature == 1:
             return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)

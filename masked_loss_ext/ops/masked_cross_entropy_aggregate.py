@@ -35,7 +35,7 @@ def aggregate_rows(name, loss, tensors, ignore_index, shift, reduction):
     share = on
     if weight is not None:
         # On a GPU a label may be out of range; its loss is NaN already.
-        weight = weight.detach().to(loss.dtype)
+        weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
         share = select(on, weight[labels.clamp(0, logits.shape[-1] - 1)])
     if reduction == "weighted_mean":
         share = share * select(on, shifted(token_weight, shift, 0).to(loss.dtype))

@@ -165,6 +165,8 @@ class AdaptiveMTPLoss(KeepsState):
     ):
         """As ``forward``, with the primary cross entropy [] (not yet weighted) at hand and the
         column in which the document of each position begins."""
+        if additional_logits is not None:  # active or not: a mask in its place would be lost
+            check_list(_NAME, "additional_logits", additional_logits)
         zero = cross_entropy.new_zeros(())
         valid = valid_rows(targets, attention_mask, self.ignore_index)
         confidence = average = regularizer = zero
@@ -245,7 +247,6 @@ class AdaptiveMTPLoss(KeepsState):
 
     def _heads(self, additional_logits, targets, attention_mask, starts, zero):
         """Mean over the heads that do not reach past the end."""
-        check_list(_NAME, "additional_logits", additional_logits)
         if len(additional_logits) == 0:
             return zero
         losses = [
