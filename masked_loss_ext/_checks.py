@@ -70,7 +70,7 @@ def check_length(function, name, value, least=0, most=LARGEST_LENGTH):
         rule = f"be at least {least}" if least else "not be negative"
         raise ValueError(f"{function}: {name} must {rule}, got {value}")
     # A bound on a size that is kept symbolic would be one more guard; the operators check it.
-    if most is not None and not torch.compiler.is_compiling() and value > most:
+    if most is not None and not torch.compiler.is_dynamo_compiling() and value > most:
         raise ValueError(f"{function}: {name} must be in [{least}, {most}], got {value}")
 
 

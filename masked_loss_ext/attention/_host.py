@@ -30,7 +30,7 @@ def length(function, name, value, least=0, most=LONGEST):
 def reach(function, name, value):
     """A number of tokens of which more than there are means all: windows, sinks, prefixes."""
     value = length(function, name, value, most=None)
-    return value if torch.compiler.is_compiling() else min(value, LONGEST)
+    return value if torch.compiler.is_dynamo_compiling() else min(value, LONGEST)
 
 
 def listed(function, name, values, what="a list of ints"):
@@ -85,7 +85,7 @@ def _ints(function, name, values):
 
 
 def _refuse_large(function, name, values):
-    if not values or torch.compiler.is_compiling():
+    if not values or torch.compiler.is_dynamo_compiling():
         return
     for value in (min(values), max(values)):
         if not -(2**63) <= value < 2**63:
@@ -138,7 +138,7 @@ def _row(function, name, row):
 
 def check_total(function, name, total):
     """Positions are int32 in all results."""
-    if not torch.compiler.is_compiling() and total > LONGEST:
+    if not torch.compiler.is_dynamo_compiling() and total > LONGEST:
         raise ValueError(f"{function}: {name} must hold at most {LONGEST} tokens, got {total}")
 
 

@@ -75,14 +75,15 @@ def cross_entropy_terms(
         ValueError: a shape, dtype, device or option that does not fit.
     """
     try:
-        logits = _with_adjacent_classes(logits)
+        if logits.dim() > 0 and logits.stride(-1) != 1:
+            logits = _with_adjacent_classes(logits)
         mask = as_mask(_NAME, "mask", mask)
         context_before, ngram_after = (None, None) if links is None else links
         args = (
             logits,
             as_integers(target),
             mask,
-            _temperature(_NAME, 1 if temperature is None else temperature, logits),
+            None if temperature is None else _temperature(_NAME, temperature, logits),
             classes,
             context_before,
             ngram_after,

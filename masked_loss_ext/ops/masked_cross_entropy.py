@@ -211,12 +211,17 @@ def row_statistics(
 
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
     try:
-        traced = torch.compiler.is_dynamo_compiling() or _functorch_is_active()
-        if traced or type(tensors[0]) is not torch.Tensor:  # fakes of the operator check no shape
+        compiling, transformed = torch.compiler.is_dynamo_compiling(), _functorch_is_active()
+        if compiling or transformed or type(tensors[0]) is not torch.Tensor:
+            # Fakes of the operator check no shape.
             tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
-        logits = _with_adjacent_classes(logits)
-        mask = as_mask(name, "mask", mask)
+        if logits.dim() > 0 and logits.stride(-1) != 1:
+            logits = _with_adjacent_classes(logits)
+        if mask is not None:
+            mask = as_mask(name, "mask", mask)
+        if segment_ids is not None:
+            segment_ids = as_integers(segment_ids)
         if weight is not None:
             check_constant(name, "weight", weight)
             weight = checks.class_weight(name, weight, logits)
@@ -226,14 +231,14 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             mask,
             weight,
             token_weight,
-            as_integers(segment_ids),
+            segment_ids,
             _temperature(name, temperature, logits),
             _number(name, "normalizer", normalizer, logits),
             *options,
         )
         if inplace_backward and not torch.compiler.is_compiling():
             checks.check_overwritable(name, logits)
-        if _functorch_is_active():
+        if transformed:
             checks.check_traced(name, args)
         way = call_with_gradient if gradient_in_forward else call
         return way(args, inplace_backward)
@@ -255,7 +260,7 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
 
 def _with_adjacent_classes(logits):
     # Not contiguous(), which takes a tensor without elements as it is, whatever its strides.
-    if logits.dim() > 0 and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if logits.shape[-1] > 1:
         return logits.clone(memory_format=torch.contiguous_format)
     return logits
 
@@ -263,7 +268,8 @@ def _with_adjacent_classes(logits):
 def _temperature(name, temperature, logits):
     if not isinstance(temperature, torch.Tensor):
         # Where it changes the comparison would be a guard: a graph below 1, one at 1, one above.
-        if temperature is not True and not _changes(temperature) and temperature == 1:
+        changes = torch.compiler.is_dynamo_compiling() and _changes(temperature)
+        if not changes and temperature == 1:
             return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
@@ -272,8 +278,7 @@ def _temperature(name, temperature, logits):
 
 def _changes(value):
     """Whether a number is an input of the graph that is traced."""
-    tracing = torch.compiler.is_dynamo_compiling() and isinstance(value, (int, float))
-    return tracing and is_symbolic(value)
+    return isinstance(value, (int, float)) and is_symbolic(value)
 
 
 def _check_number(name, argument, value):

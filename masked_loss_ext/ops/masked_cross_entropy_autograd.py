@@ -33,15 +33,8 @@ SMOOTH_DISTANCE = 5
 
 
 def call(args, inplace_backward):
-    if needs_plain():
-        return higher.outputs(*args)[:SHOWN]
-    if torch.compiler.is_compiling():
-        from . import masked_cross_entropy_schedule as schedule  # which is made of this module
-
-        way = schedule.call_scheduled if schedule.is_scheduled(args) else _forward_op
-        return way(*args)[:SHOWN]
-    if _functorch_is_active():
-        return _Differentiable.apply(*args)[:SHOWN]
+    if forward_ad._current_level >= 0 or _functorch_is_active() or torch.compiler.is_compiling():
+        return _call_traced(args)[:SHOWN]
     token_weight = args[TOKEN_WEIGHT]
     if torch.is_grad_enabled() and (
         args[0].requires_grad or (token_weight is not None and token_weight.requires_grad)
@@ -50,6 +43,16 @@ def call(args, inplace_backward):
         return _Eager.apply((inplace_backward, args[TENSORS:]), *args[:TENSORS])
     with _below_autograd():
         return _forward_op(*args)[:SHOWN]
+
+
+def _call_traced(args):
+    if needs_plain():
+        return higher.outputs(*args)
+    if not torch.compiler.is_compiling():
+        return _Differentiable.apply(*args)
+    from . import masked_cross_entropy_schedule as schedule  # which is made of this module
+
+    return (schedule.call_scheduled if schedule.is_scheduled(args) else _forward_op)(*args)
 
 
 @torch.library.register_fake("masked_loss_ext::masked_cross_entropy")
@@ -185,7 +188,7 @@ class _Eager(torch.autograd.Function):
         needs = _needs(ctx, 1)
         saved = ctx.saved_tensors
         args = _backward_arguments(grads, saved, ctx.options)
-        if is_transformed():  # gradients with a tangent, say
+        if forward_ad._current_level >= 0 or _functorch_is_active():  # of gradients with a tangent
             results = _gradients(args, needs)
         elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             # create_graph=True, or compiled autograd

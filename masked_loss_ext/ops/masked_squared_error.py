@@ -58,11 +58,14 @@ def masked_squared_error(
     reduction="mean",
 ):
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
-    check_constant("masked_squared_error", "edit_mask", edit_mask)
-    mask = as_mask("masked_squared_error", "mask", mask)
-    edit_mask = as_edit_mask("masked_squared_error", "edit_mask", edit_mask)
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = as_mask("masked_squared_error", "mask", mask)
+    if edit_mask is not None:
+        check_constant("masked_squared_error", "edit_mask", edit_mask)
+        edit_mask = as_edit_mask("masked_squared_error", "edit_mask", edit_mask)
     weights = (foreground_weight, background_weight)
-    if torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, weights)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and any(map(is_symbolic, weights)):
         edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
     args = (
         prediction,
@@ -73,12 +76,10 @@ def masked_squared_error(
         *weights,
         reduction,
     )
-    if needs_plain():
-        return higher.loss_and_count(*args)[0]
-    if torch.compiler.is_compiling():
-        return _forward_op(*args)[0]
-    if _functorch_is_active():
-        return _Differentiable.apply(*args)[0]
+    if compiling or forward_ad._current_level >= 0 or _functorch_is_active():
+        if needs_plain():
+            return higher.loss_and_count(*args)[0]
+        return (_forward_op if compiling else _Differentiable.apply)(*args)[0]
     if torch.is_grad_enabled() and (
         prediction.requires_grad
         or target.requires_grad
