@@ -206,9 +206,11 @@ def row_statistics(
 
 
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
+    # Fakes of the operator check no shape.
+    early = torch.compiler.is_dynamo_compiling() or _functorch_is_active()
+    early = early or type(tensors[0]) is not torch.Tensor
     try:
-        traced = torch.compiler.is_dynamo_compiling() or _functorch_is_active()
-        if traced or type(tensors[0]) is not torch.Tensor:  # fakes of the operator check no shape
+        if early:
             tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         logits = _with_adjacent_classes(logits)
@@ -237,7 +239,7 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         failure = error
     try:
         checks.check_tensors(name, tensors)
-        fitting = checks.expanded(tensors)
+        fitting = None if early else checks.expanded(tensors)
         if fitting is not None:  # the operator has refused the shapes, and not begun
             return _call(name, fitting, options, inplace_backward, gradient_in_forward)
         checks.explain(name, failure, tensors, options)
@@ -258,7 +260,7 @@ def _with_adjacent_classes(logits):
 
 def _temperature(name, temperature, logits):
     if not isinstance(temperature, torch.Tensor):
-        if temperature == 1 and temperature is not True:
+        if temperature == 1:
             return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
