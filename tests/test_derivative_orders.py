@@ -257,6 +257,18 @@ def test_vmap_over_what_is_not_a_row():
             close(vmap(apply)(value), torch.stack([apply(v) for v in value]))
 
 
+def test_one_row_at_a_time_with_class_weights():
+    """Labels of rank 0."""
+
+    def row(x, y, w):
+        return mle.masked_cross_entropy(
+            x, y, weight=WEIGHT, token_weight=w, reduction="weighted_mean"
+        )
+
+    each = [grad(row)(x[None], y[None], w[None])[0] for x, y, w in zip(X, Y, MASK + 1, strict=True)]
+    close(vmap(grad(row))(X, Y, MASK + 1), torch.stack(each))
+
+
 # --- what has no derivative ----------------------------------------------------------------------
 
 ONE = torch.tensor(0.8, dtype=torch.float64)

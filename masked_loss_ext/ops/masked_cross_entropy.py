@@ -210,10 +210,12 @@ def row_statistics(
 
 
 def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
+    transformed = _functorch_is_active()
+    # Fakes of the operator check no shape.
+    early = transformed or torch.compiler.is_dynamo_compiling()
+    early = early or type(tensors[0]) is not torch.Tensor
     try:
-        compiling, transformed = torch.compiler.is_dynamo_compiling(), _functorch_is_active()
-        if compiling or transformed or type(tensors[0]) is not torch.Tensor:
-            # Fakes of the operator check no shape.
+        if early:
             tensors = checks.expanded(tensors) or tensors
         logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
         if logits.dim() > 0 and logits.stride(-1) != 1:
@@ -246,7 +248,7 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         failure = error
     try:
         checks.check_tensors(name, tensors)
-        fitting = checks.expanded(tensors)
+        fitting = None if early else checks.expanded(tensors)
         if fitting is not None:  # the operator has refused the shapes, and not begun
             return _call(name, fitting, options, inplace_backward, gradient_in_forward)
         checks.explain(name, failure, tensors, options)

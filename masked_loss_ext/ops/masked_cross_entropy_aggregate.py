@@ -3,7 +3,7 @@
 
 from .._aggregate import as_divisor, check_weighted, reduce_tokens
 from .._checks import as_integers, as_mask, shape_text
-from ..reference.cross_entropy import counted_rows, shifted
+from ..reference.cross_entropy import at_labels, counted_rows, shifted
 from ..reference.squared_error import select
 from .masked_cross_entropy_checks import expanded
 
@@ -36,7 +36,7 @@ def aggregate_rows(name, loss, tensors, ignore_index, shift, reduction):
     if weight is not None:
         # On a GPU a label may be out of range; its loss is NaN already.
         weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
-        share = select(on, weight[labels.clamp(0, logits.shape[-1] - 1)])
+        share = select(on, at_labels(weight, labels.clamp(0, logits.shape[-1] - 1)))
     if reduction == "weighted_mean":
         share = share * select(on, shifted(token_weight, shift, 0).to(loss.dtype))
     divisor = as_divisor(name, normalizer, loss)

@@ -8,6 +8,7 @@ entropy, log_prob, hit), of which the last four mean nothing without statistics.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import reference
 from . import masked_cross_entropy_higher as higher
@@ -15,7 +16,6 @@ from .masked_squared_error import (
     _below_autograd,
     _functorch_is_active,
     is_batch,
-    is_transformed,
     needs_plain,
     refuse_two_devices,
 )

@@ -51,4 +51,6 @@ def _pieces(ids, length):
 
 
 def _over(total, denominator):
-    return total / denominator if denominator != 0 else total * 0
+    denominator = torch.as_tensor(denominator, device=total.device)
+    nothing = denominator == 0
+    return torch.where(nothing, 0, total / torch.where(nothing, 1, denominator)).to(total.dtype)
