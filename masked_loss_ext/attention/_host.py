@@ -29,6 +29,8 @@ def length(function, name, value, least=0, most=LONGEST):
 
 def reach(function, name, value):
     """A number of tokens of which more than there are means all: windows, sinks, prefixes."""
+    if type(value) is int and value == 0:
+        return 0
     value = length(function, name, value, most=None)
     return value if torch.compiler.is_dynamo_compiling() else min(value, LONGEST)
 

@@ -209,11 +209,11 @@ def interval_mask_mod(lo, hi, through=lambda tensor: tensor):
     # own understand only these, and 2-D indexing is slow in others.
     if lo.dim() == 3 and lo.shape[0] == 1:  # the same for every batch row
         lo, hi = lo.squeeze(0), hi.squeeze(0)
+    if lo.dim() == 2 and lo.shape[0] == 1:  # most masks; two unbinds cost three times as much
+        return _one(through(lo.squeeze(0)), through(hi.squeeze(0)))
     los, his = ([through(x) for x in bounds.unbind(-2)] for bounds in (lo, hi))
     if lo.dim() == 3:
         return _batched(los, his)
-    if len(los) == 1:
-        return _one(los[0], his[0])
     if len(los) == 2:
         return _two(*los, *his)
     return _several(los, his)
@@ -255,6 +255,8 @@ def _batched(los, his):
 
 def block_pair(function, block_size):
     """block_size -> (query block, key block)."""
+    if type(block_size) is int:
+        return (_host.length(function, "block_size", block_size, 1),) * 2
     pair = _pair(function, "block_size", block_size)
     if len(pair) != 2:
         raise ValueError(f"{function}: block_size must be an int or a pair, got {block_size!r}")
@@ -274,6 +276,8 @@ def window_pair(function, window):
 def _pair(function, name, value):
     if isinstance(value, (list, tuple)):
         return value
+    if value is None or type(value) is int:
+        return value, value
     if not hasattr(value, "__iter__") or _host.is_number(value) or isinstance(value, str):
         return value, value
     return _host.listed(function, name, value, "an int or a pair of ints")
