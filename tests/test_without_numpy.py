@@ -20,6 +20,9 @@ FILES = [  # of those that do not use numpy themselves
     "test_cross_entropy_hand_worked.py",
     "test_diagnostics.py",
     "test_nested_dropout_ids.py",
+    "test_multi_token.py",
+    "test_unified_state.py",
+    "test_multi_token_calls.py",
 ]
 # PyTorch's own words, said once when it is imported.
 OF_PYTORCH = "Failed to initialize NumPy"
