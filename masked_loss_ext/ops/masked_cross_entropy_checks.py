@@ -129,8 +129,6 @@ def check_factor(name, argument, value, most=None):
 
 
 def check_int64(name, argument, value):
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: {argument} must be an int, got bool")
     check_int(name, argument, value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: {argument} must fit in 64 bits, got {value}")
