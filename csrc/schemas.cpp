@@ -7,13 +7,13 @@
 
 #include <string>
 
-#include "cpu/capability.h"
+#include "common/cpu/capability.h"
 
 #ifndef MASKED_LOSS_EXT_VERSION
 #error "MASKED_LOSS_EXT_VERSION must be defined by the build (masked_loss_ext/_build.py)"
 #endif
 
-// Token-wise weighted squared error over what `mask` keeps (formula: masked_squared_error.h).
+// Token-wise weighted squared error over what `mask` keeps (formula: elementwise/formula.h).
 //   prediction, target  [...]         floating, same shape, any strides; dtypes may differ
 //   mask                leading dims  any dtype, on where != 0; None keeps everything; a size of 1
 //                                     stands for any, as in edit_mask
@@ -29,7 +29,7 @@
 // Returns the loss (float32; float64 where prediction or target is) and the int64 count of selected
 // elements.
 
-// Cross entropy and row statistics of the rows that count (formula: masked_cross_entropy.h).
+// Cross entropy and row statistics of the rows that count (formula: cross_entropy/formula.h).
 //   logits        [..., V]  floating; any strides (copied where the last one is not 1)
 //   target        [...]     integer; None: statistics alone, loss 0
 //   mask          [...]     any dtype, on where != 0; None keeps everything
@@ -45,9 +45,9 @@
 // `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
 // one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
 // at rows that do not count; the denominator [] (float64); and what the backward needs besides, row_sums
-// [..., 2] (masked_cross_entropy.h).
+// [..., 2] (cross_entropy/formula.h).
 
-// What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms.h).
+// What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms/formula.h).
 //   logits, target, mask, temperature as above; target may not be None
 //   classes         [..., K]  integer, classes whose log-probability is asked for; negative: none
 //   context_before, ngram_after  [..., S] int32, the links of repetition_links: to the n-gram candidates
@@ -56,7 +56,7 @@
 // log-probability and entropy; per class its log-probability; per row unlikelihood and number of the
 // candidates ([0] what is not asked for); and sums [..., 4] (float64), what the backward needs.
 
-// Row intervals of packed samples, and the block lists of a FlexAttention BlockMask (block_mask.h).
+// Row intervals of packed samples, and the block lists of a FlexAttention BlockMask (block_mask/formula.h).
 //   lo, hi           [B, R, Sq]   int32, R <= 8: row q attends to kv in [lo, hi) for any r; in any order,
 //                                 overlapping or not; empty where hi <= lo
 //   segment_offsets  [N * G + 1]  int64, where each segment of each sample begins; rows beyond the last
@@ -73,7 +73,7 @@
 // ascending order, then empty ones (0, 0); R is G, or 2 G where a window stands beside a prefix or sinks.
 // nested_dropout_plan returns both, from one call: CPU inductor takes them from nothing less opaque.
 
-// What repeats in rows of tokens, and where (repetition.h).
+// What repeats in rows of tokens, and where (repetition/formula.h).
 //   tokens      [B, S]   integer, any strides
 //   valid       [B, S]   any dtype, on where != 0; what is off is not read, and ends windows and runs
 //   ngram_size  n >= 1   length of a window

@@ -21,7 +21,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.
 CONVERTED_MASKS = (*CONVERTED_INTEGERS, torch.uint64, *_FLOAT8)
 _WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
 _MASKS = frozenset((torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS))
-# kLargestLength of csrc/checks.h: sums of a few lengths stay far from the end of int64.
+# kLargestLength of csrc/common/checks.h: sums of a few lengths stay far from the end of int64.
 LARGEST_LENGTH = 2**48
 
 

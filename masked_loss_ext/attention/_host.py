@@ -14,7 +14,7 @@ from .._checks import check_int, check_integers, check_length, shape_text
 
 _modes = torch._C._len_torch_dispatch_stack  # private; how many are active
 _CODES = {torch.int32: "i", torch.int64: "q"}
-LONGEST = 2**31 - 1  # positions are int32; kMaxLength of csrc/block_mask_host.h
+LONGEST = 2**31 - 1  # positions are int32; kMaxLength of csrc/block_mask/call.h
 
 
 def is_number(value):

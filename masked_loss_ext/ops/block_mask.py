@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """interval_block_lists, packed_rows and nested_dropout_plan: thin functions.
 
-The schemas are in csrc/schemas.cpp, the formulas in csrc/block_mask.h. Everything is integer:
+The schemas are in csrc/schemas.cpp, the formulas in csrc/block_mask/formula.h. All is integer:
 there is no derivative.
 """
 

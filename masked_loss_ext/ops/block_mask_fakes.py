@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the block-mask operators make of tensors without data: the shapes of the results, or the
-same refusals as of csrc/block_mask_host.h, in the same words.
+same refusals as of csrc/block_mask/call.h, in the same words.
 
 A size that is kept symbolic is not looked at: a comparison would be one more guard of a graph.
 """
@@ -9,7 +9,7 @@ import torch
 
 from .._checks import LARGEST_LENGTH, shape_text
 
-MAX_LENGTH = 2**31 - 1  # kMaxLength of csrc/block_mask_host.h
+MAX_LENGTH = 2**31 - 1  # kMaxLength of csrc/block_mask/call.h
 MAX_INTERVALS = 8
 MODES = ("full", "causal", "causal_last", "prefix")
 DROPPED = ("none", "self", "attend")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """cross_entropy_terms: the public function.
 
-The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms.h, fake and derivative
-in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
+The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h, fake and
+derivative in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
 """
 
 from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text

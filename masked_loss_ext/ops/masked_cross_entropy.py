@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy and row_statistics: the public functions.
 
-The schema is in csrc/schemas.cpp, the formula in csrc/masked_cross_entropy.h, fake and derivative
+The schema is in csrc/schemas.cpp, the formula in csrc/cross_entropy/formula.h, fake and derivative
 in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; what Python adds
 stands in masked_cross_entropy_checks.py.
 """

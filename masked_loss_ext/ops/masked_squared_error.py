@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_squared_error: fake, derivative, and the one function that the losses call.
 
-The schema is in csrc/schemas.cpp, the formula in csrc/masked_squared_error.h. Four ways lead to the
+The schema is in csrc/schemas.cpp, the formula in csrc/elementwise/formula.h. Four ways lead to the
 native operator, because no single one serves all of PyTorch, and a fifth around it:
 
 - torch.compile and torch.export see ``torch.ops`` with ``register_fake`` and ``register_autograd``;

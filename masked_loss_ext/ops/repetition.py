@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """repetition_counts and repetition_links: exact n-gram and run statistics of rows of tokens.
 
-The schemas are in csrc/schemas.cpp, the way it is done in csrc/repetition.h. Everything is integer:
-there is no derivative.
+The schemas are in csrc/schemas.cpp, the way it is done in csrc/repetition/formula.h. All is
+integer: there is no derivative.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .._checks import (
 )
 
 LONGEST_WINDOW = 2**63 - 1
-LONGEST_ROW = 2**30  # kMaxRowLength of csrc/repetition.h
+LONGEST_ROW = 2**30  # kMaxRowLength of csrc/repetition/formula.h
 
 _counts_op = torch.ops.masked_loss_ext.repetition_counts.default
 _links_op = torch.ops.masked_loss_ext.repetition_links.default
@@ -123,7 +123,7 @@ def _operands(function, tokens, valid, ngram_size):
 
 
 def _check_fake(function, tokens, valid, ngram_size):
-    """As token_rows() of csrc/repetition_host.h; sizes that are kept symbolic are not looked at."""
+    """As token_rows() of csrc/repetition/call.h; sizes that are kept symbolic are not looked at."""
     check_integers(function, "tokens", tokens)
     if tokens.dim() != 2:
         raise ValueError(f"{function}: tokens must be [B, S], got {shape_text(tokens)}")

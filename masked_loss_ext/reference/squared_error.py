@@ -65,7 +65,7 @@ def masked_squared_error(
     background_weight=1.0,
     reduction="mean",
 ):
-    """What the operator ``masked_squared_error`` computes (csrc/masked_squared_error.h)."""
+    """What the operator ``masked_squared_error`` computes (csrc/elementwise/formula.h)."""
     on, difference, edit, omega = factors(
         prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight
     )

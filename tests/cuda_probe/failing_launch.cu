@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // An operator whose launch can be made to fail: more than 1024 threads in a block.
-#include "cuda/runtime.cuh"
+#include "common/cuda/runtime.cuh"
 
 namespace {
 

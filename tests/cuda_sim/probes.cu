@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "cuda/compat.cuh"
-#include "cuda/runtime.cuh"
+#include "common/cuda/compat.cuh"
+#include "common/cuda/runtime.cuh"
 
 namespace masked_loss_ext {
 namespace {

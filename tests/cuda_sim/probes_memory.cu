@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Probes of device and shared memory.
-#include "cuda/compat.cuh"
+#include "common/cuda/compat.cuh"
 #include "probes.h"
 
 namespace masked_loss_ext {

@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
-QUESTIONS = ["tests/test_cuda_questions.py"]
-CALLS = ["tests/test_cuda_calls.py"]
-NEED_NO_GPU = ["tests/test_cuda_resources.py"]  # and take a minute
-LARGE = ["tests/test_cuda_large.py"]
+QUESTIONS = ["tests/cuda/test_questions.py"]
+CALLS = ["tests/cuda/test_calls.py"]
+NEED_NO_GPU = ["tests/cuda/test_resources.py"]  # and take a minute
+LARGE = ["tests/cuda/test_large.py"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 FIGURES = "figures.csv"
 MOST_TEST_PROCESSES = 12
@@ -60,15 +60,20 @@ def imported_modules(source: str) -> set[str]:
     return found
 
 
+def test_files(tests: Path) -> list[Path]:
+    return sorted(tests.rglob("test_*.py"))
+
+
 def left_out(tests: Path, has: Callable[[str], bool] = is_installed) -> dict[str, list[str]]:
     """Test files that cannot be imported here, each with the modules that are missing."""
-    beside = {path.stem for path in tests.iterdir()} | {tests.parent.name}
+    beside = {path.stem for path in (*tests.iterdir(), *tests.glob("common/*.py"))}
+    beside |= {tests.name, tests.parent.name}
     ours = {path.stem for path in tests.parent.iterdir()}  # the package, benchmarks, examples
     found = {}
-    for path in sorted(tests.glob("test_*.py")):
+    for path in test_files(tests):
         names = imported_modules(path.read_text()) - beside - ours
         if missing := sorted(name for name in names if not has(name)):
-            found[path.name] = missing
+            found[str(path.relative_to(tests))] = missing
     return found
 
 
@@ -102,8 +107,10 @@ def questions_step(has: Callable[[str], bool]) -> Step:
 
 def on_gpu(tests: Path) -> list[str]:
     """Test files that run on a GPU, where there is one."""
-    paths = sorted(tests.glob("test_*.py"))
-    return [p.name for p in paths if "gpu_device" in imported_modules(p.read_text())]
+    paths = test_files(tests)
+    return [
+        str(p.relative_to(tests)) for p in paths if "gpu_device" in imported_modules(p.read_text())
+    ]
 
 
 def tests_step(has: Callable[[str], bool], processors: int) -> Step:
@@ -126,7 +133,7 @@ def tests_step(has: Callable[[str], bool], processors: int) -> Step:
     simulators = "import simulated as s; s.simulator(); s.counting_simulator()"
     commands = [
         pytest_command(LARGE, has),
-        Command(python("-c", simulators), {"PYTHONPATH": f"{ROOT}:{TESTS}"}),
+        Command(python("-c", simulators), {"PYTHONPATH": f"{ROOT}:{TESTS}:{TESTS / 'common'}"}),
         pytest_command([*parallel, *first], has),
         pytest_command([*parallel, *others], has),
     ]

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the host side of a CUDA operator needs, on LibTorch's stable ABI alone.
+// No CUDA-only symbol of libtorch is linked: the library must load in a CPU-only torch as well, so the
+// one shim that exists only in libtorch_cuda.so is looked up at run time. Under the simulator tensors
+// are CPU tensors on simulated device memory and the operators live in their own namespace.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda/cluster.cuh"
+#include "common/cuda/compat.cuh"
+
+#ifdef MASKED_LOSS_EXT_CUDA_SIM
+#include <vector>
+#ifndef MASKED_LOSS_EXT_CUDA_LIBRARY  // a build that counts accesses has another name
+#define MASKED_LOSS_EXT_CUDA_LIBRARY masked_loss_ext_sim
+#endif
+#define MASKED_LOSS_EXT_CUDA_KEY CPU
+#else
+#include <dlfcn.h>
+// STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) { ... }
+#define MASKED_LOSS_EXT_CUDA_LIBRARY masked_loss_ext
+#define MASKED_LOSS_EXT_CUDA_KEY CUDA
+#endif
+
+namespace masked_loss_ext::cuda {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Dynamic shared memory that a block may ask for, and may where a multiprocessor is to hold two of its
+// kind; blocks that a cluster may have.
+struct BlockLimits {
+  int64_t shared_bytes, half_shared_bytes;
+  int cluster_blocks;
+};
+
+// Kept free for what kernels declare themselves and what CUDA takes.
+constexpr int64_t kOtherSharedBytes = 3072;
+
+inline void check_launch(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
+}
+
+#ifdef MASKED_LOSS_EXT_CUDA_SIM
+
+// The simulator refuses a launch outside a DeviceScope or on another stream than current_stream()'s:
+// on a GPU both would run and be wrong only on machines with several devices or streams.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) { cuda_sim::enter_device(); }
+  ~DeviceScope() { cuda_sim::leave_device(); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+};
+
+inline cudaStream_t current_stream(const Tensor&) { return cuda_sim::current_stream(); }
+
+// Memory that lives until the simulator's reset(): the stable ABI of torch 2.10 takes no deleter.
+inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numel = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = numel > 0 ? numel : 1;
+    numel *= sizes[d];
+  }
+  const size_t element = torch::stable::new_empty(like, {0}, dtype).element_size();
+  const size_t bytes = static_cast<size_t>(numel) * element;
+  return torch::stable::from_blob(cuda_sim::device_allocate(bytes, true), sizes,
+                                  IntHeaderOnlyArrayRef(strides.data(), strides.size()),
+                                  like.device(), dtype);
+}
+
+// Of a device with clusters where a test asks for one.
+template <class... Params>
+BlockLimits block_limits(void (*)(Params...)) {
+  const auto bytes = static_cast<int64_t>(cuda_sim::kMaxSharedBytes);
+  return {bytes - kOtherSharedBytes, bytes / 2 - kOtherSharedBytes,
+          static_cast<int>(cuda_sim::cluster_limit())};
+}
+
+#else
+
+// Of the current device, as far as the machine code of this kernel can use it.
+template <class... Params>
+BlockLimits block_limits(void (*kernel)(Params...)) {
+  int device = 0, block = 0, multiprocessor = 0;
+  cudaFuncAttributes attributes = {};
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) !=
+          cudaSuccess ||
+      cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+    cudaGetLastError();  // the launch itself will say what is wrong
+    const auto bytes = static_cast<int64_t>(kDefaultSharedBytes);
+    return {bytes - kOtherSharedBytes, bytes - kOtherSharedBytes, 1};
+  }
+  return {block - kOtherSharedBytes, multiprocessor / 2 - kOtherSharedBytes,
+          attributes.ptxVersion >= 90 ? kMaxClusterBlocks : 1};
+}
+
+// Makes the tensor's device current, and gives the caller's back.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+// torch's current stream on the tensor's device.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  // RTLD_NOLOAD: torch has mapped its CUDA library or has none; RTLD_DEFAULT would not see it, torch's
+  // libraries are loaded with local symbols.
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Getter>(symbol);
+  }();
+  if (!getter) throw std::runtime_error("masked_loss_ext: this PyTorch has no CUDA support");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(getter(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// An uninitialised contiguous tensor on the device of `like`.
+inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+#endif
+
+}  // namespace masked_loss_ext::cuda

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The arithmetic of masked_cross_entropy, shared by CPU and CUDA: which rows count, and what follows
+// from the sums over a row. Row-level numbers are double: there are few of them.
+//
+// With z = softcap(logits) / T, m = max z, y the label, w class weights, eps label smoothing:
+//   lse = m + ln sum_c e^(z_c - m)     ce = lse - z_y     p_c = e^(z_c - lse)     p = p_y
+//   H = -sum_c p_c ln p_c              Q = sum_c w_c (lse - z_c)
+//   core = (1 - eps) w_y ce + eps / V Q                   F = (1 - p)^gamma
+//   row loss = token_weight (core F + z_loss lse^2)
+// A logit of +inf makes lse inf and all else of its row NaN, its gradient too.
+//
+// Derivative, with g the gradient of the row loss times token_weight, g_lse, g_H, g_lp those of the
+// statistics lse, H and -ce, W = sum_c w_c, F' = d F / d ce = gamma (1 - p)^(gamma - 1) p:
+//   d / d z_c = (P - g_H (z_c - lse + H)) p_c - Y [c = y] - M w_c
+//   Y = g (F (1 - eps) w_y + core F') - g_lp
+//   M = g F eps / V
+//   P = Y + X    X = M W + 2 g z_loss lse + g_lse
+// and d / d logits_c = (1 - tanh^2(logits_c / cap)) / T d / d z_c; at a logit of -inf it is 0.
+#pragma once
+
+#include <math.h>
+
+#include "common/array.h"
+
+namespace masked_loss_ext {
+
+// Which rows count, and their labels. Everything but the logits is contiguous.
+struct CountedRows {
+  int64_t rows = 0, classes = 0;
+  int64_t row_length = 1, shift = 0;  // row r is at t = r % row_length, its label at r + shift
+  int64_t ignore_index = 0;
+  Array target, mask, segment_ids;
+};
+
+constexpr int64_t kNotCounted = -1;  // what label_of() returns besides labels
+constexpr int64_t kBadLabel = -2;    // counts, but is outside [0, V): nothing may be read for it
+constexpr int64_t kNoLabel = -3;     // counts, and there are no labels
+
+// Elements::integer(array, i) and Elements::is_on(array, i) read one entry.
+template <class Elements>
+MASKED_LOSS_EXT_INLINE int64_t label_of(const CountedRows& q, int64_t row) {
+  if (q.shift > 0 && row % q.row_length + q.shift >= q.row_length) return kNotCounted;
+  const int64_t at = row + q.shift;
+  if (q.mask.data != nullptr && !Elements::is_on(q.mask, at)) return kNotCounted;
+  if (q.shift > 0 && q.segment_ids.data != nullptr &&
+      Elements::integer(q.segment_ids, at) != Elements::integer(q.segment_ids, row)) {
+    return kNotCounted;
+  }
+  if (q.target.data == nullptr) return kNoLabel;
+  const int64_t label = Elements::integer(q.target, at);
+  if (label == q.ignore_index) return kNotCounted;
+  return label >= 0 && label < q.classes ? label : kBadLabel;
+}
+
+struct CrossEntropyOptions {
+  double label_smoothing = 0, softcap = 0, z_loss = 0, focal_gamma = 0;
+};
+
+// Sums over a part of a row; parts are merged in order. The label's column is no part of them and comes
+// last, in double (with_label): float sums swallow what is below 6e-8 of its e^0, and log p with it. What
+// `ties` counts stays apart for the same reason; it may be 0, and the terms then be part of the sum.
+template <class A>
+struct RowSums {
+  A max = -A(INFINITY);     // of z
+  A ties = 0;               // terms e^0, of z = max
+  A sum = 0;                // of e^(z - max) but for those
+  A distance = 0;           // of e^(z - max) (z - max), for the entropy
+  A weighted = 0;           // of w z, for label smoothing; the label's too
+  A before = -A(INFINITY);  // largest z before the target, for the hit
+};
+
+// max is -inf until something larger came: then there is nothing to rescale.
+template <class A>
+MASKED_LOSS_EXT_INLINE void rescale(RowSums<A>& a, A max, A factor) {
+  if (a.max == -A(INFINITY) || a.max == max) return;
+  a.sum += a.ties;
+  a.ties = 0;
+  a.distance = factor * (a.distance + (a.max - max) * a.sum);
+  a.sum *= factor;
+}
+
+// To a larger max. An exponential is taken only where one is needed: of a short row it is a good part.
+MASKED_LOSS_EXT_INLINE void raise_max(RowSums<double>& a, double max) {
+  if (a.max != -INFINITY && a.max != max) rescale(a, max, ::exp(a.max - max));
+  a.max = max;
+}
+
+MASKED_LOSS_EXT_INLINE void merge(RowSums<double>& a, RowSums<double> b) {
+  const double max = a.max > b.max ? a.max : b.max;
+  raise_max(a, max);
+  raise_max(b, max);
+  a.ties += b.ties;
+  a.sum += b.sum;
+  a.distance += b.distance;
+  a.weighted += b.weighted;
+  a.before = a.before > b.before ? a.before : b.before;
+}
+
+MASKED_LOSS_EXT_INLINE void with_label(RowSums<double>& sums, double z) {
+  RowSums<double> label;
+  label.max = z;
+  label.ties = z == -INFINITY ? 0 : 1;
+  if (z != z) label.sum = NAN;
+  merge(sums, label);
+}
+
+// ln sum e^(z - max): of a row whose largest class has almost all of it, what is beside it.
+MASKED_LOSS_EXT_INLINE double log_sum_of(const RowSums<double>& sums) {
+  if (sums.ties == 1) return ::log1p(sums.sum);
+  return ::log(sums.ties + sums.sum);
+}
+
+MASKED_LOSS_EXT_INLINE double entropy_of(const RowSums<double>& sums, double log_sum) {
+  if (!(::fabs(sums.max) < INFINITY)) return NAN;  // no class is left, or one is +inf
+  return log_sum - sums.distance / (sums.ties + sums.sum);
+}
+
+// What a row comes to; all 0 where it does not count.
+struct RowResult {
+  double highest = 0, log_sum = 0;  // see RowLogits, RowSums: lse = highest scale + log_sum
+  double lse = 0, entropy = 0, log_prob = 0, smooth_distance = 0, loss = 0;
+  bool hit = false;
+};
+
+// Of a row in the unit s in which it was read, z = s scale: the largest but for the label's (of which
+// RowSums.max is the multiple), and the label's.
+struct RowLogits {
+  double highest = -INFINITY, label = 0, scale = 1;
+};
+
+// (1 - p)^gamma and its derivative in ce; 0 where p is 1, where gamma < 1 would make it infinite.
+struct Focal {
+  double factor = 1, slope = 0;
+};
+
+MASKED_LOSS_EXT_INLINE Focal focal_of(double ce, double gamma) {
+  Focal focal;
+  if (gamma == 0) return focal;
+  const double rest = -::expm1(-ce);
+  if (rest <= 0) {
+    focal.factor = 0;
+    return focal;
+  }
+  focal.factor = ::pow(rest, gamma);
+  focal.slope = gamma * focal.factor / rest * ::exp(-ce);
+  return focal;
+}
+
+MASKED_LOSS_EXT_INLINE double core_of(const CrossEntropyOptions& o, double ce, double w_y,
+                                      double smooth_distance, int64_t classes) {
+  double core = (1 - o.label_smoothing) * w_y * ce;
+  if (o.label_smoothing > 0) core += o.label_smoothing / double(classes) * smooth_distance;
+  return core;
+}
+
+// Loss of a row but for its token weight.
+MASKED_LOSS_EXT_INLINE double row_loss(const CrossEntropyOptions& o, const RowResult& r, double w_y,
+                                       int64_t classes) {
+  double loss = core_of(o, -r.log_prob, w_y, r.smooth_distance, classes);
+  if (o.focal_gamma != 0) loss *= focal_of(-r.log_prob, o.focal_gamma).factor;
+  if (o.z_loss != 0) loss += o.z_loss * r.lse * r.lse;
+  return loss;
+}
+
+// weight_sum = sum of w.
+MASKED_LOSS_EXT_INLINE RowResult row_result(RowSums<double> sums, const RowLogits& s, bool has_label,
+                                            double weight_sum) {
+  RowResult r;
+  const double target = s.label * s.scale;
+  r.highest = s.highest;
+  if (has_label) {
+    with_label(sums, target);
+    r.highest = s.highest > s.label ? s.highest : s.label;
+  }
+  r.log_sum = log_sum_of(sums);
+  r.lse = sums.max + r.log_sum;
+  r.entropy = entropy_of(sums, r.log_sum);
+  if (!has_label) return r;
+  const bool overflows = sums.max == INFINITY;
+  r.log_prob = overflows ? double(NAN) : (target - sums.max) - r.log_sum;
+  r.smooth_distance = overflows ? double(NAN) : weight_sum * r.lse - sums.weighted;
+  r.hit = target == sums.max && sums.before < target;
+  return r;
+}
+
+// Incoming gradients of one row; loss holds the token weight and the denominator too.
+struct RowGradients {
+  double loss = 0, lse = 0, entropy = 0, log_prob = 0;
+};
+
+// P, X, M, g_H and H of the derivative above.
+struct RowCoefficients {
+  double probability = 0, excess = 0, smoothing = 0, entropy_scale = 0, entropy = 0;
+};
+
+// What the forward keeps of a row for the backward, [rows, 2] in the dtype of the loss, so that
+// ln p_c = (s_c - highest) scale - log_sum. Their sum would be rounded like the logits, and s - lse has no
+// digits left where those are large.
+constexpr int64_t kRowSums = 2;
+
+template <class A>
+MASKED_LOSS_EXT_INLINE void put_row_sums(A* sums, int64_t row, const RowResult& r) {
+  sums[row * kRowSums] = A(r.highest);
+  sums[row * kRowSums + 1] = A(r.log_sum);
+}
+
+template <class A>
+MASKED_LOSS_EXT_INLINE void set_row_sums(RowResult& r, const A* sums, int64_t row, double scale) {
+  r.highest = sums[row * kRowSums];
+  r.log_sum = sums[row * kRowSums + 1];
+  r.lse = r.highest * scale + r.log_sum;
+}
+
+// Nothing but -inf: there is no gradient.
+MASKED_LOSS_EXT_INLINE bool all_banned(const RowResult& r) {
+  return r.highest == -INFINITY && r.log_sum == -INFINITY;
+}
+
+MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions& o,
+                                                       const RowResult& r, const RowGradients& g,
+                                                       double w_y, double weight_sum,
+                                                       int64_t classes) {
+  RowCoefficients k;
+  double target = -g.log_prob;
+  if (g.loss != 0) {
+    const Focal focal = focal_of(-r.log_prob, o.focal_gamma);
+    target += g.loss * focal.factor * (1 - o.label_smoothing) * w_y;
+    if (focal.slope != 0) {
+      target += g.loss * focal.slope * core_of(o, -r.log_prob, w_y, r.smooth_distance, classes);
+    }
+    k.smoothing = g.loss * focal.factor * o.label_smoothing / double(classes);
+  }
+  k.excess = k.smoothing * weight_sum + 2 * g.loss * o.z_loss * r.lse + g.lse;
+  k.probability = r.highest == INFINITY ? double(NAN) : target + k.excess;
+  k.entropy_scale = g.entropy;
+  k.entropy = r.entropy;
+  return k;
+}
+
+// d / d z at the label: p - 1 and P - Y each lose no digit.
+MASKED_LOSS_EXT_INLINE double target_gradient(const RowCoefficients& k, double log_prob, double w_y) {
+  const double target = k.probability - k.excess;
+  double gradient = k.excess * ::exp(log_prob) + target * ::expm1(log_prob) - k.smoothing * w_y;
+  if (k.entropy_scale != 0) gradient -= k.entropy_scale * (log_prob + k.entropy) * ::exp(log_prob);
+  return gradient;
+}
+
+}  // namespace masked_loss_ext

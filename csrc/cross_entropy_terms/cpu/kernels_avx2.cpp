@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// All other includes stand above the target: code of headers keeps the baseline instructions.
+#include "cross_entropy_terms/cpu/kernels.h"
+#include "common/layout.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__)
+#include "common/cpu/target_avx2.inc"
+
+namespace masked_loss_ext {
+namespace {
+#include "cross_entropy_terms/cpu/backward.inc"
+}  // namespace
+extern const TermsKernels terms_avx2 = {forward, backward};
+}  // namespace masked_loss_ext
+#include "common/cpu/target_end.inc"
+#endif

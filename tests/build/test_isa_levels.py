@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kernels of every instruction-set level that this machine can run."""
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from masked_loss_ext import _build
+
+TESTS = Path(__file__).resolve().parents[1]
+LEVELS = ("default", "avx2", "avx512")  # an upper bound, each contains the one before
+VARIABLE = "MASKED_LOSS_EXT_CPU_CAPABILITY"
+QUESTION = "import masked_loss_ext, torch; print(torch.ops.masked_loss_ext.cpu_capability())"
+NUMBERS = [
+    "elementwise/test_values.py::test_agrees_with_reference",
+    "elementwise/test_values.py::test_every_float16_number",
+    "elementwise/test_values.py::test_gradients_round_to_nearest_even",
+    "elementwise/test_values.py::test_squares_that_overflow_float16",
+    "elementwise/test_mask_laws.py::test_poison_in_every_dtype",
+    "cross_entropy/test_values.py::test_agrees_with_reference",
+    "cross_entropy/test_laws.py::test_poison_in_every_dtype",
+    "cross_entropy/test_laws.py::test_a_row_does_not_depend_on_the_others",
+    "cross_entropy/test_numbers.py",
+    "cross_entropy_terms/test_values.py::test_agrees_with_reference",
+]
+# Masks, labels and strides are read alike at every level; float64 needs no conversion, and the
+# reductions no kernel.
+SELECTION = (
+    "not mask_ and not float64 and not long_row and not any_ignore_index and not v50257 "
+    "and not v128256 and not (test_agrees_with_reference and (_mean- or _sum- or rows_))"
+)
+
+
+def run(level, *command):
+    environment = {**os.environ, VARIABLE: level}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+    )
+
+
+@functools.cache
+def level_for(asked):
+    done = run(asked, "-c", QUESTION)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_numbers_at_level(level):
+    got = level_for(level)
+    assert LEVELS.index(got) <= LEVELS.index(level)
+    if got != level:
+        pytest.skip(f"this machine has no {level}; its best is {got}")
+    if level == torch.ops.masked_loss_ext.cpu_capability():
+        pytest.skip(f"{level} is what the other tests of this process run with")
+    files = [str(TESTS / name) for name in NUMBERS]
+    done = run(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *files)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_unknown_level_is_refused():
+    """At import, and by the library itself, which a C++ program loads without the package."""
+    expected = f"{VARIABLE} must be avx512, avx2 or default, got 'axv2'"
+    done = run("axv2", "-c", QUESTION)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ImportError: masked_loss_ext: {expected}"
+    assert level_for("") == level_for("avx512")
+    later = (
+        "import masked_loss_ext as mle, os, torch\n"
+        f"os.environ['{VARIABLE}'] = 'axv2'\n"
+        "for call in (torch.ops.masked_loss_ext.cpu_capability, lambda: mle.MseLoss()(x, x)):\n"
+        "    x = torch.ones(2, 3)\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    done = run("avx2", "-c", later)
+    assert done.stdout.splitlines() == [expected, expected], done.stderr
+
+
+def test_no_function_of_a_wide_file_is_shared():
+    """A weak function compiled for AVX-512 could be the copy that the linker keeps for everyone."""
+    compiler, nm = shutil.which(os.environ.get("CXX", "c++")), shutil.which("nm")
+    if not compiler or not nm:
+        pytest.skip("needs a C++ compiler and nm")
+    root = _build.csrc_dir()
+    assert len(wide_sources()) == 6  # three operators
+    for source in wide_sources():
+        flags = ["-O0", "-std=c++17", "-fopenmp-simd", "-I", str(root)]
+        # Assembly is enough: a shared function is declared .weak in it.
+        done = subprocess.run(
+            [compiler, *flags, "-S", "-o", "-", str(root / source)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        weak = [line for line in done.stdout.splitlines() if line.strip().startswith(".weak")]
+        # A pointer to the C++ runtime's own function, not code.
+        weak = [line for line in weak if "DW.ref.__gxx_personality" not in line]
+        assert not weak, f"{source}: {weak}"
+
+
+def wide_sources():
+    return [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
+
+
+@pytest.mark.parametrize("source", wide_sources())
+def test_clang_compiles_the_level_that_is_asked_for(source, tmp_path):
+    """It ignores gcc's pragma without a word; the levels would all hold the baseline."""
+    root = _build.csrc_dir()
+    level = re.search(r"_(avx\w+)\.cpp", source)[1]
+    lines = (root / source).read_text().splitlines()
+    assert f'#include "common/cpu/target_{level}.inc"' in lines
+    assert lines[-2:] == ['#include "common/cpu/target_end.inc"', "#endif"]
+    clang = shutil.which("clang++")
+    if clang is None or platform.machine() != "x86_64":
+        pytest.skip("there is no clang++ here, or this is no x86-64")
+    output = tmp_path / "assembly.s"
+    command = [clang, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", output, str(root / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assembly = output.read_text()
+    assert len(re.findall({"avx2": "%ymm", "avx512": "%zmm"}[level], assembly)) > 1000
+    assert not re.search(r"^\s*\.weak", assembly, re.MULTILINE)
+
+
+def functions_at(level, operator):
+    """Assembly of each function of an operator's kernels, by mangled name."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler or platform.machine() != "x86_64":
+        pytest.skip("needs a C++ compiler on x86-64")
+    root = _build.csrc_dir()
+    source = str(root / f"{operator}/cpu/kernels_{level}.cpp")
+    command = [compiler, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", "-", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bodies = re.findall(r"^(_ZN[\w.]+):$(.*?)\.cfi_endproc", done.stdout, re.MULTILINE | re.DOTALL)
+    return bodies
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_the_loops_over_logits_are_vectors(level):
+    """gcc makes branches of some selections, and a loop with a branch runs eight times slower."""
+    found = [
+        body
+        for name, body in functions_at(level, "cross_entropy")
+        if "16exponential_sumsILb" in name and "EfEE" in name
+    ]
+    assert len(found) == 2, "with and without the entropy, for float"
+    for body in found:
+        assert not re.search(r"\sv\w*(mul|fmadd\d*)ss\s", body)
+        assert len(re.findall(r"\sv\w*fmadd\d*ps\s", body)) >= 6
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_the_loops_of_the_terms_are_vectors(level):
+    """Each exponential of a loop is at least six packed products; what is left over is scalar."""
+    functions = functions_at(level, "cross_entropy_terms")
+    for name, loops in (("9term_sumsILb", 3), ("13term_gradientILb", 4)):
+        found = {n: body for n, body in functions if name in n and re.search(r"EfE[Ev]", n)}
+        assert len(found) == loops, sorted(found)
+        for mangled, body in found.items():
+            exponentials = 2 if "term_gradientILb1" in mangled else 1
+            assert len(re.findall(r"\sv\w*fmadd\d*ps\s", body)) >= 6 * exponentials, mangled

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every operator, as the dispatcher lists them, has all its parts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import masked_loss_ext
+from masked_loss_ext import _build
+
+TESTS = Path(__file__).resolve().parents[1]
+SOURCES = _build.csrc_dir()
+NAMESPACE = "masked_loss_ext"
+WITHOUT_KERNELS = {"_snapshot", "_version", "cpu_capability"}  # one function for all devices
+# Python around native operators, for torch.compile alone; their schemas are made of theirs.
+SCHEDULED = {"_masked_cross_entropy_scheduled", "_masked_cross_entropy_backward_scheduled"}
+# Families of operators, all integer: nothing to differentiate, no .inc per instruction set.
+FAMILIES = {
+    "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
+    "repetition": {"repetition_counts", "repetition_links"},
+}
+ROOMS = {"masked_squared_error": "elementwise", "masked_cross_entropy": "cross_entropy"}
+INTEGER = {name: family for family, names in FAMILIES.items() for name in names}
+REFERENCE = {"block_mask": "attention"}
+
+
+def operators():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith(NAMESPACE + "::")})
+
+
+def family(name):
+    return INTEGER.get(name) or base_name(name)
+
+
+TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_KERNELS | SCHEDULED]
+
+
+def has_kernel(name, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def source_text(pattern):
+    return "\n".join(p.read_text() for p in sorted(SOURCES.rglob(pattern)))
+
+
+def base_name(name):
+    name = name.removeprefix("_").removesuffix("_")
+    for step in ("_backward", "_with_gradient", "_scale_gradient"):
+        name = name.removesuffix(step)
+    return name
+
+
+def test_the_operators_are_these():
+    assert operators() == [
+        "_cross_entropy_terms_backward",
+        "_masked_cross_entropy_backward",
+        "_masked_cross_entropy_backward_",
+        "_masked_cross_entropy_backward_scheduled",
+        "_masked_cross_entropy_scale_gradient_",
+        "_masked_cross_entropy_scheduled",
+        "_masked_cross_entropy_with_gradient",
+        "_masked_cross_entropy_with_gradient_",
+        "_masked_squared_error_backward",
+        "_snapshot",
+        "_version",
+        "cpu_capability",
+        "cross_entropy_terms",
+        "interval_block_lists",
+        "masked_cross_entropy",
+        "masked_squared_error",
+        "nested_dropout_plan",
+        "packed_rows",
+        "repetition_counts",
+        "repetition_links",
+    ]
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_cpu_kernel_fake_and_derivative(name):
+    assert has_kernel(name, "CPU")
+    assert has_kernel(name, "Meta"), "no fake"
+    # A derivative, or one that refuses: without it a gradient would be lost in silence.
+    if name in INTEGER:
+        arguments = getattr(torch.ops.masked_loss_ext, name).default._schema.arguments
+        assert not any("float" in str(a.type) for a in arguments)
+    else:
+        assert has_kernel(name, "Autograd"), "no derivative"
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_cuda_kernel(name):
+    library = _build.PACKAGE / _build.LIBRARY
+    built_with_cuda = library.is_file() and _build.read_build_info(library)["cuda"] != "none"
+    if masked_loss_ext._library_kind == "aot" and built_with_cuda:
+        assert has_kernel(name, "CUDA")
+    texts = [(SOURCES / source).read_text() for source in _build.CUDA_SOURCES]
+    registered = re.compile(rf'm\.impl\(\s*"{name}"')
+    assert any(registered.search(text) for text in texts), f"no .cu source registers {name}"
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_one_name_in_every_layer(name):
+    base = family(name)
+    room = SOURCES / ROOMS.get(base, base)
+    missing = [name for name in ("formula.h", "call.h") if not (room / name).is_file()]
+    assert not missing
+    assert list(room.glob("cpu/*.cpp")) and list(room.glob("cuda/*.cu"))
+    assert (_build.PACKAGE / "ops" / f"{base}.py").is_file()
+    assert hasattr(masked_loss_ext.reference, REFERENCE.get(base, base))
+
+
+@pytest.mark.parametrize("name", TENSOR_OPERATORS)
+def test_every_operator_has_its_tests(name):
+    called = re.compile(rf"torch\.ops\.{NAMESPACE}\.{name}(\.default)?$", re.MULTILINE)
+    for kind, what in (("compile", "opcheck"), ("errors", "test of its errors")):
+        texts = [path.read_text() for path in TESTS.glob(f"*/test_*{kind}.py")]
+        assert any(called.search(text) for text in texts), f"no {what}"
+
+
+def test_each_schema_is_written_once():
+    schemas = (SOURCES / "schemas.cpp").read_text()
+    everything = source_text("*.cpp") + source_text("*.h") + source_text("*.cu*")
+    for name in set(operators()) - SCHEDULED:
+        declared = re.compile(rf'"{name}\([^"]*')
+        assert len(declared.findall(schemas)) == 1, name
+        assert len(declared.findall(everything)) == 1, name
+    package = "\n".join(p.read_text() for p in _build.PACKAGE.rglob("*.py"))
+    assert package.count("library.define") == 1 and "custom_op" not in package
+
+
+def test_scheduled_operators_have_the_schemas_of_the_native_ones():
+    """But for the floats, which come in a tensor."""
+    for name in SCHEDULED:
+        of = name.removesuffix("_scheduled")
+        of = of if of.endswith("_backward") else of.removeprefix("_")
+        native = getattr(torch.ops.masked_loss_ext, of).default._schema
+        schema = getattr(torch.ops.masked_loss_ext, name).default._schema
+        assert has_kernel(name, "Autograd") and has_kernel(name, "CompositeExplicitAutograd")
+        assert [a.name for a in schema.returns] == [a.name for a in native.returns]
+        kept = [(a.name, str(a.type)) for a in native.arguments if str(a.type) != "float"]
+        assert [(a.name, str(a.type)) for a in schema.arguments] == [("numbers", "Tensor"), *kept]
+
+
+def test_inputs_are_declared_read_only():
+    """But for what an operator overwrites that says so by its name."""
+    for name in TENSOR_OPERATORS:
+        schema = getattr(torch.ops.masked_loss_ext, name).default._schema
+        assert schema.is_mutable == name.endswith("_")
+        arguments = (*schema.arguments, *schema.returns)
+        aliased = [a.name for a in arguments if a.alias_info is not None]
+        overwritten = "grad_logits" if "scale" in name else "logits"
+        assert aliased == ([overwritten] if name.endswith("_") else [])
+
+
+def test_version():
+    assert torch.ops.masked_loss_ext._version() == masked_loss_ext.__version__

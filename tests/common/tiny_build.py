@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A library of one line, compiled by the project's own build in about a second.
+
+``python tests/common/tiny_build.py FOLDER`` compiles it from FOLDER/csrc into FOLDER/built, in a
+process of its own that does not import torch.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "masked_loss_ext"
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n'
+ADVICE = "set TORCH_EXTENSIONS_DIR to another folder"
+
+
+def make_tree(folder):
+    csrc = Path(folder) / "csrc"
+    (csrc / "cpu").mkdir(parents=True)
+    (csrc / "cpu" / "one.cpp").write_text(SOURCE)
+    return csrc
+
+
+def reduce(build, csrc, patch=setattr):
+    """Make `build`, the module _build, compile that tree."""
+    patch(build, "csrc_dir", lambda: csrc)
+    patch(build, "CPU_SOURCES", ["cpu/one.cpp"])
+    patch(build, "CUDA_SOURCES", [])
+
+
+def command(folder):
+    return [sys.executable, os.fsdecode(__file__), os.fspath(folder)]
+
+
+def start(folder, **settings):
+    # A locale that knows ASCII alone, as services and containers have it.
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    return subprocess.Popen(
+        command(folder),
+        env={**os.environ, **plain, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
+
+
+def main(folder):
+    sys.path.insert(0, str(PACKAGE))
+    import _build
+    import _toolchain
+
+    sys.path.pop(0)
+    reduce(_build, folder / "csrc")
+    os.environ["MASKED_LOSS_EXT_CUDA"] = "0"
+    tools = _toolchain.find_toolchain()
+    try:
+        print(_build.compile_library(tools, folder / "built", advice=ADVICE).name)
+    except _toolchain.BuildError as error:
+        sys.exit(f"BuildError: {error}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
