@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "common/layout_builder.h"
 
 namespace masked_loss_ext {

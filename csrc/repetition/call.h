@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CPU and the CUDA side of the repetition operators do before a kernel runs: check, allocate,
-// describe. `Allocate` is (like, sizes, dtype) -> Tensor.
+// repetition_counts and repetition_links, for every device: arguments, checks, results. A Device is Cpu or
+// Cuda with count() and link() of rows.
 #pragma once
 
 #include <limits>
@@ -10,15 +10,22 @@
 
 #include "common/checks.h"
 #include "common/layout_builder.h"
+#include "common/operator.h"
 #include "repetition/formula.h"
 
 namespace masked_loss_ext {
 
-using CountTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using LinkTensors = std::tuple<Tensor, Tensor>;
+struct TokenArguments {
+  const Tensor tokens;
+  const std::optional<Tensor> valid;
+  const int64_t ngram_size;
 
-inline TokenRows token_rows(const char* op, const Tensor& tokens, const std::optional<Tensor>& valid,
-                            int64_t ngram_size) {
+  explicit TokenArguments(Arguments& in)
+      : tokens(in.tensor()), valid(in.optional_tensor()), ngram_size(in.integer()) {}
+};
+
+inline TokenRows checked_rows(const char* op, const TokenArguments& arguments) {
+  const auto& [tokens, valid, ngram_size] = arguments;
   check_integer(op, "tokens", tokens, "");
   if (tokens.dim() != 2) fail(op, ": tokens must be [B, S], got ", shape_text(tokens));
   if (tokens.size(1) > kMaxRowLength) {
@@ -44,27 +51,49 @@ inline TokenRows token_rows(const char* op, const Tensor& tokens, const std::opt
   return in;
 }
 
-template <class Allocate>
-CountTensors allocate_counts(const Allocate& allocate, const TokenRows& in, const Tensor& like) {
-  const std::vector<int64_t> sizes = {in.rows};
-  const auto one = [&] { return allocate(like, sizes, ScalarType::Long); };
-  return {one(), one(), one(), one()};
-}
+template <class Device>
+struct RepetitionCounts {
+  const TokenArguments arguments;
 
-inline CountPointers pointers_of(const CountTensors& t) {
-  return {std::get<0>(t).mutable_data_ptr<int64_t>(), std::get<1>(t).mutable_data_ptr<int64_t>(),
-          std::get<2>(t).mutable_data_ptr<int64_t>(), std::get<3>(t).mutable_data_ptr<int64_t>()};
-}
+  explicit RepetitionCounts(Arguments& in) : arguments(in) {}
 
-template <class Allocate>
-LinkTensors allocate_links(const Allocate& allocate, const TokenRows& in, const Tensor& like) {
-  const std::vector<int64_t> sizes = {in.rows, in.length};
-  const auto one = [&] { return allocate(like, sizes, ScalarType::Int); };
-  return {one(), one()};
-}
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run() const {
+    constexpr const char* op = "repetition_counts";
+    const TokenRows in = checked_rows(op, arguments);
+    const typename Device::Scope scope(arguments.tokens);
+    const auto one = [&] { return Device::empty(arguments.tokens, {in.rows}, ScalarType::Long); };
+    const Tensor pairs = one(), windows = one(), distinct = one(), longest_run = one();
+    const CountPointers out = {pairs.mutable_data_ptr<int64_t>(), windows.mutable_data_ptr<int64_t>(),
+                               distinct.mutable_data_ptr<int64_t>(),
+                               longest_run.mutable_data_ptr<int64_t>()};
+    Device::count(op, in, out, arguments.tokens);
+    return {pairs, windows, distinct, longest_run};
+  }
+};
 
-inline LinkPointers pointers_of(const LinkTensors& t) {
-  return {std::get<0>(t).mutable_data_ptr<int32_t>(), std::get<1>(t).mutable_data_ptr<int32_t>()};
+template <class Device>
+struct RepetitionLinks {
+  const TokenArguments arguments;
+
+  explicit RepetitionLinks(Arguments& in) : arguments(in) {}
+
+  std::tuple<Tensor, Tensor> run() const {
+    constexpr const char* op = "repetition_links";
+    const TokenRows in = checked_rows(op, arguments);
+    const typename Device::Scope scope(arguments.tokens);
+    const auto one = [&] { return Device::empty(arguments.tokens, {in.rows, in.length}, ScalarType::Int); };
+    const Tensor context_before = one(), ngram_after = one();
+    const LinkPointers out = {context_before.mutable_data_ptr<int32_t>(),
+                              ngram_after.mutable_data_ptr<int32_t>()};
+    Device::link(op, in, out, arguments.tokens);
+    return {context_before, ngram_after};
+  }
+};
+
+template <class Device, class Library>
+void register_repetition(Library& m) {
+  m.impl("repetition_counts", &boxed<RepetitionCounts<Device>>);
+  m.impl("repetition_links", &boxed<RepetitionLinks<Device>>);
 }
 
 }  // namespace masked_loss_ext

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "block_mask/cpu/kernels.h"
 #include "common/cpu/parallel.h"
 

@@ -137,4 +137,13 @@ inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, Scal
 
 #endif
 
+// As Cpu in common/cpu/device.h.
+struct Cuda {
+  using Scope = DeviceScope;
+
+  static Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
+    return device_empty(like, sizes, type);
+  }
+};
+
 }  // namespace masked_loss_ext::cuda

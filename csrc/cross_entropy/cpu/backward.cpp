@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "cross_entropy/cpu/run.h"
 #include "cross_entropy/saved.h"
 

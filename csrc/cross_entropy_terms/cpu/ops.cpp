@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "cross_entropy_terms/cpu/kernels.h"
 #include "cross_entropy/cpu/setup.h"
 #include "cross_entropy_terms/call.h"

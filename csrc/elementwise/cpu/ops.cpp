@@ -5,7 +5,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "common/cpu/capability.h"
 #include "elementwise/cpu/kernels.h"
 #include "common/cpu/memory.h"

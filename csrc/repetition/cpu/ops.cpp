@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-#include "common/allocate.h"
+#include "common/cpu/device.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/scalars.h"
 #include "repetition/call.h"
@@ -139,28 +139,19 @@ void for_each_row(const TokenRows& in, bool contexts, const F& f) {
   });
 }
 
-CountTensors repetition_counts_cpu(const Tensor& tokens, const std::optional<Tensor>& valid,
-                                   int64_t ngram_size) {
-  const TokenRows in = token_rows("repetition_counts", tokens, valid, ngram_size);
-  const CountTensors counts = allocate_counts(empty_tensor, in, tokens);
-  const CountPointers out = pointers_of(counts);
-  for_each_row(in, false, [&](Row& row, int64_t i) { row.count(i, out); });
-  return counts;
-}
+struct Rows : Cpu {
+  static void count(const char*, const TokenRows& in, const CountPointers& out, const Tensor&) {
+    for_each_row(in, false, [&](Row& row, int64_t i) { row.count(i, out); });
+  }
 
-LinkTensors repetition_links_cpu(const Tensor& tokens, const std::optional<Tensor>& valid,
-                                 int64_t ngram_size) {
-  const TokenRows in = token_rows("repetition_links", tokens, valid, ngram_size);
-  const LinkTensors links = allocate_links(empty_tensor, in, tokens);
-  const LinkPointers out = pointers_of(links);
-  for_each_row(in, true, [&](Row& row, int64_t i) { row.link(i, out); });
-  return links;
-}
+  static void link(const char*, const TokenRows& in, const LinkPointers& out, const Tensor&) {
+    for_each_row(in, true, [&](Row& row, int64_t i) { row.link(i, out); });
+  }
+};
 
 }  // namespace
 }  // namespace masked_loss_ext
 
 STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
-  m.impl("repetition_counts", TORCH_BOX(&masked_loss_ext::repetition_counts_cpu));
-  m.impl("repetition_links", TORCH_BOX(&masked_loss_ext::repetition_links_cpu));
+  masked_loss_ext::register_repetition<masked_loss_ext::Rows>(m);
 }

@@ -30,30 +30,19 @@ void launch_rows(const char* op, const TokenRows& in, const Tensor& tokens, bool
                           scratch, out));
 }
 
-CountTensors repetition_counts_cuda(const Tensor& tokens, const std::optional<Tensor>& valid,
-                                    int64_t ngram_size) {
-  constexpr const char* op = "repetition_counts";
-  const TokenRows in = token_rows(op, tokens, valid, ngram_size);
-  const DeviceScope scope(tokens);
-  const CountTensors counts = allocate_counts(device_empty, in, tokens);
-  launch_rows(op, in, tokens, false, repetition_counts_kernel, pointers_of(counts));
-  return counts;
-}
+struct Rows : Cuda {
+  static void count(const char* op, const TokenRows& in, const CountPointers& out, const Tensor& tokens) {
+    launch_rows(op, in, tokens, false, repetition_counts_kernel, out);
+  }
 
-LinkTensors repetition_links_cuda(const Tensor& tokens, const std::optional<Tensor>& valid,
-                                  int64_t ngram_size) {
-  constexpr const char* op = "repetition_links";
-  const TokenRows in = token_rows(op, tokens, valid, ngram_size);
-  const DeviceScope scope(tokens);
-  const LinkTensors links = allocate_links(device_empty, in, tokens);
-  launch_rows(op, in, tokens, true, repetition_links_kernel, pointers_of(links));
-  return links;
-}
+  static void link(const char* op, const TokenRows& in, const LinkPointers& out, const Tensor& tokens) {
+    launch_rows(op, in, tokens, true, repetition_links_kernel, out);
+  }
+};
 
 }  // namespace
 }  // namespace masked_loss_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  m.impl("repetition_counts", TORCH_BOX(&masked_loss_ext::cuda::repetition_counts_cuda));
-  m.impl("repetition_links", TORCH_BOX(&masked_loss_ext::cuda::repetition_links_cuda));
+  masked_loss_ext::register_repetition<masked_loss_ext::cuda::Rows>(m);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// An uninitialised contiguous tensor. torch::stable::new_empty() asks the dispatcher through a boxed
-// call, which takes longer than a small loss; this shim goes to the allocator.
+// What an operator that is written once for all devices needs to know of this one; cuda/runtime.cuh has
+// the same of CUDA.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,6 +11,8 @@
 
 namespace masked_loss_ext {
 
+// An uninitialised contiguous tensor. torch::stable::new_empty() asks the dispatcher through a boxed
+// call, which takes longer than a small loss; this shim goes to the allocator.
 inline torch::stable::Tensor empty_tensor(const torch::stable::Tensor& like,
                                           const std::vector<int64_t>& sizes,
                                           torch::headeronly::ScalarType type) {
@@ -28,5 +30,17 @@ inline torch::stable::Tensor empty_tensor(const torch::stable::Tensor& like,
       to<int32_t>(from(like.device().type())), like.device().index(), &handle));
   return torch::stable::Tensor(handle);
 }
+
+struct Cpu {
+  struct Scope {  // in which the tensor's device is the current one
+    explicit Scope(const torch::stable::Tensor&) {}
+  };
+
+  static torch::stable::Tensor empty(const torch::stable::Tensor& like,
+                                     const std::vector<int64_t>& sizes,
+                                     torch::headeronly::ScalarType type) {
+    return empty_tensor(like, sizes, type);
+  }
+};
 
 }  // namespace masked_loss_ext
