@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Penalties on what a model should not say next: classes asked for, and -log(1 - p) of them.
-
-Per row a class that is not asked for is -1, as cross_entropy_terms takes it.
-"""
+"""Penalties on what a model should not say next: -log(1 - p) of classes that are asked for."""
 
 import math
 
 import torch
 
-from .._checks import check_choice
 from ..reference.cross_entropy_terms import LARGEST_LOG_PROB
-from ._documents import columns, of_one_document
-from ._rows import masked_mean, reduced
+from ._rows import reduced
+from ._tokens import Read, Rows, columns
 
-PENALTY_ON = ("targets", "model")
 _HALF = -math.log(2)
-
-
-def check_penalty_on(name, penalty_on):
-    check_choice(name, "penalty_on", penalty_on, PENALTY_ON)
 
 
 def unlikelihood(log_prob, asked):
@@ -31,46 +22,36 @@ def unlikelihood(log_prob, asked):
     return torch.where(asked, -torch.where(bounded > _HALF, likely, unlikely), 0)
 
 
-def mean_unlikelihood(log_prob, asked):
-    return masked_mean(unlikelihood(log_prob, asked), asked)
+class PenalisesEnds:
+    """Of a module with eos_token_id, min_sequence_length, eos_penalty_weight and penalty_on."""
 
+    eos_token_id: int | None
+    min_sequence_length: int
+    eos_penalty_weight: float
+    penalty_on: str
 
-def _early_rows(rule, valid, starts):
-    column = columns(valid) if starts is None else columns(valid) - starts
-    return valid & (column < rule.min_sequence_length)
+    def _penalises_ends(self) -> bool:
+        return self.eos_token_id is not None and self.eos_penalty_weight > 0
 
+    def _early(self, rows: Rows) -> torch.Tensor:
+        column = columns(rows.valid) if rows.starts is None else columns(rows.valid) - rows.starts
+        return rows.valid & (column < self.min_sequence_length)
 
-def penalises_eos(rule):
-    return rule.eos_token_id is not None and rule.eos_penalty_weight > 0
+    def end_classes(self, rows: Rows) -> torch.Tensor | None:
+        """EOS at early rows at which the data goes on; None where the data is penalised."""
+        if self.penalty_on == "targets" or not self._penalises_ends():
+            return None
+        goes_on = self._early(rows) & (rows.targets != self.eos_token_id)
+        return torch.where(goes_on, self.eos_token_id, -1)
 
-
-def eos_classes(rule, targets, valid, starts=None):
-    """EOS at early rows at which the data goes on, ``[B, S]``; None where the data is penalised.
-
-    ``rule`` is the module with eos_token_id, eos_penalty_weight, min_sequence_length, penalty_on.
-    """
-    if rule.penalty_on == "targets" or not penalises_eos(rule):
-        return None
-    goes_on = _early_rows(rule, valid, starts) & (targets != rule.eos_token_id)
-    return torch.where(goes_on, rule.eos_token_id, -1)
-
-
-def eos_penalty(rule, targets, valid, starts, asked, dtype, reduction="mean"):
-    """Weighted and reduced; ``asked`` are ``eos_classes`` and their log-probabilities."""
-    classes, class_log_prob = asked
-    if not penalises_eos(rule):
-        return 0.0
-    if classes is None:
-        ends = _early_rows(rule, valid, starts) & (targets == rule.eos_token_id)
-        return rule.eos_penalty_weight * reduced(ends.to(dtype), valid, reduction)
-    wanted = classes >= 0
-    rows = unlikelihood(class_log_prob, wanted)
-    return rule.eos_penalty_weight * reduced(rows, wanted, reduction)
-
-
-def previous_classes(targets, valid, starts=None):
-    """The target before, where both count and differ, ``[B, S]``."""
-    before = torch.cat([torch.full_like(targets[:, :1], -1), targets[:, :-1]], 1)
-    counts = valid[:, :-1] if starts is None else valid[:, :-1] & of_one_document(starts, 1)
-    both = valid & torch.cat([torch.zeros_like(valid[:, :1]), counts], 1)
-    return torch.where(both & (before != targets), before, -1)
+    def end_penalty(self, rows: Rows, read: Read, like, reduction="mean"):
+        """Weighted and reduced; ``read`` is that of ``end_classes``."""
+        if not self._penalises_ends():
+            return 0.0
+        if read.classes is None:
+            ends = self._early(rows) & (rows.targets == self.eos_token_id)
+            penalty = reduced(ends.to(like.dtype), rows.valid, reduction)
+        else:
+            wanted = read.classes >= 0
+            penalty = reduced(unlikelihood(read.class_log_prob, wanted), wanted, reduction)
+        return self.eos_penalty_weight * penalty

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the losses of a mixture of experts share: its choices, checked, masked and counted."""
 
+from typing import Annotated
+
 import torch
 
 from .._checks import check_device, check_integers, shape_text
 from ..attention._host import _modes, is_readable
 from ..ops.masked_squared_error import _functorch_is_active
-from ._arguments import check_size
-from ._rows import check_floating, cleaned, row_mask
+from ._options import Rule, check_size
+from ._rows import check_features, cleaned, row_mask
 
-_MOST_EXPERTS = 2**24  # 64 MB for each of a balancer's counts
+MOST_EXPERTS = 2**24  # 64 MB for each of a balancer's counts
+Experts = Annotated[int, Rule("1 to 2^24", check_size, most=MOST_EXPERTS)]
 
 
 def load_balance(gate, indices, valid, num_experts):
@@ -30,7 +33,7 @@ def choice_counts(indices, valid, num_experts):
 
 def routed(function, name, gate, expert_indices, num_experts, attention_mask):
     """[N, E] gate and [N, k] indices, 0 in rows that do not count, and which do [N]."""
-    check_floating(function, name, gate, num_experts, "num_experts")
+    check_features(function, name, gate, num_experts, "num_experts")
     check_integers(function, "expert_indices", expert_indices)
     check_device(function, "expert_indices", expert_indices, name, gate)
     if expert_indices.shape == gate.shape[:-1]:  # one choice per token
@@ -42,25 +45,20 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
         )
     valid = row_mask(function, attention_mask, name, gate)
     indices = expert_indices.reshape(-1, expert_indices.shape[-1]).long()
-    if can_be_looked_at(indices):
-        _refuse_index(function, indices, valid, num_experts)
+    refuse_indices(function, "expert_indices", indices, num_experts, "", valid)
     gate = cleaned(gate.reshape(-1, num_experts), valid)
     return gate, torch.where(valid.unsqueeze(-1), indices, 0), valid
 
 
-def can_be_looked_at(indices):
-    return is_readable(indices) and not (_modes() or _functorch_is_active())
-
-
-def _refuse_index(function, indices, valid, num_experts):
-    outside = ((indices < 0) | (indices >= num_experts)) & valid.unsqueeze(-1)
+def refuse_indices(function, name, indices, size, of="", valid=None):
+    """Rows ``[N, k]`` that count and are not in [0, size), where that can be looked at."""
+    if not is_readable(indices) or _modes() or _functorch_is_active():
+        return
+    outside = ((indices < 0) | (indices >= size)).any(-1)
+    outside = outside if valid is None else outside & valid
     if outside.any():
-        row = int(outside.any(-1).nonzero()[0])
+        row = int(outside.nonzero()[0])
         raise IndexError(
-            f"{function}: expert_indices at row {row} must be in [0, {num_experts}), got "
+            f"{function}: {name} at row {row} must be in [0, {size}){of}, got "
             f"{indices[row].tolist()}"
         )
-
-
-def check_experts(function, num_experts):
-    check_size(function, "num_experts", num_experts, 1, _MOST_EXPERTS)

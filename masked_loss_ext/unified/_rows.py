@@ -5,9 +5,7 @@ import contextlib
 
 import torch
 
-from .._checks import check_mask, check_tensor, shape_text
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .._checks import check_floating, check_mask, check_tensor, shape_text
 
 
 def valid_rows(target, attention_mask=None, ignore_index=-100):
@@ -64,12 +62,17 @@ def smoothed_loss(log_prob, mean_log_prob, smoothing, classes):
 def torch_smoothing(smoothing, classes):
     """The label_smoothing of masked_cross_entropy and of PyTorch, whose share of every class the
     target gets too, for a smoothing that goes to the others alone."""
-    return smoothing * classes / (classes - 1) if classes > 1 else 0.0
+    return min(smoothing * classes / (classes - 1), 1.0) if classes > 1 else 0.0
 
 
 def cleaned(values, valid):
     """The rows ``[..., D]`` that count, 0 in place of the others, as float32 or float64."""
     return torch.where(valid.unsqueeze(-1), widened(values), 0)
+
+
+def distances(x, y):
+    # Not by way of a matrix product: its rounding makes the distance of equal rows large.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def is_autocast(device):
@@ -99,12 +102,10 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
     return (mask != 0).flatten()
 
 
-def check_floating(function, name, tensor, last=None, last_name=""):
+def check_features(function, name, tensor, last=None, last_name=""):
     """A floating tensor, and what its last dimension must be."""
     check_tensor(function, name, tensor)
-    if tensor.dtype not in _FLOATING:
-        which = " of 16 to 64 bits" if tensor.is_floating_point() else ""
-        raise ValueError(f"{function}: {name} must be a floating tensor{which}, got {tensor.dtype}")
+    check_floating(function, name, tensor)
     if last is not None and (tensor.dim() == 0 or tensor.shape[-1] != last):
         raise ValueError(
             f"{function}: {name} must have {last_name} {last} as its last dimension, got "

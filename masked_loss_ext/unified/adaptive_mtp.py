@@ -1,30 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Cross entropy of the next token plus that of further heads, weighed by the model's confidence."""
 
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
 import torch
 
-from .._checks import check_choice, check_device, check_flags, check_number, check_tensor
-from ._arguments import (
-    check_ignore_index,
-    check_list,
-    check_logits,
-    check_segments,
-    check_size,
-    check_smoothing,
-    check_targets,
-    may_be_on,
-)
-from ._confidence import counted_scores, uncertainty
-from ._documents import document_starts
-from ._operators import cross_entropy as cross_entropy_of
-from ._rows import check_floating, masked_mean, torch_smoothing, valid_rows
+from .._checks import check_choice, check_device, check_tensor
+from ._options import Flag, NotNegative, Number, Share, Size, Token, check_smoothing
+from ._rows import check_features, masked_mean, torch_smoothing, widened
 from ._state import KeepsState, advances, borrow, give_back
+from ._tokens import Rows, check_list, check_logits, cross_entropy, may_be_on, rows_of
 
-_NAME = "AdaptiveMTPLoss"
+_SMALLEST = 1e-7
 _TOTALS = ("primary_loss", "additional_loss", "confidence_reg")
 _SUMS = tuple(f"total_{name}" for name in _TOTALS)
 
 
+@dataclass(eq=False, repr=False)
 class AdaptiveMTPLoss(KeepsState):
     r"""Primary loss + confidence-weighted heads + a regulariser of the confidence.
 
@@ -71,52 +65,35 @@ class AdaptiveMTPLoss(KeepsState):
     state of one process with all batches, which would else weigh calls by their tokens.
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        primary_loss_weight=1.0,
-        additional_loss_base_weight=0.1,
-        confidence_reg_strength=0.01,
-        use_confidence_weighting=True,
-        label_smoothing=0.0,
-        ignore_index=-100,
-        *,
-        detach_confidence=False,
-    ):
-        super().__init__()
-        check_size(_NAME, "vocab_size", vocab_size)
-        most = 1 - 1 / vocab_size if vocab_size > 1 else 1
-        check_smoothing(_NAME, label_smoothing, most)
-        check_number(_NAME, "primary_loss_weight", primary_loss_weight)
-        check_number(_NAME, "additional_loss_base_weight", additional_loss_base_weight)
-        check_number(_NAME, "confidence_reg_strength", confidence_reg_strength, least=0)
-        check_flags(_NAME, {"use_confidence_weighting": use_confidence_weighting})
-        check_flags(_NAME, {"detach_confidence": detach_confidence})
-        check_ignore_index(_NAME, ignore_index)
-        self.vocab_size = vocab_size
-        self.primary_loss_weight = primary_loss_weight
-        self.additional_loss_base_weight = additional_loss_base_weight
-        self.confidence_reg_strength = confidence_reg_strength
-        self.use_confidence_weighting = use_confidence_weighting
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.detach_confidence = detach_confidence
+    vocab_size: Size
+    primary_loss_weight: Number = 1.0
+    additional_loss_base_weight: Number = 0.1
+    confidence_reg_strength: NotNegative = 0.01
+    use_confidence_weighting: Flag = True
+    label_smoothing: Share = 0.0
+    ignore_index: Token = -100
+    _: KW_ONLY
+    detach_confidence: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_smoothing(self.function, "label_smoothing", self.label_smoothing, self.vocab_size)
         for name in _SUMS:
             self.add_state(name)
         self.add_state("loss_count", (), 0, dtype=torch.int64)
 
     def forward(
         self,
-        primary_logits,
-        targets,
-        additional_logits=None,
-        confidence_scores=None,
-        attention_mask=None,
-        mtp_active=False,
+        primary_logits: torch.Tensor,
+        targets: torch.Tensor,
+        additional_logits: Sequence[torch.Tensor] | None = None,
+        confidence_scores: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mtp_active: bool | torch.Tensor = False,
         *,
-        segment_ids=None,
-        update_state=True,
-    ):
+        segment_ids: torch.Tensor | None = None,
+        update_state: bool = True,
+    ) -> dict[str, Any]:
         """The loss and its parts.
 
         Args:
@@ -126,60 +103,46 @@ class AdaptiveMTPLoss(KeepsState):
             confidence_scores: floating in [0, 1], one per row (``[B]``, ``[B, 1]``) or position
                 (``[B, S]``, ``[B, S, 1]``); what the mask excludes is left out of its mean. Any
                 other shape is averaged as it is.
-            attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
             mtp_active: whether the heads count; a bool, or a 0-d tensor.
-            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
-                one, and no head predicts a token of another.
-            update_state: let a training call add to the statistics.
+            attention_mask, segment_ids, update_state: as in ``UnifiedLoss``.
 
         Returns:
             dict: "loss", "primary_loss", "additional_loss", "confidence_reg" (weighted),
             "avg_confidence", "effective_mtp_weight", [] each, and "mtp_active" as given.
         """
-        check_targets(_NAME, targets, attention_mask)
-        check_segments(_NAME, segment_ids, targets)
-        given = primary_logits, targets, attention_mask
-        primary = self._cross_entropy("primary_logits", *given)
-        return self.from_primary(
-            primary,
-            targets,
-            additional_logits,
-            confidence_scores,
-            attention_mask,
-            mtp_active,
-            starts=document_starts(segment_ids, targets),
-            update_state=update_state,
-        )
+        rows = rows_of(self.function, targets, attention_mask, segment_ids, self.ignore_index)
+        primary = self.primary_cross_entropy(primary_logits, rows)
+        heads = additional_logits, confidence_scores, mtp_active
+        return self.from_primary(primary, rows, *heads, update_state=update_state)
+
+    def primary_cross_entropy(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self._cross_entropy("primary_logits", logits, rows)
 
     def from_primary(
         self,
-        cross_entropy,
-        targets,
-        additional_logits=None,
-        confidence_scores=None,
-        attention_mask=None,
-        mtp_active=False,
-        *,
-        starts=None,
-        update_state=True,
-    ):
-        """As ``forward``, with the primary cross entropy [] (not yet weighted) at hand and the
-        column in which the document of each position begins."""
+        primary: torch.Tensor,
+        rows: Rows,
+        additional_logits: Sequence[torch.Tensor] | None,
+        confidence_scores: torch.Tensor | None,
+        mtp_active: bool | torch.Tensor,
+        update_state: bool,
+    ) -> dict[str, Any]:
+        """As ``forward``, of the primary cross entropy [], not yet weighted."""
         if additional_logits is not None:  # active or not: a mask in its place would be lost
-            check_list(_NAME, "additional_logits", additional_logits)
-        zero = cross_entropy.new_zeros(())
-        valid = valid_rows(targets, attention_mask, self.ignore_index)
-        confidence = average = regularizer = zero
+            check_list(self.function, "additional_logits", additional_logits)
+        zero = primary.new_zeros(())
+        average = regularizer = additional = weight = zero
+        confidence = None
         if confidence_scores is not None:
-            confidence, average, regularizer = self._confidence(confidence_scores, valid)
-        additional, weight = zero, zero
-        if may_be_on(_NAME, mtp_active) and additional_logits is not None:
-            additional = self._heads(additional_logits, targets, attention_mask, starts, zero)
-            weight = self._weight(None if confidence_scores is None else confidence, zero)
+            average, regularizer = self._confidence(confidence_scores, rows.valid)
+            confidence = average.detach() if self.detach_confidence else average
+        if may_be_on(self.function, mtp_active) and additional_logits is not None:
+            additional = self._heads(additional_logits, rows, zero)
+            weight = self._weight(confidence, zero)
             if isinstance(mtp_active, torch.Tensor):
                 weight = torch.where(mtp_active != 0, weight, 0)
         parts = {
-            "primary_loss": self.primary_loss_weight * cross_entropy,
+            "primary_loss": self.primary_loss_weight * primary,
             "additional_loss": weight * additional,
             "confidence_reg": self.confidence_reg_strength * regularizer,
         }
@@ -195,67 +158,81 @@ class AdaptiveMTPLoss(KeepsState):
         }
 
     def compute_cross_entropy(
-        self, logits, targets, attention_mask=None, *, shift=0, segment_ids=None
-    ):
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        shift: int = 0,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Smoothed mean cross entropy [] of logits ``[B, S, V]``; position s is scored against
         targets[:, s + shift], of the same segment."""
-        check_targets(_NAME, targets, attention_mask)
-        return self._cross_entropy("logits", logits, targets, attention_mask, shift, segment_ids)
+        rows = rows_of(self.function, targets, attention_mask, segment_ids, self.ignore_index)
+        return self._cross_entropy("logits", logits, rows, shift)
 
-    def _cross_entropy(self, argument, logits, targets, attention_mask, shift=0, segment_ids=None):
-        check_logits(_NAME, logits, targets, self.vocab_size, argument)
-        return cross_entropy_of(
-            _NAME,
+    def _cross_entropy(self, argument, logits, rows, shift=0):
+        check_logits(self.function, logits, rows.targets, self.vocab_size, argument)
+        return cross_entropy(
+            self.function,
             (argument, "targets"),
             logits,
-            targets,
-            attention_mask,
+            rows.targets,
+            rows.valid,
             ignore_index=self.ignore_index,
-            label_smoothing=min(torch_smoothing(self.label_smoothing, self.vocab_size), 1.0),
+            label_smoothing=torch_smoothing(self.label_smoothing, self.vocab_size),
             shift=shift,
-            segment_ids=segment_ids,
+            segment_ids=rows.starts,
         )
 
     def compute_confidence_regularization(
-        self, confidence_scores, target_mode="binary", *, valid=None
-    ):
+        self,
+        confidence_scores: torch.Tensor,
+        target_mode: str = "binary",
+        *,
+        valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Mean, not yet weighted, of what uncertain scores cost: :math:`-\\ln \\max(|2c - 1|,
         10^{-7})` ("binary") or :math:`-\\ln \\max(c, 10^{-7})` ("high"); of valid scores alone, a
         bool tensor of their shape."""
-        check_choice(_NAME, "target_mode", target_mode, ("binary", "high"), "Unknown target_mode: ")
-        check_tensor(_NAME, "confidence_scores", confidence_scores)
+        modes = ("binary", "high")
+        check_choice(self.function, "target_mode", target_mode, modes, "Unknown target_mode: ")
+        check_tensor(self.function, "confidence_scores", confidence_scores)
         if valid is None:
             valid = torch.ones_like(confidence_scores, dtype=torch.bool)
-        return uncertainty(confidence_scores, valid, target_mode)
+        scores = torch.where(valid, widened(confidence_scores), 1)
+        certainty = (2 * scores - 1).abs() if target_mode == "binary" else scores
+        return masked_mean(-certainty.clamp(min=_SMALLEST).log(), valid)
 
     def _confidence(self, scores, valid):
-        """What weighs the heads, its mean, and the regulariser."""
-        check_tensor(_NAME, "confidence_scores", scores)
-        check_floating(_NAME, "confidence_scores", scores)
-        check_device(_NAME, "confidence_scores", scores, "targets", valid)
-        on = counted_scores(scores, valid)
+        """The mean of the scores that belong to something that counts, and the regulariser."""
+        check_features(self.function, "confidence_scores", scores)
+        check_device(self.function, "confidence_scores", scores, "targets", valid)
+        batch, length = valid.shape
+        on = torch.ones_like(scores, dtype=torch.bool)
+        if scores.shape in ((batch, length), (batch, length, 1)):
+            on = valid.reshape(scores.shape)
+        elif scores.shape in ((batch,), (batch, 1)):
+            on = valid.any(1).reshape(scores.shape)
         average = masked_mean(scores, on)
-        regularizer = average.new_zeros(())
         if self.confidence_reg_strength > 0:
-            regularizer = self.compute_confidence_regularization(scores, valid=on)
-        return average.detach() if self.detach_confidence else average, average, regularizer
+            return average, self.compute_confidence_regularization(scores, valid=on)
+        return average, average.new_zeros(())
 
     def _weight(self, confidence, zero):
         if confidence is None or not self.use_confidence_weighting:
             return zero + self.additional_loss_base_weight
         return self.additional_loss_base_weight * confidence.clamp(0, 1)
 
-    def _heads(self, additional_logits, targets, attention_mask, starts, zero):
+    def _heads(self, additional_logits, rows, zero):
         """Mean over the heads that do not reach past the end."""
         if len(additional_logits) == 0:
             return zero
         losses = [
-            self._cross_entropy(
-                f"additional_logits[{i}]", logits, targets, attention_mask, i + 1, starts
-            )
+            self._cross_entropy(f"additional_logits[{i}]", logits, rows, i + 1)
             for i, logits in enumerate(additional_logits)
         ]  # 0, attached to the graph, of those that do
-        return sum(losses) / max(min(len(losses), targets.shape[1] - 1), 1)
+        return sum(losses) / max(min(len(losses), rows.targets.shape[1] - 1), 1)
 
     @torch.no_grad()
     def _record(self, loss, parts):
@@ -277,7 +254,7 @@ class AdaptiveMTPLoss(KeepsState):
             getattr(self, name).copy_(total / count.clamp(min=1) * calls)
         self.loss_count.copy_(calls)
 
-    def get_statistics(self):
+    def get_statistics(self) -> dict[str, Any]:
         """Averages over the recorded calls, as numbers: it waits for the device."""
         count = self.loss_count.item()
         averages = {
@@ -286,13 +263,7 @@ class AdaptiveMTPLoss(KeepsState):
         return {**averages, "total_computations": count}
 
     @torch.no_grad()
-    def reset_statistics(self):
+    def reset_statistics(self) -> None:
+        """Forget the recorded calls."""
         for name in (*_SUMS, "loss_count"):
             getattr(self, name).zero_()
-
-    def extra_repr(self):
-        return (
-            f"vocab_size={self.vocab_size}, primary_loss_weight={self.primary_loss_weight}, "
-            f"additional_loss_base_weight={self.additional_loss_base_weight}, "
-            f"label_smoothing={self.label_smoothing}"
-        )

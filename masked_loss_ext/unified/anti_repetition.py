@@ -1,34 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Cross entropy beside statistics of how much its labels repeat themselves."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from .._checks import (
-    as_integers,
-    check_flags,
-    check_integers,
-    check_mask,
-    check_number,
-    check_rank,
-    refuse_unknown,
-)
+from .._checks import check_flags, check_number, refuse_unknown
 from ..ops.repetition import repetition_counts
-from ._arguments import (
-    check_ignore_index,
-    check_logits,
-    check_size,
-    check_token_id,
-    check_weights,
-)
-from ._operators import cross_entropy
-from ._rows import valid_rows
+from ._options import LossModule, Number, Size, Token, check_class, check_size
 from ._state import KeepsState, borrow
+from ._tokens import Rows, check_logits, cross_entropy, rows_of
 
-_ADAPTIVE = "AdaptiveAntiRepetitionLoss"
 _SCHEDULED = ("repetition_penalty_weight", "eos_penalty_weight")
 
 
-class AntiRepetitionLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class AntiRepetitionLoss(LossModule):
     r"""Cross entropy plus what the labels say about repetition, early ends and variety.
 
     .. math:: L = \mathrm{ce} + w_r\, \overline{r} + w_e\, \overline{e} - w_d\, \overline{d}
@@ -65,45 +53,26 @@ class AntiRepetitionLoss(torch.nn.Module):
         ignore_index: labels that do not count.
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        eos_token_id,
-        pad_token_id,
-        repetition_penalty_weight=0.1,
-        eos_penalty_weight=0.05,
-        diversity_bonus_weight=0.05,
-        ngram_size=4,
-        ignore_index=-100,
-    ):
-        super().__init__()
-        name = type(self).__name__
-        check_size(name, "vocab_size", vocab_size)
-        for argument, token_id, size in (
-            ("eos_token_id", eos_token_id, vocab_size),
-            ("pad_token_id", pad_token_id, None),
-        ):
-            if token_id is None:
-                raise TypeError(f"{name}: {argument} must be an int, got NoneType")
-            check_token_id(name, argument, token_id, size)
-        weights = {
-            "repetition_penalty_weight": repetition_penalty_weight,
-            "eos_penalty_weight": eos_penalty_weight,
-            "diversity_bonus_weight": diversity_bonus_weight,
-        }
-        check_weights(name, weights)
-        check_size(name, "ngram_size", ngram_size)
-        check_ignore_index(name, ignore_index)
-        self.vocab_size = vocab_size
-        self.eos_token_id = eos_token_id
-        self.pad_token_id = pad_token_id
-        self.repetition_penalty_weight = repetition_penalty_weight
-        self.eos_penalty_weight = eos_penalty_weight
-        self.diversity_bonus_weight = diversity_bonus_weight
-        self.ngram_size = ngram_size
-        self.ignore_index = ignore_index
+    vocab_size: Size
+    eos_token_id: Token
+    pad_token_id: Token
+    repetition_penalty_weight: Number = 0.1
+    eos_penalty_weight: Number = 0.05
+    diversity_bonus_weight: Number = 0.05
+    ngram_size: Size = 4
+    ignore_index: Token = -100
 
-    def forward(self, logits, labels, attention_mask=None, return_components=False):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_class(self.function, "eos_token_id", self.eos_token_id, self.vocab_size)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_components: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         """(loss, components or None).
 
         Args:
@@ -114,22 +83,15 @@ class AntiRepetitionLoss(torch.nn.Module):
                 ``repetition_penalty``, ``eos_penalty``, ``diversity_bonus`` (means, without their
                 weights) and ``total_loss``.
         """
-        name = type(self).__name__
-        check_integers(name, "labels", labels)
-        check_rank(name, "labels", labels, 2, "[B, S]")
-        check_mask(name, "attention_mask", attention_mask, "labels", labels, 2)
+        name = self.function
+        rows = rows_of(name, labels, attention_mask, None, self.ignore_index, "labels")
         check_logits(name, logits, labels, self.vocab_size, like="labels")
         check_flags(name, {"return_components": return_components})
-        base = cross_entropy(
-            name,
-            ("logits", "labels"),
-            logits,
-            labels,
-            attention_mask,
-            ignore_index=self.ignore_index,
-        )
+        names = ("logits", "labels")
+        ignored = self.ignore_index
+        base = cross_entropy(name, names, logits, rows.targets, rows.valid, ignore_index=ignored)
         repetition, early_end, diversity = (
-            statistic.to(base.dtype) for statistic in self._statistics(labels, attention_mask)
+            statistic.to(base.dtype) for statistic in self._statistics(rows)
         )
         of_repetition, of_end = self._weights(base)
         loss = base + of_repetition * repetition + of_end * early_end
@@ -147,9 +109,8 @@ class AntiRepetitionLoss(torch.nn.Module):
     def _weights(self, like):
         return self.repetition_penalty_weight, self.eos_penalty_weight
 
-    def _statistics(self, labels, attention_mask):
-        labels = as_integers(labels)
-        valid = valid_rows(labels, attention_mask, self.ignore_index)
+    def _statistics(self, rows: Rows):
+        labels, valid = rows.targets, rows.valid
         no_padding = valid & (labels != self.pad_token_id)
         grams = repetition_counts(labels, no_padding, self.ngram_size)
         words = repetition_counts(labels, no_padding & (labels != self.eos_token_id), 1)
@@ -159,9 +120,10 @@ class AntiRepetitionLoss(torch.nn.Module):
         diversity = words.distinct.double() / words.windows.clamp(min=1)
         if self.pad_token_id != self.eos_token_id:
             valid = no_padding
-        rows = max(labels.shape[0], 1)
         early_end = self._early_end(labels, valid)
-        return tuple(term.sum() / rows for term in (repetition, early_end, diversity))
+        return tuple(
+            term.sum() / max(labels.shape[0], 1) for term in (repetition, early_end, diversity)
+        )
 
     def _early_end(self, labels, valid):
         is_end = valid & (labels == self.eos_token_id)
@@ -170,11 +132,9 @@ class AntiRepetitionLoss(torch.nn.Module):
         not_last = (is_end & (valid_after > 0)).any(-1)
         return torch.where(count > 1, count.double(), 0.5 * not_last.double()) / tokens
 
-    def extra_repr(self):
-        return (
-            f"vocab_size={self.vocab_size}, eos_token_id={self.eos_token_id}, "
-            f"pad_token_id={self.pad_token_id}, ngram_size={self.ngram_size}"
-        )
+
+for _name in _SCHEDULED:  # as attributes of the class the defaults would hide buffers
+    delattr(AntiRepetitionLoss, _name)
 
 
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss, KeepsState):
@@ -202,51 +162,45 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss, KeepsState):
 
     def __init__(
         self,
-        vocab_size,
-        eos_token_id,
-        pad_token_id,
-        initial_repetition_weight=0.2,
-        final_repetition_weight=0.05,
-        initial_eos_weight=0.1,
-        final_eos_weight=0.02,
-        warmup_steps=10000,
-        **kwargs,
-    ):
+        vocab_size: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        initial_repetition_weight: float = 0.2,
+        final_repetition_weight: float = 0.05,
+        initial_eos_weight: float = 0.1,
+        final_eos_weight: float = 0.02,
+        warmup_steps: int = 10000,
+        **kwargs: Any,
+    ) -> None:
+        name = self.function
         for argument in _SCHEDULED:
             if argument in kwargs:
-                raise ValueError(
-                    f"{_ADAPTIVE}: {argument} must be given as its initial and final value"
-                )
+                raise ValueError(f"{name}: {argument} must be given as its initial and final value")
         known = ("diversity_bonus_weight", "ngram_size", "ignore_index")
-        refuse_unknown(_ADAPTIVE, [key for key in kwargs if key not in known], known)
+        refuse_unknown(name, [key for key in kwargs if key not in known], known)
         super().__init__(vocab_size, eos_token_id, pad_token_id, **kwargs)
-        weights = {
-            "initial_repetition_weight": initial_repetition_weight,
-            "final_repetition_weight": final_repetition_weight,
-            "initial_eos_weight": initial_eos_weight,
-            "final_eos_weight": final_eos_weight,
-        }
-        check_weights(_ADAPTIVE, weights)
-        check_size(_ADAPTIVE, "warmup_steps", warmup_steps, 0)
+        check_number(name, "initial_repetition_weight", initial_repetition_weight)
+        check_number(name, "final_repetition_weight", final_repetition_weight)
+        check_number(name, "initial_eos_weight", initial_eos_weight)
+        check_number(name, "final_eos_weight", final_eos_weight)
+        check_size(name, "warmup_steps", warmup_steps, 0)
         self.repetition_weights = (initial_repetition_weight, final_repetition_weight)
         self.eos_weights = (initial_eos_weight, final_eos_weight)
         self.warmup_steps = warmup_steps
-        for name, initial in zip(
-            _SCHEDULED, (initial_repetition_weight, initial_eos_weight), strict=True
-        ):
-            delattr(self, name)
-            self.add_state(name, (), float(initial))
+        for buffer, (initial, _) in self._schedules():
+            delattr(self, buffer)
+            self.add_state(buffer, (), float(initial))
+
+    def _schedules(self):
+        return zip(_SCHEDULED, (self.repetition_weights, self.eos_weights), strict=True)
 
     @torch.no_grad()
-    def update_weights(self, step):
+    def update_weights(self, step: float) -> None:
         """Set the weights for this step of training, a finite number counted from 0 (below: 0)."""
-        check_number(_ADAPTIVE, "step", step)
+        check_number(self.function, "step", step)
         share = min(max(step, 0) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
-        for weight, (initial, final) in (
-            (self.repetition_penalty_weight, self.repetition_weights),
-            (self.eos_penalty_weight, self.eos_weights),
-        ):
-            weight.fill_(initial + (final - initial) * share)
+        for buffer, (initial, final) in self._schedules():
+            getattr(self, buffer).fill_(initial + (final - initial) * share)
 
     def _weights(self, like):
         return borrow(self, _SCHEDULED, like).values()

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """AuxiliaryLoss: load, router z and diversity losses of a mixture of experts."""
 
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 
-from .._checks import check_flags
-from ._arguments import as_part, check_weights
-from ._routing import check_experts, load_balance, routed
-from ._rows import check_floating, cleaned, masked_mean, row_mask
+from ._options import Flag, LossModule, Number, check_size, part_of
+from ._routing import MOST_EXPERTS, load_balance, routed
+from ._rows import check_features, cleaned, masked_mean, row_mask
 from .diversity import DiversityLoss
 
 
-class AuxiliaryLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class AuxiliaryLoss(LossModule):
     r"""Load balancing, router z and diversity losses of a mixture of experts.
 
     With gate probabilities :math:`p`, k choices per token,
@@ -36,40 +39,26 @@ class AuxiliaryLoss(torch.nn.Module):
             gradient is then 0 where it is needed most.
     """
 
-    def __init__(
-        self,
-        load_balancing_weight=1e-4,
-        router_z_weight=1e-3,
-        expert_diversity_weight=1e-4,
-        *,
-        normalize_topk=False,
-        clamp_router_z=False,
-    ):
-        super().__init__()
-        weights = {
-            "load_balancing_weight": load_balancing_weight,
-            "router_z_weight": router_z_weight,
-            "expert_diversity_weight": expert_diversity_weight,
-        }
-        check_weights("AuxiliaryLoss", weights)
-        flags = {"normalize_topk": normalize_topk, "clamp_router_z": clamp_router_z}
-        check_flags("AuxiliaryLoss", flags)
-        self.load_balancing_weight = load_balancing_weight
-        self.router_z_weight = router_z_weight
-        self.expert_diversity_weight = expert_diversity_weight
-        self.normalize_topk = normalize_topk
-        self.clamp_router_z = clamp_router_z
-        self.diversity = DiversityLoss()
+    load_balancing_weight: Number = 1e-4
+    router_z_weight: Number = 1e-3
+    expert_diversity_weight: Number = 1e-4
+    _: KW_ONLY
+    normalize_topk: Flag = False
+    clamp_router_z: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.diversity = part_of(self.function, DiversityLoss)
 
     def forward(
         self,
-        gate_logits=None,
-        expert_indices=None,
-        expert_outputs=None,
-        num_experts=None,
+        gate_logits: torch.Tensor | None = None,
+        expert_indices: torch.Tensor | None = None,
+        expert_outputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        num_experts: int | None = None,
         *,
-        attention_mask=None,
-    ):
+        attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Each loss whose inputs are given, times its weight.
 
         Args:
@@ -83,10 +72,9 @@ class AuxiliaryLoss(torch.nn.Module):
             dict: ``load_balancing`` (of gate_logits, expert_indices and num_experts), ``router_z``
             (of gate_logits) and ``expert_diversity`` (of expert_outputs, mean cosine), ``[]`` each.
         """
-        name, losses = "AuxiliaryLoss", {}
-        routing = gate_logits, expert_indices, num_experts
-        if all(given is not None for given in routing):
-            check_experts(name, num_experts)
+        name, losses = self.function, {}
+        if not (gate_logits is None or expert_indices is None or num_experts is None):
+            check_size(name, "num_experts", num_experts, 1, MOST_EXPERTS)
             gate, indices, valid = routed(
                 name, "gate_logits", gate_logits, expert_indices, num_experts, attention_mask
             )
@@ -95,11 +83,11 @@ class AuxiliaryLoss(torch.nn.Module):
                 load = load * indices.shape[-1]
             losses["load_balancing"] = self.load_balancing_weight * load.clamp(max=10)
         if gate_logits is not None:
-            check_floating(name, "gate_logits", gate_logits)
+            check_features(name, "gate_logits", gate_logits)
             valid = row_mask(name, attention_mask, "gate_logits", gate_logits)
             losses["router_z"] = self.router_z_weight * self._router_z(gate_logits, valid)
         if expert_outputs is not None:
-            similarity = as_part(name, self.diversity.similarity, expert_outputs, attention_mask)
+            similarity = self.diversity.similarity(expert_outputs, attention_mask)
             losses["expert_diversity"] = self.expert_diversity_weight * similarity
         return losses
 
@@ -109,10 +97,3 @@ class AuxiliaryLoss(torch.nn.Module):
             gate = gate.clamp(-10, 10)
         z = masked_mean(gate.logsumexp(-1) ** 2, valid)
         return z.clamp(max=100) if self.clamp_router_z else z
-
-    def extra_repr(self):
-        return (
-            f"load_balancing_weight={self.load_balancing_weight}, "
-            f"router_z_weight={self.router_z_weight}, "
-            f"expert_diversity_weight={self.expert_diversity_weight}"
-        )

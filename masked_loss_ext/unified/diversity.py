@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """DiversityLoss: how alike the outputs of several experts are."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 
-from .._checks import check_choice, check_device, check_number, shape_text
-from ._rows import attached_zero, check_floating, cleaned, row_mask
+from .._checks import check_device, shape_text
+from ._options import LossModule, Number, one_of
+from ._rows import attached_zero, check_features, cleaned, distances, row_mask
 
-_NAME = "DiversityLoss"
 _EPS = 1e-8  # of F.cosine_similarity
 
 
-class DiversityLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class DiversityLoss(LossModule):
     r"""Similarity of the outputs of experts, averaged over pairs of experts and over rows.
 
     .. math:: L = w\, \frac{2}{E(E-1)} \sum_{i<j} s_{ij}, \qquad
@@ -33,14 +38,15 @@ class DiversityLoss(torch.nn.Module):
         diversity_weight: w.
     """
 
-    def __init__(self, similarity_metric="cosine", diversity_weight=1.0):
-        super().__init__()
-        check_choice(_NAME, "similarity_metric", similarity_metric, ("cosine", "l2", "dot"))
-        check_number(_NAME, "diversity_weight", diversity_weight)
-        self.similarity_metric = similarity_metric
-        self.diversity_weight = diversity_weight
+    similarity_metric: Annotated[str, one_of("cosine", "l2", "dot")] = "cosine"
+    diversity_weight: Number = 1.0
 
-    def forward(self, expert_outputs, *, attention_mask=None):
+    def forward(
+        self,
+        expert_outputs: Sequence[torch.Tensor] | torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The loss ``[]``, float32 (float64 for float64 outputs).
 
         Args:
@@ -53,13 +59,17 @@ class DiversityLoss(torch.nn.Module):
         """
         return self.diversity_weight * self.similarity(expert_outputs, attention_mask)
 
-    def similarity(self, expert_outputs, attention_mask=None):
+    def similarity(
+        self,
+        expert_outputs: Sequence[torch.Tensor] | torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The loss without its weight."""
-        _check_experts(expert_outputs)
-        if len(expert_outputs) < 2:
-            return attached_zero(expert_outputs[0])
+        _check_experts(self.function, expert_outputs)
         first = expert_outputs[0]
-        valid = row_mask(_NAME, attention_mask, "expert_outputs[0]", first)
+        if len(expert_outputs) < 2:
+            return attached_zero(first)
+        valid = row_mask(self.function, attention_mask, "expert_outputs[0]", first)
         stacked = expert_outputs
         if not isinstance(stacked, torch.Tensor):
             stacked = torch.stack([x.reshape(-1, first.shape[-1]) for x in expert_outputs])
@@ -69,12 +79,6 @@ class DiversityLoss(torch.nn.Module):
         if self.similarity_metric == "cosine":
             stacked = torch.nn.functional.normalize(stacked, dim=-1, eps=_EPS)
         return _mean_product(stacked, valid)
-
-    def extra_repr(self):
-        return (
-            f"similarity_metric={self.similarity_metric!r}, "
-            f"diversity_weight={self.diversity_weight}"
-        )
 
 
 def _mean_product(stacked, valid):
@@ -93,35 +97,33 @@ def _closeness(stacked, valid):
     """Mean over pairs of 1 / (1 + mean distance)."""
     experts = stacked.shape[0]
     rows = stacked.transpose(0, 1)
-    # Not by way of a matrix product: its rounding makes the distance of equal outputs large.
-    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     count = valid.sum()
-    distance = distance.sum(0) / count.clamp(min=1)
+    distance = distances(rows, rows).sum(0) / count.clamp(min=1)
     upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
     total = torch.where(upper, 1 / (1 + distance), 0).sum() / (experts * (experts - 1) // 2)
     return torch.where(count > 0, total, 0)
 
 
-def _check_experts(expert_outputs):
+def _check_experts(function, expert_outputs):
     if not isinstance(expert_outputs, (list, tuple, torch.Tensor)):
         raise TypeError(
-            f"{_NAME}: expert_outputs must be a list of tensors, got "
+            f"{function}: expert_outputs must be a list of tensors, got "
             f"{type(expert_outputs).__name__}"
         )
     if isinstance(expert_outputs, torch.Tensor):
-        check_floating(_NAME, "expert_outputs", expert_outputs)
+        check_features(function, "expert_outputs", expert_outputs)
         if expert_outputs.dim() < 3:
             raise ValueError(
-                f"{_NAME}: expert_outputs must be [E, N, H], got {shape_text(expert_outputs)}"
+                f"{function}: expert_outputs must be [E, N, H], got {shape_text(expert_outputs)}"
             )
     if len(expert_outputs) == 0:
-        raise ValueError(f"{_NAME}: expert_outputs must have at least one expert, got none")
+        raise ValueError(f"{function}: expert_outputs must have at least one expert, got none")
     for i, output in enumerate(expert_outputs):
         name = f"expert_outputs[{i}]"
-        check_floating(_NAME, name, output)
+        check_features(function, name, output)
         if output.dim() < 2 or output.shape != expert_outputs[0].shape:
             raise ValueError(
-                f"{_NAME}: {name} must be [N, H] like the others, "
+                f"{function}: {name} must be [N, H] like the others, "
                 f"{shape_text(expert_outputs[0])}, got {shape_text(output)}"
             )
-        check_device(_NAME, name, output, "expert_outputs[0]", expert_outputs[0])
+        check_device(function, name, output, "expert_outputs[0]", expert_outputs[0])

@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Multi-token prediction from hidden states: a module that owns the projections of its heads."""
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
+
 import torch
 import torch.nn.functional as F
 
-from .._checks import (
-    check_device,
-    check_flags,
-    check_integers,
-    check_mask,
-    check_number,
-    check_rank,
-    shape_text,
-)
-from ._arguments import check_ignore_index, check_segments, check_size
-from ._documents import document_starts, of_one_document
-from ._operators import cross_entropy
-from ._rows import check_floating, is_autocast, valid_rows
+from .._checks import check_device, check_rank, shape_text
+from ._options import Flag, LossModule, Number, Positive, Rule, Size, Token, check_size
+from ._rows import check_features, is_autocast
+from ._tokens import Rows, cross_entropy, of_one_document, rows_of
 
-_NAME = "MultiTokenPredictionLoss"
-_MOST_HEADS = 1024
 _MOST_WEIGHTS = 2**40  # 4 TB of float32
 
 
-class MultiTokenPredictionLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class HiddenStateMTPLoss(LossModule):
     r"""Cross entropy of K heads on hidden states, of which head k looks k targets further.
 
     .. math::
@@ -65,87 +58,83 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             backward through the same graph is refused by PyTorch.
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        hidden_size,
-        num_future_tokens=3,
-        mtp_weight=0.1,
-        shared_projection=False,
-        temperature=1.0,
-        *,
-        ignore_index=-100,
-        mask_sources=False,
-        inplace_backward=False,
-    ):
-        super().__init__()
-        check_size(_NAME, "vocab_size", vocab_size)
-        check_size(_NAME, "hidden_size", hidden_size)
-        check_size(_NAME, "num_future_tokens", num_future_tokens, 1, _MOST_HEADS)
-        if vocab_size * hidden_size * num_future_tokens > _MOST_WEIGHTS:
+    vocab_size: Size
+    hidden_size: Size
+    num_future_tokens: Annotated[int, Rule("1 to 1024", check_size, most=1024)] = 3
+    mtp_weight: Number = 0.1
+    shared_projection: Flag = False
+    temperature: Positive = 1.0
+    _: KW_ONLY
+    ignore_index: Token = -100
+    mask_sources: Flag = False
+    inplace_backward: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        classes, width, heads = self.vocab_size, self.hidden_size, self.num_future_tokens
+        if classes * width * heads > _MOST_WEIGHTS:
             raise ValueError(
-                f"{_NAME}: vocab_size * hidden_size * num_future_tokens must be at most "
-                f"{_MOST_WEIGHTS} weights, got {vocab_size} * {hidden_size} * {num_future_tokens}"
+                f"{self.function}: vocab_size * hidden_size * num_future_tokens must be at most "
+                f"{_MOST_WEIGHTS} weights, got {classes} * {width} * {heads}"
             )
-        check_number(_NAME, "mtp_weight", mtp_weight)
-        check_number(_NAME, "temperature", temperature, above=0)
-        check_ignore_index(_NAME, ignore_index)
-        flags = {"shared_projection": shared_projection, "mask_sources": mask_sources}
-        check_flags(_NAME, flags | {"inplace_backward": inplace_backward})
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_future_tokens = num_future_tokens
-        self.mtp_weight = mtp_weight
-        self.shared_projection = shared_projection
-        self.temperature = temperature
-        self.ignore_index = ignore_index
-        self.mask_sources = mask_sources
-        self.inplace_backward = inplace_backward
-        if shared_projection:
-            self.projection = torch.nn.Linear(hidden_size, vocab_size * num_future_tokens)
+        if self.shared_projection:
+            self.projection = torch.nn.Linear(width, classes * heads)
         else:
             self.projections = torch.nn.ModuleList(
-                torch.nn.Linear(hidden_size, vocab_size) for _ in range(num_future_tokens)
+                torch.nn.Linear(width, classes) for _ in range(heads)
             )
-        self.layer_norm = torch.nn.LayerNorm(hidden_size)
+        self.layer_norm = torch.nn.LayerNorm(width)
 
-    def forward(self, hidden_states, target_ids, attention_mask=None, *, segment_ids=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        target_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """The weighted loss and its parts.
 
         Args:
             hidden_states: ``[B, S, H]`` floating, of the model's last layer.
             target_ids: ``[B, S]`` integers.
-            attention_mask: ``[B, S]``, a target counts where it is not 0. None: all.
-            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
-                one, and no head predicts a token of another.
+            attention_mask, segment_ids: as in ``UnifiedLoss``.
 
         Returns:
             dict: ``mtp_loss`` ``[]``, float32 (float64 for float64 parameters);
             ``per_token_losses``, K detached 0-d tensors without weight; the number ``mtp_weight``.
         """
-        self._check(hidden_states, target_ids, attention_mask)
-        check_segments(_NAME, segment_ids, target_ids, "target_ids")
-        starts = document_starts(segment_ids, target_ids)
+        name = self.function
+        target = "targets" if self.owner else "target_ids"
+        check_features(name, "hidden_states", hidden_states, self.hidden_size, "hidden_size")
+        check_rank(name, "hidden_states", hidden_states, 3, "[B, S, H]")
+        rows = rows_of(name, target_ids, attention_mask, segment_ids, self.ignore_index, target)
+        check_device(name, target, target_ids, "hidden_states", hidden_states)
+        if target_ids.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"{name}: {target} must have the B and S of hidden_states "
+                f"{shape_text(hidden_states)}, got {shape_text(target_ids)}"
+            )
+        sources = None
+        if self.mask_sources and attention_mask is not None:
+            sources = (attention_mask != 0).expand(target_ids.shape)
         length = target_ids.shape[1]
-        counted = [
-            self._counted(target_ids, attention_mask, starts, k)
-            for k in range(1, self.num_future_tokens + 1)
-        ]
+        counted = [_counted(rows, sources, k) for k in range(1, self.num_future_tokens + 1)]
         # Zeroed before the projections: they multiply all rows, and in the gradient of their
         # weights 0 * NaN would be NaN.
-        needed = _sources(counted, length)
-        hidden = torch.where(needed.unsqueeze(-1), hidden_states, 0)
+        padded = [F.pad(on, (0, length - on.shape[1])) for on in counted]
+        hidden = torch.where(torch.stack(padded).any(0).unsqueeze(-1), hidden_states, 0)
         if not is_autocast(hidden.device):
             hidden = hidden.to(self.layer_norm.weight.dtype)
         hidden = self.layer_norm(hidden)
         losses = [
             cross_entropy(
-                _NAME,
-                ("logits", "target_ids"),
+                name,
+                ("logits", target),
                 # As a matrix: of a slice of three dimensions F.linear adds the bias in a pass of
                 # its own over the logits, and under a compiler or tensor subclass to a copy.
                 self._logits(hidden[:, :-k].flatten(0, 1), k),
-                target_ids[:, k:].flatten(),
+                rows.targets[:, k:].flatten(),
                 on.flatten(),
                 ignore_index=self.ignore_index,
                 temperature=self.temperature,
@@ -167,37 +156,13 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         rows = slice((k - 1) * self.vocab_size, k * self.vocab_size)
         return F.linear(hidden, self.projection.weight[rows], self.projection.bias[rows])
 
-    def _counted(self, target_ids, attention_mask, starts, k):
-        """[B, S - k]: where head k has a target (none in rows that are too short)."""
-        mask = None if attention_mask is None else attention_mask[:, k:]
-        on = valid_rows(target_ids[:, k:], mask, self.ignore_index)
-        if starts is not None:
-            on = on & of_one_document(starts, k)
-        if self.mask_sources and attention_mask is not None:
-            on = on & (attention_mask[:, :-k] != 0)
-        return on
 
-    def _check(self, hidden_states, target_ids, attention_mask):
-        check_floating(_NAME, "hidden_states", hidden_states, self.hidden_size, "hidden_size")
-        check_rank(_NAME, "hidden_states", hidden_states, 3, "[B, S, H]")
-        check_integers(_NAME, "target_ids", target_ids)
-        check_device(_NAME, "target_ids", target_ids, "hidden_states", hidden_states)
-        if target_ids.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"{_NAME}: target_ids must have the B and S of hidden_states "
-                f"{shape_text(hidden_states)}, got {shape_text(target_ids)}"
-            )
-        check_mask(_NAME, "attention_mask", attention_mask, "target_ids", target_ids, 2)
-
-    def extra_repr(self):
-        return (
-            f"vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
-            f"num_future_tokens={self.num_future_tokens}, mtp_weight={self.mtp_weight}, "
-            f"temperature={self.temperature}"
-        )
+def _counted(rows: Rows, sources, k):
+    """[B, S - k]: where head k has a target (none in rows that are too short)."""
+    on = rows.valid[:, k:]
+    if rows.starts is not None:
+        on = on & of_one_document(rows.starts, k)
+    return on if sources is None else on & sources[:, :-k]
 
 
-def _sources(counted, length):
-    """[B, S]: which positions any head predicts from."""
-    padded = [F.pad(on, (0, length - on.shape[1])) for on in counted]
-    return torch.stack(padded).any(0)
+MultiTokenPredictionLoss = HiddenStateMTPLoss

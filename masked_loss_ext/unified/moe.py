@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """AuxiliaryFreeMoEBalancer: balancing of a mixture of experts from running counts."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from .._checks import check_flags, check_number
-from ._arguments import check_weights
-from ._routing import check_experts, choice_counts, load_balance, routed
+from .._checks import check_flags
+from ._options import Number, Share
+from ._routing import Experts, choice_counts, load_balance, routed
 from ._rows import attached_zero, cleaned, masked_mean
 from ._state import KeepsState, advances, borrow, give_back, snapshot
 
-_NAME = "AuxiliaryFreeMoEBalancer"
 _STATISTICS = ("expert_counts", "expert_scores", "total_tokens")
 _ACCUMULATED = ("_accumulated_counts", "_accumulated_scores", "_accumulated_tokens")
 _STATE = (*_STATISTICS, *_ACCUMULATED, "_accumulation_steps")
 
 
+@dataclass(eq=False, repr=False)
 class AuxiliaryFreeMoEBalancer(KeepsState):
     r"""Pushes the gate away from experts that running counts say are overused.
 
@@ -60,42 +63,32 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         momentum: share of the old average in the new one, in [0, 1].
     """
 
-    def __init__(
-        self,
-        num_experts,
-        balance_loss_weight=0.0,
-        gradient_balance_weight=0.1,
-        target_balance_ratio=1.0,
-        momentum=0.9,
-    ):
-        super().__init__()
-        check_experts(_NAME, num_experts)
-        weights = {
-            "balance_loss_weight": balance_loss_weight,
-            "gradient_balance_weight": gradient_balance_weight,
-            "target_balance_ratio": target_balance_ratio,
-        }
-        check_weights(_NAME, weights)
-        check_number(_NAME, "momentum", momentum, least=0, most=1)
-        self.num_experts = num_experts
-        self.balance_loss_weight = balance_loss_weight
-        self.gradient_balance_weight = gradient_balance_weight
-        self.target_balance_ratio = target_balance_ratio
-        self.momentum = momentum
-        for name, shape in zip(
-            (*_STATISTICS, *_ACCUMULATED), 2 * [(num_experts,), (num_experts,), ()], strict=True
-        ):
+    num_experts: Experts
+    balance_loss_weight: Number = 0.0
+    gradient_balance_weight: Number = 0.1
+    target_balance_ratio: Number = 1.0
+    momentum: Share = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        experts = (self.num_experts,)
+        for name, shape in zip(_STATE, 2 * [experts, experts, ()], strict=False):
             self.add_state(name, shape)
         self.add_state("_accumulation_steps", (), 0, dtype=torch.int64)
 
     @torch.no_grad()
     def update_statistics(
-        self, expert_indices, expert_scores, is_optimizer_step=True, *, attention_mask=None
-    ):
+        self,
+        expert_indices: torch.Tensor,
+        expert_scores: torch.Tensor,
+        is_optimizer_step: bool = True,
+        *,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
         """Count one micro-batch: ``expert_indices`` ``[N, k]``, ``expert_scores`` ``[N, E]``
         (probabilities). On an optimiser step the average over micro-batches joins the running
         ones."""
-        name = f"{_NAME}.update_statistics"
+        name = f"{self.function}.update_statistics"
         scores, indices, valid = routed(
             name, "expert_scores", expert_scores, expert_indices, self.num_experts, attention_mask
         )
@@ -105,17 +98,10 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
     def _update(self, state, indices, scores, valid, is_optimizer_step):
         tokens = valid.sum()
         scores = torch.where(scores.isfinite(), scores, 0)  # one NaN would stay for good
-        for name, new in zip(
-            (*_ACCUMULATED, "_accumulation_steps"),
-            (
-                choice_counts(indices, valid, self.num_experts),
-                scores.sum(0) / tokens.clamp(min=1),
-                tokens,
-                1,
-            ),
-            strict=True,
-        ):
-            state[name].add_(new)
+        counts, means = choice_counts(indices, valid, self.num_experts), scores.sum(0)
+        new = (counts, means / tokens.clamp(min=1), tokens, 1)
+        for name, added in zip((*_ACCUMULATED, "_accumulation_steps"), new, strict=True):
+            state[name].add_(added)
         if is_optimizer_step:
             steps = state["_accumulation_steps"]
             for name, sum_name in zip(_STATISTICS, _ACCUMULATED, strict=True):
@@ -127,15 +113,15 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
 
     def forward(
         self,
-        gate_logits,
-        expert_indices,
-        expert_outputs=None,
-        compute_loss=False,
+        gate_logits: torch.Tensor,
+        expert_indices: torch.Tensor,
+        expert_outputs: Any = None,
+        compute_loss: bool = False,
         *,
-        attention_mask=None,
-        update_state=True,
-        is_optimizer_step=True,
-    ):
+        attention_mask: torch.Tensor | None = None,
+        update_state: bool = True,
+        is_optimizer_step: bool = True,
+    ) -> dict[str, Any]:
         r"""Update the counts (in training) and compare them.
 
         Args:
@@ -155,23 +141,24 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
             ``coefficient_of_variation`` ``[]`` of the counts (0 for one expert) and the number
             ``gradient_weight``.
         """
+        name, experts = self.function, self.num_experts
         gate, indices, valid = routed(
-            _NAME, "gate_logits", gate_logits, expert_indices, self.num_experts, attention_mask
+            name, "gate_logits", gate_logits, expert_indices, experts, attention_mask
         )
         flags = {"compute_loss": compute_loss, "is_optimizer_step": is_optimizer_step}
-        check_flags(_NAME, flags)
+        check_flags(name, flags)
         state = borrow(self, _STATE, gate)
         if advances(self, update_state):
             scores = cleaned(gate.detach().softmax(-1), valid)
             self._update(state, indices, scores, valid, is_optimizer_step)
         counts, tokens = state["expert_counts"], state["total_tokens"]
-        fair = tokens * (indices.shape[-1] / self.num_experts)
+        fair = tokens * (indices.shape[-1] / experts)
         term = loss = attached_zero(gate)
         if self.training and gate_logits.requires_grad:
             imbalance = (counts - fair) / torch.where(tokens > 0, tokens, 1)
             term = self._balancing_term(gate, imbalance, valid)
         if compute_loss:
-            loss = self.balance_loss_weight * load_balance(gate, indices, valid, self.num_experts)
+            loss = self.balance_loss_weight * load_balance(gate, indices, valid, experts)
         return {"balance_loss": loss, "balancing_term": term, **self._report(counts, fair)}
 
     def _balancing_term(self, gate, imbalance, valid):
@@ -191,13 +178,13 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
             "gradient_weight": self.gradient_balance_weight,
         }
 
-    def get_statistics(self):
+    def get_statistics(self) -> dict[str, Any]:
         """``expert_counts`` and ``expert_scores`` as lists, ``total_tokens`` as a number; waits for
         the device."""
         return {name: getattr(self, name).tolist() for name in _STATISTICS}
 
     @torch.no_grad()
-    def reset_statistics(self):
+    def reset_statistics(self) -> None:
         """Forget all counts, those of a step that is under way among them."""
         for name in _STATE:
             getattr(self, name).zero_()
@@ -214,9 +201,3 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         for name, mean in zip((*_STATISTICS, *_ACCUMULATED), means, strict=True):
             getattr(self, name).copy_(mean)
         self._accumulation_steps.copy_((steps / ranks).ceil())
-
-    def extra_repr(self):
-        return (
-            f"num_experts={self.num_experts}, balance_loss_weight={self.balance_loss_weight}, "
-            f"gradient_balance_weight={self.gradient_balance_weight}, momentum={self.momentum}"
-        )

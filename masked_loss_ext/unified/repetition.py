@@ -2,25 +2,32 @@
 """Penalties on repeated n-grams and on runs of one token: of the data, or of the model."""
 
 import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 
-from .._checks import check_flags, check_mask, check_number, shape_text
+from .._checks import check_mask, check_number
 from ..ops.masked_cross_entropy import row_statistics
-from ._arguments import (
-    check_ignore_index,
+from ._options import Flag, LossModule, Number, PenaltyOn, Size, Token
+from ._penalties import unlikelihood
+from ._rows import check_features, masked_mean
+from ._tokens import (
+    Needs,
+    Read,
+    Rows,
     check_logits,
-    check_segments,
-    check_size,
-    check_targets,
+    check_vocabulary,
+    document_counts,
+    document_links,
+    of_one_document,
+    read,
+    rows_of,
 )
-from ._documents import document_counts, document_links, document_starts
-from ._operators import terms as terms_of
-from ._penalties import check_penalty_on, mean_unlikelihood, previous_classes
-from ._rows import check_floating, masked_mean, valid_rows
 
 
-class NGramRepetitionPenalty(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class NGramRepetitionPenalty(LossModule):
     r"""Repeated n-grams, and how far predictions are from uniform.
 
     .. math::
@@ -53,77 +60,49 @@ class NGramRepetitionPenalty(torch.nn.Module):
         penalty_on: "targets" or "model".
     """
 
-    def __init__(
-        self,
-        ngram_size=3,
-        penalty_weight=0.1,
-        vocab_size=50257,
-        ignore_index=-100,
-        *,
-        penalty_on="targets",
-    ):
-        super().__init__()
-        name = type(self).__name__
-        check_size(name, "ngram_size", ngram_size)
-        check_size(name, "vocab_size", vocab_size)
-        check_number(name, "penalty_weight", penalty_weight)
-        check_ignore_index(name, ignore_index)
-        check_penalty_on(name, penalty_on)
-        self.ngram_size = ngram_size
-        self.penalty_weight = penalty_weight
-        self.vocab_size = vocab_size
-        self.ignore_index = ignore_index
-        self.penalty_on = penalty_on
+    ngram_size: Size = 3
+    penalty_weight: Number = 0.1
+    vocab_size: Size = 50257
+    ignore_index: Token = -100
+    _: KW_ONLY
+    penalty_on: PenaltyOn = "targets"
 
-    def forward(self, logits, targets, attention_mask=None, *, segment_ids=None):
+    def forward(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """Both terms, weighted.
 
         Args:
-            logits: ``[B, S, V]`` floating.
-            targets: ``[B, S]`` integers.
-            attention_mask: ``[B, S]`` any dtype, on where not 0. None: all.
-            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
-                one, and each repeats only itself, as if it were a row.
+            logits, targets, attention_mask, segment_ids: as in ``UnifiedLoss``. Each document
+                repeats only itself, as if it were a row.
 
         Returns:
             dict: "ngram_penalty", "diversity_penalty" and their sum "total_repetition_penalty", []
             float32 (float64 for float64 logits), and the number "penalty_weight".
         """
-        name = type(self).__name__
-        check_targets(name, targets, attention_mask)
+        name = self.function
+        rows = rows_of(name, targets, attention_mask, segment_ids, self.ignore_index)
         check_logits(name, logits, targets, self.vocab_size)
-        check_segments(name, segment_ids, targets)
-        starts = document_starts(segment_ids, targets)
-        targets = targets.long()
-        valid = valid_rows(targets, attention_mask, self.ignore_index)
-        terms = terms_of(
-            name,
-            "targets",
-            logits,
-            targets,
-            valid,
-            links=self.links(targets, valid, starts),
-            ignore_index=self.ignore_index,
-        )
-        counts = None
-        if self.penalty_on == "targets":
-            counts = document_counts(targets, valid, self.ngram_size, starts)
-        return self.from_terms(terms, counts, valid)
+        [found] = read(name, logits, rows, [self.needs(rows)], self.ignore_index)
+        return self.from_read(found, rows.valid)
 
-    def links(self, targets, valid, starts=None):
-        """What cross_entropy_terms needs for the model's n-grams; None for the data's."""
+    def needs(self, rows: Rows, logits: torch.Tensor | None = None) -> Needs:
         if self.penalty_on == "targets":
-            return None
-        return document_links(targets, valid, self.ngram_size, starts)
+            return Needs(unscaled=True, counts=self.ngram_size)
+        return Needs(unscaled=True, links=document_links(rows, self.ngram_size))
 
-    def from_terms(self, terms, counts, valid):
-        """As ``forward``, from CrossEntropyTerms and, for the data's n-grams, RepetitionCounts."""
-        diversity = self._diversity(terms.entropy, valid)
-        if counts is None:
-            taken = terms.candidates.sum().clamp(min=1)
-            ngram = self.penalty_weight * (terms.unlikelihood.sum() / taken)
+    def from_read(self, found: Read, valid: torch.Tensor) -> dict[str, Any]:
+        diversity = self._diversity(found.terms.entropy, valid)
+        if self.penalty_on == "targets":
+            ngram = self._of_counts(found.counts, diversity.dtype)
         else:
-            ngram = self._of_counts(counts, diversity.dtype)
+            taken = found.terms.candidates.sum().clamp(min=1)
+            ngram = self.penalty_weight * (found.terms.unlikelihood.sum() / taken)
         return {
             "ngram_penalty": ngram,
             "diversity_penalty": diversity,
@@ -141,36 +120,42 @@ class NGramRepetitionPenalty(torch.nn.Module):
         largest = math.log(self.vocab_size)
         return self.penalty_weight * masked_mean(1 - entropy / largest, valid)
 
-    def compute_ngram_repetition_penalty(self, token_ids, attention_mask=None, *, segment_ids=None):
+    def compute_ngram_repetition_penalty(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
-        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
-        return self._of_counts(document_counts(token_ids.long(), valid, self.ngram_size, starts))
+        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        return self._of_counts(document_counts(rows, self.ngram_size))
 
-    def compute_token_diversity_penalty(self, logits, temperature=1.0, *, attention_mask=None):
+    def compute_token_diversity_penalty(
+        self,
+        logits: torch.Tensor,
+        temperature: float | torch.Tensor = 1.0,
+        *,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The diversity term of softmax(logits / temperature), weighted; logits ``[..., V]``."""
-        name = type(self).__name__
-        check_floating(name, "logits", logits)
+        name = self.function
+        check_features(name, "logits", logits)
         if not isinstance(temperature, torch.Tensor):
             check_number(name, "temperature", temperature, above=0)
-        if logits.dim() == 0 or logits.shape[-1] != self.vocab_size:
-            raise ValueError(
-                f"{name}: logits must have vocab_size = {self.vocab_size} classes, got "
-                f"{shape_text(logits)}: pass vocab_size={logits.shape[-1] if logits.dim() else 1}"
-            )
-        check_mask(name, "attention_mask", attention_mask, "logits", logits, logits.dim() - 1)
+        check_vocabulary(name, logits, self.vocab_size)
+        dims = logits.dim() - 1
+        check_mask(name, "attention_mask", attention_mask, "logits", logits, dims, broadcast=True)
         entropy = row_statistics(logits, None, attention_mask, temperature=temperature).entropy
         valid = torch.ones_like(entropy, dtype=torch.bool)
-        return self._diversity(entropy, valid if attention_mask is None else attention_mask != 0)
-
-    def extra_repr(self):
-        return (
-            f"ngram_size={self.ngram_size}, penalty_weight={self.penalty_weight}, "
-            f"vocab_size={self.vocab_size}, penalty_on={self.penalty_on!r}"
+        return self._diversity(
+            entropy, valid if attention_mask is None else valid & (attention_mask != 0)
         )
 
 
-class SequenceRepetitionDetector(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class SequenceRepetitionDetector(LossModule):
     r"""Runs of one token: squared length of the longest, or what the model would repeat.
 
     .. math:: L = w\, \frac{1}{B'} \sum_b (r_b - 1)^2
@@ -194,60 +179,75 @@ class SequenceRepetitionDetector(torch.nn.Module):
         penalty_on: "targets" or "model".
     """
 
-    def __init__(
-        self,
-        penalty_weight=1.0,
-        max_repeat_length=10,
-        *,
-        ignore_index=-100,
-        cap_repeats=False,
-        penalty_on="targets",
-    ):
-        super().__init__()
-        name = type(self).__name__
-        check_number(name, "penalty_weight", penalty_weight)
-        check_size(name, "max_repeat_length", max_repeat_length)
-        check_flags(name, {"cap_repeats": cap_repeats})
-        check_ignore_index(name, ignore_index)
-        check_penalty_on(name, penalty_on)
-        self.penalty_weight = penalty_weight
-        self.max_repeat_length = max_repeat_length
-        self.ignore_index = ignore_index
-        self.cap_repeats = cap_repeats
-        self.penalty_on = penalty_on
+    penalty_weight: Number = 1.0
+    max_repeat_length: Size = 10
+    _: KW_ONLY
+    ignore_index: Token = -100
+    cap_repeats: Flag = False
+    penalty_on: PenaltyOn = "targets"
 
-    def forward(self, token_ids, attention_mask=None, *, logits=None, segment_ids=None):
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        logits: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """The penalty.
 
         Args:
             token_ids: ``[B, S]`` integers.
-            attention_mask: ``[B, S]`` any dtype, on where not 0. None: all.
             logits: ``[B, S, V]`` floating, for penalty_on="model".
-            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
-                one, which counts as a row does.
+            attention_mask, segment_ids: as in ``UnifiedLoss``. A document counts as a row does.
 
         Returns:
             dict: "immediate_repetition_penalty" [] and the number "repetition_detector_weight".
         """
-        if self.penalty_on == "targets":
-            penalty = self.detect_immediate_repetition(
-                token_ids, attention_mask, segment_ids=segment_ids
-            )
-        else:
-            penalty = self._of_model(token_ids, attention_mask, logits, segment_ids)
+        name = self.function
+        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        if self.penalty_on == "model":
+            if logits is None:
+                raise ValueError(f'{name}: logits must be passed for penalty_on="model", got None')
+            check_logits(name, logits, token_ids)
+        needs = [self.needs(rows)]
+        [found] = read(name, logits, rows, needs, self.ignore_index, "token_ids")
         return {
-            "immediate_repetition_penalty": penalty,
+            "immediate_repetition_penalty": self.from_read(found),
             "repetition_detector_weight": self.penalty_weight,
         }
 
-    def detect_immediate_repetition(self, token_ids, attention_mask=None, *, segment_ids=None):
+    def detect_immediate_repetition(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
-        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
-        return self.from_counts(document_counts(token_ids.long(), valid, 1, starts))
+        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        return self._of_counts(document_counts(rows, 1))
 
-    def from_counts(self, counts, dtype=torch.float32):
-        """The statistic of the data from RepetitionCounts."""
+    def needs(self, rows: Rows, logits: torch.Tensor | None = None) -> Needs:
+        """The target before, where both count and differ, or the runs of the data."""
+        if self.penalty_on == "targets":
+            return Needs(counts=1)
+        targets, _, said, starts = rows
+        before = torch.cat([torch.full_like(targets[:, :1], -1), targets[:, :-1]], 1)
+        counts = said[:, :-1] if starts is None else said[:, :-1] & of_one_document(starts, 1)
+        both = said & torch.cat([torch.zeros_like(said[:, :1]), counts], 1)
+        return Needs(classes=torch.where(both & (before != targets), before, -1))
+
+    def from_read(self, found: Read, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The penalty; ``dtype`` is that of a statistic of the data."""
+        if found.classes is None:
+            return self._of_counts(found.counts, dtype)
+        wanted = found.classes >= 0
+        penalty = masked_mean(unlikelihood(found.class_log_prob, wanted), wanted)
+        return self.penalty_weight * penalty
+
+    def _of_counts(self, counts, dtype=torch.float32):
         run = counts.longest_run
         if self.cap_repeats:
             run = run.clamp(max=self.max_repeat_length)
@@ -255,44 +255,7 @@ class SequenceRepetitionDetector(torch.nn.Module):
         mean = squares / (run > 0).sum().clamp(min=1)
         return self.penalty_weight * mean.to(dtype)
 
-    def classes(self, targets, valid, starts=None):
-        """The class whose probability the model's penalty needs, ``[B, S]``, -1 for none; None for
-        the data's."""
-        if self.penalty_on == "targets":
-            return None
-        return previous_classes(targets, valid, starts)
 
-    def from_log_prob(self, class_log_prob, classes):
-        """The model's penalty from the log-probabilities of ``classes()``."""
-        return self.penalty_weight * mean_unlikelihood(class_log_prob, classes >= 0)
-
-    def _of_model(self, token_ids, attention_mask, logits, segment_ids):
-        name = type(self).__name__
-        starts, valid = _documents(self, token_ids, attention_mask, segment_ids)
-        if logits is None:
-            raise ValueError(f'{name}: logits must be passed for penalty_on="model", got None')
-        check_logits(name, logits, token_ids)
-        targets = token_ids.long()
-        classes = self.classes(targets, valid, starts)
-        terms = terms_of(
-            name,
-            "token_ids",
-            logits,
-            targets,
-            valid,
-            classes=classes.unsqueeze(-1),
-            ignore_index=self.ignore_index,
-        )
-        return self.from_log_prob(terms.class_log_prob[..., 0], classes)
-
-    def extra_repr(self):
-        return f"penalty_weight={self.penalty_weight}, penalty_on={self.penalty_on!r}"
-
-
-def _documents(module, token_ids, attention_mask, segment_ids):
-    """Where documents begin, and what counts, of arguments that are checked."""
-    name = type(module).__name__
-    check_targets(name, token_ids, attention_mask, "token_ids")
-    check_segments(name, segment_ids, token_ids, "token_ids")
-    valid = valid_rows(token_ids, attention_mask, module.ignore_index)
-    return document_starts(segment_ids, token_ids), valid
+def _of_tokens(module, token_ids, attention_mask, segment_ids) -> Rows:
+    given = token_ids, attention_mask, segment_ids
+    return rows_of(module.function, *given, module.ignore_index, "token_ids")

@@ -2,19 +2,35 @@
 """UnifiedLoss: every component of a language-model loss, from one read of the logits."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
-from .._checks import check_flags
-from . import _build, _components
-from ._arguments import check_logits, check_segments, check_targets
-from ._read import read
+import torch
+
+from .._checks import check_flags, check_number, check_rank, check_tensor, shape_text
+from ._components import COMPONENTS, Component, Given, of_options, put_option
+from ._options import (
+    Flag,
+    Length,
+    NotNegative,
+    Number,
+    PenaltyOn,
+    Positive,
+    Share,
+    Size,
+    Token,
+    check_class,
+    check_smoothing,
+    one_of,
+)
 from ._state import SyncsState
+from ._tokens import Rows, check_logits, of_one_document, read, rows_of
 from .adaptive_mtp import AdaptiveMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
-_NAME = "UnifiedLoss"
 
-
+@dataclass(eq=False, repr=False)
 class UnifiedLoss(SyncsState):
     r"""Every component of a language-model loss, from one read of the logits.
 
@@ -113,81 +129,111 @@ class UnifiedLoss(SyncsState):
             an enabled component without its inputs (but hidden_states: mtp_warning).
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        hidden_size=None,
-        primary_loss_type="deepseek",
-        ignore_index=-100,
-        initial_temperature=1.0,
-        adaptive_temperature=True,
-        label_smoothing=0.1,
-        use_mtp=False,
-        num_future_tokens=3,
-        mtp_weight=0.1,
-        mtp_type="deepseek",
-        use_confidence_weighting=True,
-        confidence_reg_strength=0.01,
-        use_ngram_penalty=True,
-        ngram_size=4,
-        ngram_penalty_weight=0.1,
-        use_immediate_repetition_penalty=True,
-        immediate_repetition_weight=0.5,
-        eos_token_id=None,
-        pad_token_id=None,
-        min_sequence_length=20,
-        eos_penalty_weight=0.05,
-        num_experts=None,
-        use_moe_balancing=False,
-        gradient_balance_weight=0.1,
-        use_focal_loss=False,
-        focal_alpha=1.0,
-        focal_gamma=2.0,
-        use_diversity_loss=False,
-        diversity_weight=0.01,
-        use_auxiliary_loss=False,
-        load_balancing_weight=0.0001,
-        router_z_weight=0.001,
-        *,
-        focal_mode="replace",
-        penalty_on="targets",
-        shift_labels=False,
-        clamp_router_z=False,
-        normalize_topk=False,
-        detach_confidence=False,
-    ):
-        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        super().__init__()
-        for name, value in options.items():
-            setattr(self, name, value)
-        _build.check_options(_NAME, self)
-        self.main_loss = _build.main_loss(self)
-        self.mtp_loss = _build.mtp_loss(self)
-        self.ngram_penalty = _build.ngram_penalty(self)
-        self.immediate_repetition_detector = _build.repetition_detector(self)
-        self.moe_balancer = _build.moe_balancer(self)
-        self.focal_loss = _build.focal_loss(self)
-        self.diversity_loss = _build.diversity_loss(self)
-        self.auxiliary_loss = _build.auxiliary_loss(self)
+    vocab_size: Size
+    hidden_size: Size | None = None
+    primary_loss_type: Annotated[
+        str, one_of("standard", "deepseek", "adaptive_mtp", label="unknown primary_loss_type: ")
+    ] = "deepseek"
+    ignore_index: Token = -100
+    initial_temperature: Positive = 1.0
+    adaptive_temperature: Flag = True
+    label_smoothing: Share = 0.1
+    use_mtp: Flag = False
+    num_future_tokens: Size = 3
+    mtp_weight: Number = 0.1
+    mtp_type: Annotated[str, one_of("deepseek", "adaptive", label="unknown mtp_type: ")] = (
+        "deepseek"
+    )
+    use_confidence_weighting: Flag = True
+    confidence_reg_strength: NotNegative = 0.01
+    use_ngram_penalty: Flag = True
+    ngram_size: Size = 4
+    ngram_penalty_weight: Number = 0.1
+    use_immediate_repetition_penalty: Flag = True
+    immediate_repetition_weight: Number = 0.5
+    eos_token_id: Token | None = None
+    pad_token_id: Token | None = None
+    min_sequence_length: Length = 20
+    eos_penalty_weight: NotNegative = 0.05
+    num_experts: Size | None = None
+    use_moe_balancing: Flag = False
+    gradient_balance_weight: Number = 0.1
+    use_focal_loss: Flag = False
+    focal_alpha: float | torch.Tensor = 1.0
+    focal_gamma: NotNegative = 2.0
+    use_diversity_loss: Flag = False
+    diversity_weight: Number = 0.01
+    use_auxiliary_loss: Flag = False
+    load_balancing_weight: Number = 0.0001
+    router_z_weight: Number = 0.001
+    _: KW_ONLY
+    focal_mode: Annotated[str, one_of("replace", "add", "report")] = "replace"
+    penalty_on: PenaltyOn = "targets"
+    shift_labels: Flag = False
+    clamp_router_z: Flag = False
+    normalize_topk: Flag = False
+    detach_confidence: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_options()
+        for cls in COMPONENTS:
+            if cls.applies(self):
+                setattr(self, cls.at, of_options(self, cls))
+            elif not hasattr(self, cls.at):
+                setattr(self, cls.at, None)
+
+    def _check_options(self) -> None:
+        """What no rule of one option says."""
+        name = self.function
+        if self.primary_loss_type != "deepseek":
+            check_smoothing(name, "label_smoothing", self.label_smoothing, max(self.vocab_size, 2))
+        check_class(name, "eos_token_id", self.eos_token_id, self.vocab_size)
+        for option, for_what, needed in (
+            ("hidden_size", "multi-token prediction", self.use_mtp),
+            ("hidden_size", "adaptive_mtp loss", self.primary_loss_type == "adaptive_mtp"),
+            ("num_experts", "MoE balancing", self.use_moe_balancing),
+        ):
+            if needed and getattr(self, option) is None:
+                raise ValueError(f"{name}: {option} required for {for_what}: pass {option}")
+        if not isinstance(self.focal_alpha, torch.Tensor):
+            check_number(name, "focal_alpha", self.focal_alpha, least=0)
+        elif self.focal_alpha.numel() != self.vocab_size:
+            raise ValueError(
+                f"{name}: focal_alpha must be a number or [vocab_size] = [{self.vocab_size}], got "
+                f"{shape_text(self.focal_alpha)}"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An option that a schedule moves here is its component's, too."""
+        super().__setattr__(name, value)
+        for component in self.__dict__.get("_modules", {}).values():
+            if isinstance(component, Component) and component is not value:
+                put_option(component, name, value)
+
+    def components(self) -> list[Any]:
+        """Those that are on, in the order of COMPONENTS."""
+        found = [getattr(self, name) for name in dict.fromkeys(cls.at for cls in COMPONENTS)]
+        return [component for component in found if component is not None]
 
     def forward(
         self,
-        logits,
-        targets,
-        attention_mask=None,
-        hidden_states=None,
-        primary_logits=None,
-        additional_logits=None,
-        confidence_scores=None,
-        mtp_active=False,
-        gate_logits=None,
-        expert_indices=None,
-        expert_outputs=None,
-        return_detailed=False,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        primary_logits: torch.Tensor | None = None,
+        additional_logits: Sequence[torch.Tensor] | None = None,
+        confidence_scores: torch.Tensor | None = None,
+        mtp_active: bool | torch.Tensor = False,
+        gate_logits: torch.Tensor | None = None,
+        expert_indices: torch.Tensor | None = None,
+        expert_outputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        return_detailed: bool = False,
         *,
-        segment_ids=None,
-        update_state=True,
-    ):
+        segment_ids: torch.Tensor | None = None,
+        update_state: bool = True,
+    ) -> torch.Tensor | dict[str, Any]:
         """The total loss [], float32 (float64 for float64 logits), or a dict (see above).
 
         Args:
@@ -210,25 +256,58 @@ class UnifiedLoss(SyncsState):
             update_state: let a training call change temperature and statistics: False for all
                 micro-batches of a step but one.
         """
-        check_flags(_NAME, {"return_detailed": return_detailed, "update_state": update_state})
-        heads = _components.Heads(additional_logits, confidence_scores, mtp_active)
-        experts = _components.Experts(gate_logits, expert_indices, expert_outputs)
-        _components.check_inputs(self, heads, experts)
-        check_targets(_NAME, targets, attention_mask)
-        check_logits(_NAME, logits, targets, self.vocab_size)
-        check_segments(_NAME, segment_ids, targets)
+        name, components = self.function, self.components()
+        check_flags(name, {"return_detailed": return_detailed, "update_state": update_state})
         if self.primary_loss_type != "adaptive_mtp" or primary_logits is logits:
             primary_logits = None  # one read gives everything
-        batch = read(_NAME, self, logits, targets, attention_mask, segment_ids, primary_logits)
-        out = {"total_loss": None, "main_loss": None}
-        total = _components.main(self, out, batch, primary_logits, heads, update_state)
-        total = total + _components.mtp(self, out, batch, hidden_states, heads, update_state)
-        total = total + _components.repetition(self, out, batch)
-        total = total + _components.experts(self, out, batch, experts, update_state)
-        out["total_loss"] = total
-        return out if return_detailed else total
+        given = Given(
+            logits,
+            primary_logits,
+            hidden_states,
+            additional_logits,
+            confidence_scores,
+            mtp_active,
+            gate_logits,
+            expert_indices,
+            expert_outputs,
+            update_state,
+            any(component.replaces_cross_entropy for component in components),
+            {},
+        )
+        _check_given(name, components, given)
+        rows = rows_of(name, targets, attention_mask, segment_ids, self.ignore_index)
+        check_logits(name, logits, targets, self.vocab_size)
+        rows = self._aligned(rows)
+        needs = [component.needs(rows, logits) for component in components]
+        if primary_logits is not None:
+            needs[0] = needs[0]._replace(scaled=False)
+        reads = read(name, logits, rows, needs, self.ignore_index)
+        out: dict[str, Any] = {"total_loss": None, "main_loss": None}
+        for component, found in zip(components, reads, strict=True):
+            term, report = component.term(rows, found, given)
+            out.update(report)
+            if term is not None:
+                total = term if out["total_loss"] is None else out["total_loss"] + term
+                out["total_loss"] = total
+        return out if return_detailed else out["total_loss"]
 
-    def get_loss_statistics(self):
+    def _aligned(self, rows: Rows) -> Rows:
+        """Moved one position back if labels are unshifted: the first of a document is then nobody's
+        target. Padding takes no part in repetition."""
+        targets, valid, _, starts = rows
+        if self.shift_labels:
+            end = torch.full_like(targets[:, :1], self.ignore_index)
+            targets = torch.cat([targets[:, 1:], end], 1)
+            following = valid[:, 1:]
+            if starts is not None:
+                following = following & of_one_document(starts, 1)
+            valid = torch.cat([following, torch.zeros_like(valid[:, :1])], 1)
+        said = valid
+        if self.pad_token_id is not None and self.pad_token_id != self.eos_token_id:
+            said = valid & (targets != self.pad_token_id)
+        return Rows(targets, valid, said, starts)
+
+    def get_loss_statistics(self) -> dict[str, Any]:
         """What was counted so far, as numbers; it waits for the device.
 
         Returns:
@@ -244,7 +323,7 @@ class UnifiedLoss(SyncsState):
             statistics["moe_balancing"] = self.moe_balancer.get_statistics()
         return statistics
 
-    def reset_statistics(self, *, experts=True, history=True):
+    def reset_statistics(self, *, experts: bool = True, history: bool = True) -> None:
         """Forget what was counted: adaptive MTP's sums, the experts' counts, the loss history. The
         temperature itself stays, and so does what ``experts`` or ``history`` is False for."""
         for part in (self.main_loss, self.mtp_loss):
@@ -255,14 +334,36 @@ class UnifiedLoss(SyncsState):
         if history and isinstance(self.main_loss, TemperatureScaledCrossEntropy):
             self.main_loss.reset_history()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"vocab_size={self.vocab_size}, primary_loss_type={self.primary_loss_type!r}, "
             f"penalty_on={self.penalty_on!r}"
         )
 
 
-def create_unified_loss(config):
+def _check_given(name: str, components: list[Any], given: Given) -> None:
+    """What enabled components cannot do without, and that it is of the right kind."""
+    for component in components:
+        missing = component.missing(given)
+        if missing is not None:
+            raise ValueError(
+                f"{name}: {missing[0]} must be passed to forward for {missing[1]}, got None"
+            )
+    outputs = given.expert_outputs
+    several = isinstance(outputs, (list, tuple))
+    tensors = {"gate_logits": given.gate_logits, "expert_indices": given.expert_indices}
+    if several:
+        tensors |= {f"expert_outputs[{i}]": output for i, output in enumerate(outputs)}
+    else:
+        tensors["expert_outputs"] = outputs
+    for argument, tensor in tensors.items():
+        if tensor is not None or "[" in argument:
+            check_tensor(name, argument, tensor)
+    if not several and outputs is not None:
+        check_rank(name, "expert_outputs", outputs, 3, "[E, N, H]")
+
+
+def create_unified_loss(config: Mapping[str, Any]) -> UnifiedLoss:
     """A ``UnifiedLoss`` of a dict of its arguments, which is left as it is.
 
     >>> loss_fn = create_unified_loss({"vocab_size": 7, "primary_loss_type": "standard"})
