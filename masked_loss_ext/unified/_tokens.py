@@ -211,20 +211,24 @@ def read(
                 logits,
                 rows.targets,
                 rows.valid,
-                temperature=next((n.temperature for n in needs if n.temperature is not None), None),
+                temperature=_only([need.temperature for need in needs]),
                 classes=torch.stack(classes, -1) if classes else None,
-                links=next((n.links for n in needs if n.links is not None), None),
+                links=_only([need.links for need in needs]),
                 ignore_index=ignore_index,
                 unscaled=unscaled,
             )
         except (ValueError, TypeError, IndexError) as error:
             raise _renamed(error, "cross_entropy_terms", function, argument) from None
-    ngrams = max((need.counts for need in needs if need.counts is not None), default=None)
-    counts = None if ngrams is None else document_counts(rows, ngrams)
+    ngrams = [need.counts for need in needs if need.counts is not None]
+    counts = document_counts(rows, max(ngrams)) if ngrams else None
     found = iter(terms.class_log_prob.unbind(-1)) if classes else iter(())
     return [
         Read(terms, n.classes, None if n.classes is None else next(found), counts) for n in needs
     ]
+
+
+def _only(asked):
+    return next(iter([one for one in asked if one is not None]), None)
 
 
 def cross_entropy(function, arguments, logits, targets, attention_mask=None, **options: Any):
