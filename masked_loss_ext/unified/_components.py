@@ -24,10 +24,11 @@ from .simple import FocalLoss, LabelSmoothingLoss
 from .temperature import TemperatureScaledCrossEntropy
 
 
-class Given(NamedTuple):
-    """What forward was called with, beside the tokens."""
+class Call(NamedTuple):
+    """One forward of UnifiedLoss, as a component sees it."""
 
-    logits: torch.Tensor
+    rows: Rows
+    found: Read | None  # what the component has asked for
     primary_logits: torch.Tensor | None  # None where they are the logits
     hidden_states: torch.Tensor | None
     additional_logits: Any
@@ -40,6 +41,10 @@ class Given(NamedTuple):
     replaced: bool  # another loss stands in the total in place of the cross entropy
     memo: dict[str, torch.Tensor]  # what one component has computed and another uses
 
+    def per_token(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of [N, D] count; all of them where they are not one per token."""
+        return per_token(self.rows.valid, rows)
+
 
 Term = tuple[torch.Tensor | None, dict[str, Any]]  # what joins the total, what is reported
 
@@ -49,6 +54,7 @@ class Component:
 
     at: ClassVar[str]  # the attribute of UnifiedLoss at which it stands
     switch: ClassVar[str] = ""  # the option that it is on by
+    requires: ClassVar[tuple[str, ...]] = ()  # inputs that it cannot do without
     renamed: ClassVar[dict[str, str]] = {}  # its arguments that UnifiedLoss calls otherwise
     replaces_cross_entropy = False
 
@@ -56,14 +62,17 @@ class Component:
     def applies(cls, loss: Any) -> bool:
         return bool(getattr(loss, cls.switch))
 
-    def missing(self, given: Given) -> tuple[str, str] | None:
+    def missing(self, call: Call) -> tuple[str, str] | None:
         """An input that there must be, and the option that it is for."""
+        for name in self.requires:
+            if getattr(call, name) is None:
+                return name, self.switch
         return None
 
-    def needs(self, rows: Rows, logits: torch.Tensor) -> Needs:
+    def needs(self, rows: Rows) -> Needs:
         return Needs()
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
+    def term(self, call: Call) -> Term:
         raise NotImplementedError
 
 
@@ -108,15 +117,15 @@ class _Main(PenalisesEnds, Component):
     def applies(cls, loss: Any) -> bool:
         return loss.primary_loss_type == cls.primary_loss_type
 
-    def needs(self, rows: Rows, logits: torch.Tensor) -> Needs:
+    def needs(self, rows: Rows) -> Needs:
         return Needs(scaled=True, classes=self.end_classes(rows))
 
-    def joined(self, rows: Rows, found: Read, given: Given, cross_entropy, *more) -> Term:
-        rest = self.end_penalty(rows, found, cross_entropy)
+    def joined(self, call: Call, cross_entropy: torch.Tensor, *more: torch.Tensor) -> Term:
+        rest = self.end_penalty(call.rows, call.found, cross_entropy)
         for part in more:
             rest = rest + part
         main = cross_entropy + rest
-        return rest if given.replaced else main, {"main_loss": main}
+        return rest if call.replaced else main, {"main_loss": main}
 
 
 @dataclass(eq=False, repr=False)
@@ -124,9 +133,9 @@ class Standard(_Main, LabelSmoothingLoss):
     primary_loss_type = "standard"
     renamed = {"num_classes": "vocab_size", "smoothing": "label_smoothing"}
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        losses = smoothed_loss(*found.terms[:2], self.smoothing, self.num_classes)
-        return self.joined(rows, found, given, masked_mean(losses, rows.valid))
+    def term(self, call: Call) -> Term:
+        losses = smoothed_loss(*call.found.terms[:2], self.smoothing, self.num_classes)
+        return self.joined(call, masked_mean(losses, call.rows.valid))
 
 
 @dataclass(eq=False, repr=False)
@@ -134,41 +143,41 @@ class DeepSeek(_Main, TemperatureScaledCrossEntropy):
     primary_loss_type = "deepseek"
     needs = TemperatureScaledCrossEntropy.needs
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        losses = smoothed_loss(*found.terms[:2], self.label_smoothing, self.vocab_size)
-        term, report = self.joined(rows, found, given, masked_mean(losses, rows.valid))
+    def term(self, call: Call) -> Term:
+        losses = smoothed_loss(*call.found.terms[:2], self.label_smoothing, self.vocab_size)
+        term, report = self.joined(call, masked_mean(losses, call.rows.valid))
         main = report["main_loss"]
-        if advances(self, given.update_state):
-            self.record(main, rows.valid)
+        if advances(self, call.update_state):
+            self.record(main, call.rows.valid)
         return term, report | {"main_temperature": self.current_temperature(main)}
 
 
 class _Heads(Component, AdaptiveMTPLoss):
     renamed = {"additional_loss_base_weight": "mtp_weight"}
 
-    def missing(self, given: Given) -> tuple[str, str] | None:
-        if may_be_on(self.function, given.mtp_active) and given.additional_logits is None:
+    def missing(self, call: Call) -> tuple[str, str] | None:
+        if may_be_on(self.function, call.mtp_active) and call.additional_logits is None:
             return "additional_logits", "mtp_active"
         return None
 
-    def heads(self, cross_entropy: torch.Tensor, rows: Rows, given: Given) -> dict[str, Any]:
-        heads = given.additional_logits, given.confidence_scores, given.mtp_active
-        return self.from_primary(cross_entropy, rows, *heads, given.update_state)
+    def heads(self, cross_entropy: torch.Tensor, call: Call) -> dict[str, Any]:
+        heads = call.additional_logits, call.confidence_scores, call.mtp_active
+        return self.from_primary(cross_entropy, call.rows, *heads, call.update_state)
 
 
 @dataclass(eq=False, repr=False)
 class Adaptive(_Main, _Heads):
     primary_loss_type = "adaptive_mtp"
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        if given.primary_logits is None:
-            losses = smoothed_loss(*found.terms[:2], self.label_smoothing, self.vocab_size)
-            cross_entropy = masked_mean(losses, rows.valid)
+    def term(self, call: Call) -> Term:
+        if call.primary_logits is None:
+            losses = smoothed_loss(*call.found.terms[:2], self.label_smoothing, self.vocab_size)
+            cross_entropy = masked_mean(losses, call.rows.valid)
         else:
-            cross_entropy = self.primary_cross_entropy(given.primary_logits, rows)
-        parts = self.heads(cross_entropy, rows, given)
+            cross_entropy = self.primary_cross_entropy(call.primary_logits, call.rows)
+        parts = self.heads(cross_entropy, call)
         more = parts["additional_loss"], parts["confidence_reg"]
-        term, report = self.joined(rows, found, given, cross_entropy, *more)
+        term, report = self.joined(call, cross_entropy, *more)
         return term, report | {f"main_{k}": v for k, v in parts.items() if k != "loss"}
 
 
@@ -183,11 +192,11 @@ class Focal(Component, FocalLoss):
     def replaces_cross_entropy(self) -> bool:  # type: ignore[override]
         return self.focal_mode == "replace"
 
-    def needs(self, rows: Rows, logits: torch.Tensor) -> Needs:
+    def needs(self, rows: Rows) -> Needs:
         return Needs(unscaled=True)
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        focal = self.from_log_prob(found.terms.log_prob, rows.targets, rows.valid)
+    def term(self, call: Call) -> Term:
+        focal = self.from_log_prob(call.found.terms.log_prob, call.rows.targets, call.rows.valid)
         return None if self.focal_mode == "report" else focal, {"focal_loss": focal}
 
 
@@ -202,10 +211,12 @@ class HiddenStates(Component, HiddenStateMTPLoss):
         own_heads = loss.primary_loss_type == "adaptive_mtp"
         return loss.use_mtp and not own_heads and loss.mtp_type == cls.mtp_type
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        if given.hidden_states is None:
+    def term(self, call: Call) -> Term:
+        if call.hidden_states is None:
             return None, {"mtp_warning": warn_of_hidden_states(self.function, stacklevel=6)}
-        parts = self(given.hidden_states, rows.targets, rows.valid, segment_ids=rows.starts)
+        parts = self(
+            call.hidden_states, call.rows.targets, call.rows.valid, segment_ids=call.rows.starts
+        )
         per_token_losses = parts["per_token_losses"]
         report = {"mtp_loss": parts["mtp_loss"], "mtp_per_token_losses": per_token_losses}
         return parts["mtp_loss"], report
@@ -225,8 +236,8 @@ class SecondHeads(_Heads):
     at, mtp_type = "mtp_loss", "adaptive"
     applies = classmethod(HiddenStates.applies.__func__)
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        parts = self.heads(found.terms.scaled_log_prob.new_zeros(()), rows, given)
+    def term(self, call: Call) -> Term:
+        parts = self.heads(call.found.terms.scaled_log_prob.new_zeros(()), call)
         loss = parts.pop("loss")
         report = {f"adaptive_mtp_{k}": v for k, v in parts.items()}
         return loss, {"adaptive_mtp_loss": loss, **report}
@@ -240,8 +251,8 @@ class NGrams(Component, NGramRepetitionPenalty):
     renamed = {"penalty_weight": "ngram_penalty_weight"}
     needs = NGramRepetitionPenalty.needs
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        parts = self.from_read(found, rows.valid)
+    def term(self, call: Call) -> Term:
+        parts = self.from_read(call.found, call.rows.valid)
         total = parts["total_repetition_penalty"]
         breakdown = {"ngram": parts["ngram_penalty"], "diversity": parts["diversity_penalty"]}
         return total, {"ngram_penalty": total, "ngram_penalty_breakdown": breakdown}
@@ -252,9 +263,9 @@ class Immediate(Component, SequenceRepetitionDetector):
     renamed = {"penalty_weight": "immediate_repetition_weight"}
     needs = SequenceRepetitionDetector.needs
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        double = given.logits.dtype == torch.float64
-        penalty = self.from_read(found, torch.float64 if double else torch.float32)
+    def term(self, call: Call) -> Term:
+        double = call.rows.logits.dtype == torch.float64
+        penalty = self.from_read(call.found, torch.float64 if double else torch.float32)
         return penalty, {"immediate_repetition_penalty": penalty}
 
 
@@ -263,19 +274,14 @@ class Immediate(Component, SequenceRepetitionDetector):
 
 class Balancing(Component, AuxiliaryFreeMoEBalancer):
     at, switch = "moe_balancer", "use_moe_balancing"
+    requires = ("gate_logits", "expert_indices")
 
-    def missing(self, given: Given) -> tuple[str, str] | None:
-        for name in ("gate_logits", "expert_indices"):
-            if getattr(given, name) is None:
-                return name, self.switch
-        return None
-
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
+    def term(self, call: Call) -> Term:
         parts = self(
-            given.gate_logits,
-            given.expert_indices,
-            attention_mask=per_token(rows.valid, given.gate_logits),
-            update_state=advances(self, given.update_state),
+            call.gate_logits,
+            call.expert_indices,
+            attention_mask=call.per_token(call.gate_logits),
+            update_state=advances(self, call.update_state),
         )
         return parts["balancing_term"], {
             "moe_balancing_term": parts["balancing_term"],
@@ -285,23 +291,21 @@ class Balancing(Component, AuxiliaryFreeMoEBalancer):
         }
 
 
-def _similarity(loss: DiversityLoss, rows: Rows, given: Given) -> torch.Tensor:
+def _similarity(loss: DiversityLoss, call: Call) -> torch.Tensor:
     """Computed once: it costs as much as all that is not the read of the logits together."""
-    outputs = given.expert_outputs
-    if "similarity" not in given.memo:
-        mask = per_token(rows.valid, outputs[0]) if len(outputs) else None
-        given.memo["similarity"] = loss.similarity(outputs, mask)
-    return given.memo["similarity"]
+    outputs = call.expert_outputs
+    if "similarity" not in call.memo:
+        mask = call.per_token(outputs[0]) if len(outputs) else None
+        call.memo["similarity"] = loss.similarity(outputs, mask)
+    return call.memo["similarity"]
 
 
 class Diversity(Component, DiversityLoss):
     at, switch = "diversity_loss", "use_diversity_loss"
+    requires = ("expert_outputs",)
 
-    def missing(self, given: Given) -> tuple[str, str] | None:
-        return ("expert_outputs", self.switch) if given.expert_outputs is None else None
-
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
-        loss = self.diversity_weight * _similarity(self, rows, given)
+    def term(self, call: Call) -> Term:
+        loss = self.diversity_weight * _similarity(self, call)
         return loss, {"diversity_loss": loss}
 
 
@@ -311,23 +315,23 @@ class Auxiliary(Component, AuxiliaryLoss):
 
     at, switch = "auxiliary_loss", "use_auxiliary_loss"
 
-    def missing(self, given: Given) -> tuple[str, str] | None:
-        if given.gate_logits is None and given.expert_outputs is None:
+    def missing(self, call: Call) -> tuple[str, str] | None:
+        if call.gate_logits is None and call.expert_outputs is None:
             return "gate_logits (with expert_indices) or expert_outputs", self.switch
         return None
 
-    def term(self, rows: Rows, found: Read, given: Given) -> Term:
+    def term(self, call: Call) -> Term:
         """In two parts: gate and outputs may differ in rows, and so in their masks."""
         losses = {}
-        if given.gate_logits is not None:
+        if call.gate_logits is not None:
             losses = self(
-                given.gate_logits,
-                given.expert_indices,
-                num_experts=self.num_experts or given.gate_logits.shape[-1],
-                attention_mask=per_token(rows.valid, given.gate_logits),
+                call.gate_logits,
+                call.expert_indices,
+                num_experts=self.num_experts or call.gate_logits.shape[-1],
+                attention_mask=call.per_token(call.gate_logits),
             )
-        if given.expert_outputs is not None:
-            similarity = _similarity(self.diversity, rows, given)
+        if call.expert_outputs is not None:
+            similarity = _similarity(self.diversity, call)
             losses["expert_diversity"] = self.expert_diversity_weight * similarity
         return sum(losses.values()), {f"aux_{name}": loss for name, loss in losses.items()}
 

@@ -28,12 +28,13 @@ from ._rows import check_features, valid_rows
 
 
 class Rows(NamedTuple):
-    """Tensors ``[B, S]``."""
+    """Tensors ``[B, S]``, and the logits ``[B, S, V]`` where they are read."""
 
     targets: torch.Tensor  # int64, aligned with the logits
     valid: torch.Tensor  # count in losses
     said: torch.Tensor  # count in repetition statistics: not padding either
     starts: torch.Tensor | None
+    logits: torch.Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -59,10 +60,10 @@ class Read(NamedTuple):
 # --- arguments -----------------------------------------------------------------------------------
 
 
-def rows_of(
-    function, targets, attention_mask, segment_ids=None, ignore_index=-100, argument="targets"
-) -> Rows:
-    """Of ``targets`` ``[B, S]``, a mask like them and segment ids ``[B, S]`` or ``[1, S]``."""
+def rows_of(module, targets, attention_mask, segment_ids=None, argument="targets") -> Rows:
+    """Of ``targets`` ``[B, S]``, a mask like them and segment ids ``[B, S]`` or ``[1, S]``, for a
+    module with an ignore_index."""
+    function = module.function
     check_integers(function, argument, targets)
     check_rank(function, argument, targets, 2, "[B, S]")
     if attention_mask is not None:
@@ -76,7 +77,7 @@ def rows_of(
     check_mask(function, "attention_mask", attention_mask, argument, targets, 2, broadcast=True)
     starts = _document_starts(function, segment_ids, argument, targets)
     targets = targets.long()
-    valid = valid_rows(targets, attention_mask, ignore_index)
+    valid = valid_rows(targets, attention_mask, module.ignore_index)
     return Rows(targets, valid, valid, starts)
 
 
@@ -176,7 +177,7 @@ def document_links(rows: Rows, ngram_size):
 def document_counts(rows: Rows, ngram_size):
     """``repetition_counts`` of documents: ``pairs`` and ``windows`` ``[B]``, summed over those of a
     row, ``longest_run`` ``[B, S]``, in the column in which a document begins and 0 elsewhere."""
-    targets, _, valid, starts = rows
+    targets, valid, starts = rows.targets, rows.said, rows.starts
     if starts is None:
         return repetition_counts(targets, valid, ngram_size)
     # A token of another document is another token. Windows that cross a border are then equal to
@@ -197,28 +198,26 @@ def document_counts(rows: Rows, ngram_size):
 # --- the operators -------------------------------------------------------------------------------
 
 
-def read(
-    function, logits, rows: Rows, needs: Sequence[Needs], ignore_index=-100, argument="targets"
-) -> list[Read]:
+def read(module, rows: Rows, needs: Sequence[Needs], argument="targets") -> list[Read]:
     """The terms of the logits that any of ``needs`` asks for, in one read of them, and the counts
-    of the data; to each what it needs."""
+    of the data; to each what it needs. Of a module with an ignore_index."""
     classes = [need.classes for need in needs if need.classes is not None]
     unscaled = bool(classes) or any(need.unscaled for need in needs)
     terms = None
     if unscaled or any(need.scaled for need in needs):
         try:
             terms = cross_entropy_terms(
-                logits,
+                rows.logits,
                 rows.targets,
                 rows.valid,
                 temperature=_only([need.temperature for need in needs]),
                 classes=torch.stack(classes, -1) if classes else None,
                 links=_only([need.links for need in needs]),
-                ignore_index=ignore_index,
+                ignore_index=module.ignore_index,
                 unscaled=unscaled,
             )
         except (ValueError, TypeError, IndexError) as error:
-            raise _renamed(error, "cross_entropy_terms", function, argument) from None
+            raise _renamed(error, "cross_entropy_terms", module.function, argument) from None
     ngrams = [need.counts for need in needs if need.counts is not None]
     counts = document_counts(rows, max(ngrams)) if ngrams else None
     found = iter(terms.class_log_prob.unbind(-1)) if classes else iter(())

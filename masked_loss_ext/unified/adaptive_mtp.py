@@ -110,7 +110,7 @@ class AdaptiveMTPLoss(KeepsState):
             dict: "loss", "primary_loss", "additional_loss", "confidence_reg" (weighted),
             "avg_confidence", "effective_mtp_weight", [] each, and "mtp_active" as given.
         """
-        rows = rows_of(self.function, targets, attention_mask, segment_ids, self.ignore_index)
+        rows = rows_of(self, targets, attention_mask, segment_ids)
         primary = self.primary_cross_entropy(primary_logits, rows)
         heads = additional_logits, confidence_scores, mtp_active
         return self.from_primary(primary, rows, *heads, update_state=update_state)
@@ -168,7 +168,7 @@ class AdaptiveMTPLoss(KeepsState):
     ) -> torch.Tensor:
         """Smoothed mean cross entropy [] of logits ``[B, S, V]``; position s is scored against
         targets[:, s + shift], of the same segment."""
-        rows = rows_of(self.function, targets, attention_mask, segment_ids, self.ignore_index)
+        rows = rows_of(self, targets, attention_mask, segment_ids)
         return self._cross_entropy("logits", logits, rows, shift)
 
     def _cross_entropy(self, argument, logits, rows, shift=0):

@@ -84,7 +84,7 @@ class AntiRepetitionLoss(LossModule):
                 weights) and ``total_loss``.
         """
         name = self.function
-        rows = rows_of(name, labels, attention_mask, None, self.ignore_index, "labels")
+        rows = rows_of(self, labels, attention_mask, argument="labels")
         check_logits(name, logits, labels, self.vocab_size, like="labels")
         check_flags(name, {"return_components": return_components})
         names = ("logits", "labels")

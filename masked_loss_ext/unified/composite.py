@@ -4,7 +4,7 @@
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Annotated, Any
 
 import torch
@@ -45,11 +45,11 @@ class AdaptiveLossScaling(LossModule):
     """
 
     num_losses: Annotated[int, Rule("1 to 2^20", check_size, most=2**20)]
-    init_weights: Sequence[float] | torch.Tensor | None = None
+    init_weights: InitVar[Sequence[float] | torch.Tensor | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, init_weights: Sequence[float] | torch.Tensor | None) -> None:
         super().__post_init__()
-        weights = self._numbers(self.__dict__.pop("init_weights"))
+        weights = self._numbers(init_weights)
         if len(weights) != self.num_losses or not all(0 < w < math.inf for w in weights):
             raise ValueError(
                 f"{self.function}: init_weights must be {self.num_losses} positive numbers, got "
@@ -94,9 +94,6 @@ class AdaptiveLossScaling(LossModule):
         for i, weight in enumerate(weights):
             check_number(self.function, f"init_weights[{i}]", weight, above=0)
         return [float(weight) for weight in weights]
-
-    def extra_repr(self) -> str:
-        return f"num_losses={self.num_losses}"
 
 
 def _whole(result):

@@ -104,7 +104,7 @@ class DeepSeekLoss(SyncsState):
         main = self.main_loss(logits, targets, attention_mask, **options)
         losses = {f"main_{key}": value for key, value in main.items()}
         total = main["loss"]
-        rows = rows_of(name, targets, attention_mask, segment_ids, self.ignore_index)
+        rows = rows_of(self, targets, attention_mask, segment_ids)
         if self.use_mtp and hidden_states is None:
             losses["mtp_warning"] = warn_of_hidden_states(name, " or use_mtp=False")
         elif self.use_mtp:

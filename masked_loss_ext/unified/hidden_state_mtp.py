@@ -108,7 +108,7 @@ class HiddenStateMTPLoss(LossModule):
         target = "targets" if self.owner else "target_ids"
         check_features(name, "hidden_states", hidden_states, self.hidden_size, "hidden_size")
         check_rank(name, "hidden_states", hidden_states, 3, "[B, S, H]")
-        rows = rows_of(name, target_ids, attention_mask, segment_ids, self.ignore_index, target)
+        rows = rows_of(self, target_ids, attention_mask, segment_ids, target)
         check_device(name, target, target_ids, "hidden_states", hidden_states)
         if target_ids.shape != hidden_states.shape[:2]:
             raise ValueError(

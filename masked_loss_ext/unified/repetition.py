@@ -86,12 +86,12 @@ class NGramRepetitionPenalty(LossModule):
             float32 (float64 for float64 logits), and the number "penalty_weight".
         """
         name = self.function
-        rows = rows_of(name, targets, attention_mask, segment_ids, self.ignore_index)
+        rows = rows_of(self, targets, attention_mask, segment_ids)
         check_logits(name, logits, targets, self.vocab_size)
-        [found] = read(name, logits, rows, [self.needs(rows)], self.ignore_index)
+        [found] = read(self, rows._replace(logits=logits), [self.needs(rows)])
         return self.from_read(found, rows.valid)
 
-    def needs(self, rows: Rows, logits: torch.Tensor | None = None) -> Needs:
+    def needs(self, rows: Rows) -> Needs:
         if self.penalty_on == "targets":
             return Needs(unscaled=True, counts=self.ngram_size)
         return Needs(unscaled=True, links=document_links(rows, self.ngram_size))
@@ -129,7 +129,7 @@ class NGramRepetitionPenalty(LossModule):
     ) -> torch.Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
-        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        rows = rows_of(self, token_ids, attention_mask, segment_ids, "token_ids")
         return self._of_counts(document_counts(rows, self.ngram_size))
 
     def compute_token_diversity_penalty(
@@ -205,13 +205,13 @@ class SequenceRepetitionDetector(LossModule):
             dict: "immediate_repetition_penalty" [] and the number "repetition_detector_weight".
         """
         name = self.function
-        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        rows = rows_of(self, token_ids, attention_mask, segment_ids, "token_ids")
         if self.penalty_on == "model":
             if logits is None:
                 raise ValueError(f'{name}: logits must be passed for penalty_on="model", got None')
             check_logits(name, logits, token_ids)
-        needs = [self.needs(rows)]
-        [found] = read(name, logits, rows, needs, self.ignore_index, "token_ids")
+        rows = rows._replace(logits=logits)
+        [found] = read(self, rows, [self.needs(rows)], "token_ids")
         return {
             "immediate_repetition_penalty": self.from_read(found),
             "repetition_detector_weight": self.penalty_weight,
@@ -226,14 +226,14 @@ class SequenceRepetitionDetector(LossModule):
     ) -> torch.Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
-        rows = _of_tokens(self, token_ids, attention_mask, segment_ids)
+        rows = rows_of(self, token_ids, attention_mask, segment_ids, "token_ids")
         return self._of_counts(document_counts(rows, 1))
 
-    def needs(self, rows: Rows, logits: torch.Tensor | None = None) -> Needs:
+    def needs(self, rows: Rows) -> Needs:
         """The target before, where both count and differ, or the runs of the data."""
         if self.penalty_on == "targets":
             return Needs(counts=1)
-        targets, _, said, starts = rows
+        targets, said, starts = rows.targets, rows.said, rows.starts
         before = torch.cat([torch.full_like(targets[:, :1], -1), targets[:, :-1]], 1)
         counts = said[:, :-1] if starts is None else said[:, :-1] & of_one_document(starts, 1)
         both = said & torch.cat([torch.zeros_like(said[:, :1]), counts], 1)
@@ -254,8 +254,3 @@ class SequenceRepetitionDetector(LossModule):
         squares = (run - 1).clamp(min=0).square().sum().double()
         mean = squares / (run > 0).sum().clamp(min=1)
         return self.penalty_weight * mean.to(dtype)
-
-
-def _of_tokens(module, token_ids, attention_mask, segment_ids) -> Rows:
-    given = token_ids, attention_mask, segment_ids
-    return rows_of(module.function, *given, module.ignore_index, "token_ids")

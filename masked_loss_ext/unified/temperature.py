@@ -155,10 +155,10 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
             "label_smoothing".
         """
         check_choice(self.function, "reduction", reduction, ("mean", "sum", "none"))
-        rows = rows_of(self.function, targets, attention_mask, segment_ids, self.ignore_index)
+        rows = rows_of(self, targets, attention_mask, segment_ids)
         check_logits(self.function, logits, targets, self.vocab_size)
-        needs = [self.needs(rows, logits)]
-        [found] = read(self.function, logits, rows, needs, self.ignore_index)
+        rows = rows._replace(logits=logits)
+        [found] = read(self, rows, [self.needs(rows)])
         loss = smoothed_loss(*found.terms[:2], self.label_smoothing, logits.shape[-1])
         loss = reduced(loss, rows.valid, reduction)
         loss = loss + self.end_penalty(rows, found, loss, reduction)
@@ -170,8 +170,8 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
             "label_smoothing": self.label_smoothing,
         }
 
-    def needs(self, rows: Rows, logits: torch.Tensor) -> Needs:
-        temperature = self._temperature_for(logits)
+    def needs(self, rows: Rows) -> Needs:
+        temperature = self._temperature_for(rows.logits)
         return Needs(scaled=True, temperature=temperature, classes=self.end_classes(rows))
 
     def _temperature_for(self, logits):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 
 from .._checks import check_flags, check_number, check_rank, check_tensor, shape_text
-from ._components import COMPONENTS, Component, Given, of_options, put_option
+from ._components import COMPONENTS, Call, Component, of_options, put_option
 from ._options import (
     Flag,
     Length,
@@ -258,10 +258,13 @@ class UnifiedLoss(SyncsState):
         """
         name, components = self.function, self.components()
         check_flags(name, {"return_detailed": return_detailed, "update_state": update_state})
+        rows = rows_of(self, targets, attention_mask, segment_ids)
+        check_logits(name, logits, targets, self.vocab_size)
         if self.primary_loss_type != "adaptive_mtp" or primary_logits is logits:
             primary_logits = None  # one read gives everything
-        given = Given(
-            logits,
+        call = Call(
+            self._aligned(rows)._replace(logits=logits),
+            None,
             primary_logits,
             hidden_states,
             additional_logits,
@@ -274,27 +277,23 @@ class UnifiedLoss(SyncsState):
             any(component.replaces_cross_entropy for component in components),
             {},
         )
-        _check_given(name, components, given)
-        rows = rows_of(name, targets, attention_mask, segment_ids, self.ignore_index)
-        check_logits(name, logits, targets, self.vocab_size)
-        rows = self._aligned(rows)
-        needs = [component.needs(rows, logits) for component in components]
+        self._check_inputs(call)
+        needs = [component.needs(call.rows) for component in components]
         if primary_logits is not None:
             needs[0] = needs[0]._replace(scaled=False)
-        reads = read(name, logits, rows, needs, self.ignore_index)
-        out: dict[str, Any] = {"total_loss": None, "main_loss": None}
-        for component, found in zip(components, reads, strict=True):
-            term, report = component.term(rows, found, given)
+        total, out = None, {"total_loss": None, "main_loss": None}
+        for component, found in zip(components, read(self, call.rows, needs), strict=True):
+            term, report = component.term(call._replace(found=found))
             out.update(report)
             if term is not None:
-                total = term if out["total_loss"] is None else out["total_loss"] + term
-                out["total_loss"] = total
-        return out if return_detailed else out["total_loss"]
+                total = term if total is None else total + term
+        out["total_loss"] = total
+        return out if return_detailed else total
 
     def _aligned(self, rows: Rows) -> Rows:
         """Moved one position back if labels are unshifted: the first of a document is then nobody's
         target. Padding takes no part in repetition."""
-        targets, valid, _, starts = rows
+        targets, valid, starts = rows.targets, rows.valid, rows.starts
         if self.shift_labels:
             end = torch.full_like(targets[:, :1], self.ignore_index)
             targets = torch.cat([targets[:, 1:], end], 1)
@@ -306,6 +305,28 @@ class UnifiedLoss(SyncsState):
         if self.pad_token_id is not None and self.pad_token_id != self.eos_token_id:
             said = valid & (targets != self.pad_token_id)
         return Rows(targets, valid, said, starts)
+
+    def _check_inputs(self, call: Call) -> None:
+        """What enabled components cannot do without, and that it is of the right kind."""
+        for component in self.components():
+            missing = component.missing(call)
+            if missing is not None:
+                raise ValueError(
+                    f"{self.function}: {missing[0]} must be passed to forward for {missing[1]}, "
+                    "got None"
+                )
+        outputs = call.expert_outputs
+        tensors = [("gate_logits", call.gate_logits), ("expert_indices", call.expert_indices)]
+        if not isinstance(outputs, (list, tuple)):
+            tensors.append(("expert_outputs", outputs))
+        for argument, tensor in tensors:
+            if tensor is not None:
+                check_tensor(self.function, argument, tensor)
+        if isinstance(outputs, torch.Tensor):
+            check_rank(self.function, "expert_outputs", outputs, 3, "[E, N, H]")
+        else:
+            for i, output in enumerate(outputs or ()):
+                check_tensor(self.function, f"expert_outputs[{i}]", output)
 
     def get_loss_statistics(self) -> dict[str, Any]:
         """What was counted so far, as numbers; it waits for the device.
@@ -339,28 +360,6 @@ class UnifiedLoss(SyncsState):
             f"vocab_size={self.vocab_size}, primary_loss_type={self.primary_loss_type!r}, "
             f"penalty_on={self.penalty_on!r}"
         )
-
-
-def _check_given(name: str, components: list[Any], given: Given) -> None:
-    """What enabled components cannot do without, and that it is of the right kind."""
-    for component in components:
-        missing = component.missing(given)
-        if missing is not None:
-            raise ValueError(
-                f"{name}: {missing[0]} must be passed to forward for {missing[1]}, got None"
-            )
-    outputs = given.expert_outputs
-    several = isinstance(outputs, (list, tuple))
-    tensors = {"gate_logits": given.gate_logits, "expert_indices": given.expert_indices}
-    if several:
-        tensors |= {f"expert_outputs[{i}]": output for i, output in enumerate(outputs)}
-    else:
-        tensors["expert_outputs"] = outputs
-    for argument, tensor in tensors.items():
-        if tensor is not None or "[" in argument:
-            check_tensor(name, argument, tensor)
-    if not several and outputs is not None:
-        check_rank(name, "expert_outputs", outputs, 3, "[E, N, H]")
 
 
 def create_unified_loss(config: Mapping[str, Any]) -> UnifiedLoss:
