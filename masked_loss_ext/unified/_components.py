@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ._options import LossModule, part_of
 from ._penalties import PenalisesEnds
@@ -29,24 +30,24 @@ class Call(NamedTuple):
 
     rows: Rows
     found: Read | None  # what the component has asked for
-    primary_logits: torch.Tensor | None  # None where they are the logits
-    hidden_states: torch.Tensor | None
+    primary_logits: Tensor | None  # None where they are the logits
+    hidden_states: Tensor | None
     additional_logits: Any
-    confidence_scores: torch.Tensor | None
-    mtp_active: bool | torch.Tensor
-    gate_logits: torch.Tensor | None
-    expert_indices: torch.Tensor | None
+    confidence_scores: Tensor | None
+    mtp_active: bool | Tensor
+    gate_logits: Tensor | None
+    expert_indices: Tensor | None
     expert_outputs: Any
     update_state: bool
     replaced: bool  # another loss stands in the total in place of the cross entropy
-    memo: dict[str, torch.Tensor]  # what one component has computed and another uses
+    memo: dict[str, Tensor]  # what one component has computed and another uses
 
-    def per_token(self, rows: torch.Tensor) -> torch.Tensor | None:
+    def per_token(self, rows: Tensor) -> Tensor | None:
         """Which rows of [N, D] count; all of them where they are not one per token."""
         return per_token(self.rows.valid, rows)
 
 
-Term = tuple[torch.Tensor | None, dict[str, Any]]  # what joins the total, what is reported
+Term = tuple[Tensor | None, dict[str, Any]]  # what joins the total, what is reported
 
 
 class Component:
@@ -93,7 +94,7 @@ def put_option(component: Any, option: str, value: Any) -> None:
             setattr(component, name, value)
 
 
-def per_token(valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+def per_token(valid: Tensor, rows: Tensor) -> Tensor | None:
     """Which rows of [N, D] count; all of them where they are not one per token."""
     return valid.reshape(-1) if rows.shape[:-1].numel() == valid.numel() else None
 
@@ -120,7 +121,7 @@ class _Main(PenalisesEnds, Component):
     def needs(self, rows: Rows) -> Needs:
         return Needs(scaled=True, classes=self.end_classes(rows))
 
-    def joined(self, call: Call, cross_entropy: torch.Tensor, *more: torch.Tensor) -> Term:
+    def joined(self, call: Call, cross_entropy: Tensor, *more: Tensor) -> Term:
         rest = self.end_penalty(call.rows, call.found, cross_entropy)
         for part in more:
             rest = rest + part
@@ -160,7 +161,7 @@ class _Heads(Component, AdaptiveMTPLoss):
             return "additional_logits", "mtp_active"
         return None
 
-    def heads(self, cross_entropy: torch.Tensor, call: Call) -> dict[str, Any]:
+    def heads(self, cross_entropy: Tensor, call: Call) -> dict[str, Any]:
         heads = call.additional_logits, call.confidence_scores, call.mtp_active
         return self.from_primary(cross_entropy, call.rows, *heads, call.update_state)
 
@@ -291,7 +292,7 @@ class Balancing(Component, AuxiliaryFreeMoEBalancer):
         }
 
 
-def _similarity(loss: DiversityLoss, call: Call) -> torch.Tensor:
+def _similarity(loss: DiversityLoss, call: Call) -> Tensor:
     """Computed once: it costs as much as all that is not the read of the logits together."""
     outputs = call.expert_outputs
     if "similarity" not in call.memo:

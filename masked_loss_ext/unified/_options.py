@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import torch
+from torch import Tensor
 
 from .._checks import check_choice, check_flags, check_int, check_number, shape_text
 
@@ -19,7 +20,7 @@ def check_size(
     function: str, argument: str, value: Any, least: int = 1, most: int = LARGEST_SIZE
 ) -> None:
     """An int of this range: how many of something there are."""
-    if isinstance(value, (bool, torch.Tensor)):  # the latter may be on a device
+    if isinstance(value, (bool, Tensor)):  # the latter may be on a device
         raise TypeError(f"{function}: {argument} must be an int, got {type(value).__name__}")
     check_int(function, argument, value)
     if value < least:
@@ -80,7 +81,7 @@ class LossModule(torch.nn.Module):
     def extra_repr(self) -> str:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return ", ".join(
-            f"{name}={shape_text(value) if isinstance(value, torch.Tensor) else repr(value)}"
+            f"{name}={shape_text(value) if isinstance(value, Tensor) else repr(value)}"
             for name, value in values.items()
         )
 

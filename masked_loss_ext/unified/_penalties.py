@@ -4,6 +4,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from ..reference.cross_entropy_terms import LARGEST_LOG_PROB
 from ._rows import reduced
@@ -33,11 +34,11 @@ class PenalisesEnds:
     def _penalises_ends(self) -> bool:
         return self.eos_token_id is not None and self.eos_penalty_weight > 0
 
-    def _early(self, rows: Rows) -> torch.Tensor:
+    def _early(self, rows: Rows) -> Tensor:
         column = columns(rows.valid) if rows.starts is None else columns(rows.valid) - rows.starts
         return rows.valid & (column < self.min_sequence_length)
 
-    def end_classes(self, rows: Rows) -> torch.Tensor | None:
+    def end_classes(self, rows: Rows) -> Tensor | None:
         """EOS at early rows at which the data goes on; None where the data is penalised."""
         if self.penalty_on == "targets" or not self._penalises_ends():
             return None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._checks import (
     check_device,
@@ -30,11 +31,11 @@ from ._rows import check_features, valid_rows
 class Rows(NamedTuple):
     """Tensors ``[B, S]``, and the logits ``[B, S, V]`` where they are read."""
 
-    targets: torch.Tensor  # int64, aligned with the logits
-    valid: torch.Tensor  # count in losses
-    said: torch.Tensor  # count in repetition statistics: not padding either
-    starts: torch.Tensor | None
-    logits: torch.Tensor | None = None
+    targets: Tensor  # int64, aligned with the logits
+    valid: Tensor  # count in losses
+    said: Tensor  # count in repetition statistics: not padding either
+    starts: Tensor | None
+    logits: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -42,9 +43,9 @@ class Needs(NamedTuple):
 
     scaled: bool = False  # log-probabilities at ``temperature``
     unscaled: bool = False  # entropy and log-probabilities at T = 1
-    temperature: torch.Tensor | None = None
-    classes: torch.Tensor | None = None  # [B, S], to have the log-probability of; -1 for none
-    links: tuple[torch.Tensor, torch.Tensor] | None = None  # of repetition_links
+    temperature: Tensor | None = None
+    classes: Tensor | None = None  # [B, S], to have the log-probability of; -1 for none
+    links: tuple[Tensor, Tensor] | None = None  # of repetition_links
     counts: int | None = None  # n: RepetitionCounts of n-grams of the data
 
 
@@ -52,8 +53,8 @@ class Read(NamedTuple):
     """What one of those who need something gets."""
 
     terms: CrossEntropyTerms | None
-    classes: torch.Tensor | None  # as they were asked for
-    class_log_prob: torch.Tensor | None
+    classes: Tensor | None  # as they were asked for
+    class_log_prob: Tensor | None
     counts: RepetitionCounts | None
 
 
@@ -130,7 +131,7 @@ def check_tokens(function, arguments, logits, targets, attention_mask):
 
 def may_be_on(function, mtp_active):
     """Whether heads are active, or only the device knows."""
-    if isinstance(mtp_active, torch.Tensor):
+    if isinstance(mtp_active, Tensor):
         return True
     check_flags(function, {"mtp_active": mtp_active})
     return bool(mtp_active)

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_choice, check_device, check_tensor
 from ._options import Flag, NotNegative, Number, Share, Size, Token, check_smoothing
@@ -84,14 +85,14 @@ class AdaptiveMTPLoss(KeepsState):
 
     def forward(
         self,
-        primary_logits: torch.Tensor,
-        targets: torch.Tensor,
-        additional_logits: Sequence[torch.Tensor] | None = None,
-        confidence_scores: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        mtp_active: bool | torch.Tensor = False,
+        primary_logits: Tensor,
+        targets: Tensor,
+        additional_logits: Sequence[Tensor] | None = None,
+        confidence_scores: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mtp_active: bool | Tensor = False,
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
         update_state: bool = True,
     ) -> dict[str, Any]:
         """The loss and its parts.
@@ -115,16 +116,16 @@ class AdaptiveMTPLoss(KeepsState):
         heads = additional_logits, confidence_scores, mtp_active
         return self.from_primary(primary, rows, *heads, update_state=update_state)
 
-    def primary_cross_entropy(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def primary_cross_entropy(self, logits: Tensor, rows: Rows) -> Tensor:
         return self._cross_entropy("primary_logits", logits, rows)
 
     def from_primary(
         self,
-        primary: torch.Tensor,
+        primary: Tensor,
         rows: Rows,
-        additional_logits: Sequence[torch.Tensor] | None,
-        confidence_scores: torch.Tensor | None,
-        mtp_active: bool | torch.Tensor,
+        additional_logits: Sequence[Tensor] | None,
+        confidence_scores: Tensor | None,
+        mtp_active: bool | Tensor,
         update_state: bool,
     ) -> dict[str, Any]:
         """As ``forward``, of the primary cross entropy [], not yet weighted."""
@@ -139,7 +140,7 @@ class AdaptiveMTPLoss(KeepsState):
         if may_be_on(self.function, mtp_active) and additional_logits is not None:
             additional = self._heads(additional_logits, rows, zero)
             weight = self._weight(confidence, zero)
-            if isinstance(mtp_active, torch.Tensor):
+            if isinstance(mtp_active, Tensor):
                 weight = torch.where(mtp_active != 0, weight, 0)
         parts = {
             "primary_loss": self.primary_loss_weight * primary,
@@ -159,13 +160,13 @@ class AdaptiveMTPLoss(KeepsState):
 
     def compute_cross_entropy(
         self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         shift: int = 0,
-        segment_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """Smoothed mean cross entropy [] of logits ``[B, S, V]``; position s is scored against
         targets[:, s + shift], of the same segment."""
         rows = rows_of(self, targets, attention_mask, segment_ids)
@@ -186,12 +187,8 @@ class AdaptiveMTPLoss(KeepsState):
         )
 
     def compute_confidence_regularization(
-        self,
-        confidence_scores: torch.Tensor,
-        target_mode: str = "binary",
-        *,
-        valid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, confidence_scores: Tensor, target_mode: str = "binary", *, valid: Tensor | None = None
+    ) -> Tensor:
         """Mean, not yet weighted, of what uncertain scores cost: :math:`-\\ln \\max(|2c - 1|,
         10^{-7})` ("binary") or :math:`-\\ln \\max(c, 10^{-7})` ("high"); of valid scores alone, a
         bool tensor of their shape."""

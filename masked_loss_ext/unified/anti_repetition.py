@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_flags, check_number, refuse_unknown
 from ..ops.repetition import repetition_counts
@@ -68,11 +69,11 @@ class AntiRepetitionLoss(LossModule):
 
     def forward(
         self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        logits: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
         return_components: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """(loss, components or None).
 
         Args:

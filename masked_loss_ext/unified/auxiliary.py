@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
-import torch
+from torch import Tensor
 
 from ._options import Flag, LossModule, Number, check_size, part_of
 from ._routing import MOST_EXPERTS, load_balance, routed
@@ -52,13 +52,13 @@ class AuxiliaryLoss(LossModule):
 
     def forward(
         self,
-        gate_logits: torch.Tensor | None = None,
-        expert_indices: torch.Tensor | None = None,
-        expert_outputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        gate_logits: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        expert_outputs: Sequence[Tensor] | Tensor | None = None,
         num_experts: int | None = None,
         *,
-        attention_mask: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Each loss whose inputs are given, times its weight.
 
         Args:

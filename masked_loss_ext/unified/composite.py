@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_device, check_number, check_rank, refuse_unknown
 from ._options import LossModule, Rule, check_size
@@ -45,9 +46,9 @@ class AdaptiveLossScaling(LossModule):
     """
 
     num_losses: Annotated[int, Rule("1 to 2^20", check_size, most=2**20)]
-    init_weights: InitVar[Sequence[float] | torch.Tensor | None] = None
+    init_weights: InitVar[Sequence[float] | Tensor | None] = None
 
-    def __post_init__(self, init_weights: Sequence[float] | torch.Tensor | None) -> None:
+    def __post_init__(self, init_weights: Sequence[float] | Tensor | None) -> None:
         super().__post_init__()
         weights = self._numbers(init_weights)
         if len(weights) != self.num_losses or not all(0 < w < math.inf for w in weights):
@@ -57,9 +58,7 @@ class AdaptiveLossScaling(LossModule):
             )
         self.log_weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float32).log())
 
-    def forward(
-        self, losses: Sequence[torch.Tensor] | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, losses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
         """(total ``[]``, weights ``[n]``) of ``losses``, n 0-d tensors or one tensor ``[n]``."""
         self._check(losses)
         if len(losses) != self.num_losses:
@@ -68,11 +67,11 @@ class AdaptiveLossScaling(LossModule):
                 f"{len(losses)}"
             )
         weights = self.log_weights.softmax(0)
-        values = losses if isinstance(losses, torch.Tensor) else torch.stack(list(losses))
+        values = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         return (weights * values).sum(), weights
 
     def _check(self, losses):
-        whole = isinstance(losses, torch.Tensor)
+        whole = isinstance(losses, Tensor)
         if not whole:
             check_list(self.function, "losses", losses)
         for i, loss in enumerate([losses] if whole else losses):
@@ -84,7 +83,7 @@ class AdaptiveLossScaling(LossModule):
     def _numbers(self, weights):
         if weights is None:
             return [1.0] * self.num_losses
-        if isinstance(weights, torch.Tensor):
+        if isinstance(weights, Tensor):
             weights = weights.tolist()
         if not isinstance(weights, (list, tuple)):
             raise TypeError(
@@ -179,7 +178,7 @@ class CompositeLoss(SyncsState):
             parameters = inspect.signature(self.losses[name].forward).parameters.values()
             self._inputs[name] = [(p.name, p.default is p.empty) for p in parameters]
 
-    def forward(self, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def forward(self, **kwargs: Any) -> dict[str, Tensor]:
         """dict of each loss ``[]`` by name, without its weight, and ``total``.
 
         ``sync_state`` does for each loss what is said there.

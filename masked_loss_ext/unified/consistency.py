@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from .._checks import check_device, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
@@ -53,10 +54,10 @@ class ConsistencyLoss(LossModule):
 
     def forward(
         self,
-        outputs_original: torch.Tensor,
-        outputs_augmented: torch.Tensor,
-        confidence_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        outputs_original: Tensor,
+        outputs_augmented: Tensor,
+        confidence_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss ``[]``, float32 (float64 for float64 outputs).
 
         Args:

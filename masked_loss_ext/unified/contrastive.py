@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from .._checks import check_device, check_integers, check_rank, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
@@ -71,13 +72,13 @@ class ContrastiveLoss(LossModule):
 
     def forward(
         self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        positive_pairs: torch.Tensor | None = None,
-        negative_pairs: torch.Tensor | None = None,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        positive_pairs: Tensor | None = None,
+        negative_pairs: Tensor | None = None,
         *,
-        embedding_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        embedding_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss ``[]``, float32 (float64 for float64 embeddings).
 
         Args:

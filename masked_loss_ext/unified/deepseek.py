@@ -4,7 +4,7 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .._checks import check_tensor
 from ._components import of_options, per_token, warn_of_hidden_states
@@ -74,14 +74,14 @@ class DeepSeekLoss(SyncsState):
 
     def forward(
         self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        gate_logits: torch.Tensor | None = None,
-        expert_indices: torch.Tensor | None = None,
+        logits: Tensor,
+        targets: Tensor,
+        hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        gate_logits: Tensor | None = None,
+        expert_indices: Tensor | None = None,
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
         update_state: bool = True,
     ) -> dict[str, Any]:
         """The parts and their sum.

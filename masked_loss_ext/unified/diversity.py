@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from .._checks import check_device, shape_text
 from ._options import LossModule, Number, one_of
@@ -42,11 +43,8 @@ class DiversityLoss(LossModule):
     diversity_weight: Number = 1.0
 
     def forward(
-        self,
-        expert_outputs: Sequence[torch.Tensor] | torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, expert_outputs: Sequence[Tensor] | Tensor, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The loss ``[]``, float32 (float64 for float64 outputs).
 
         Args:
@@ -60,10 +58,8 @@ class DiversityLoss(LossModule):
         return self.diversity_weight * self.similarity(expert_outputs, attention_mask)
 
     def similarity(
-        self,
-        expert_outputs: Sequence[torch.Tensor] | torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, expert_outputs: Sequence[Tensor] | Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The loss without its weight."""
         _check_experts(self.function, expert_outputs)
         first = expert_outputs[0]
@@ -71,7 +67,7 @@ class DiversityLoss(LossModule):
             return attached_zero(first)
         valid = row_mask(self.function, attention_mask, "expert_outputs[0]", first)
         stacked = expert_outputs
-        if not isinstance(stacked, torch.Tensor):
+        if not isinstance(stacked, Tensor):
             stacked = torch.stack([x.reshape(-1, first.shape[-1]) for x in expert_outputs])
         stacked = cleaned(stacked.reshape(len(expert_outputs), -1, first.shape[-1]), valid)
         if self.similarity_metric == "l2":
@@ -105,12 +101,12 @@ def _closeness(stacked, valid):
 
 
 def _check_experts(function, expert_outputs):
-    if not isinstance(expert_outputs, (list, tuple, torch.Tensor)):
+    if not isinstance(expert_outputs, (list, tuple, Tensor)):
         raise TypeError(
             f"{function}: expert_outputs must be a list of tensors, got "
             f"{type(expert_outputs).__name__}"
         )
-    if isinstance(expert_outputs, torch.Tensor):
+    if isinstance(expert_outputs, Tensor):
         check_features(function, "expert_outputs", expert_outputs)
         if expert_outputs.dim() < 3:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._checks import check_device, check_rank, shape_text
 from ._options import Flag, LossModule, Number, Positive, Rule, Size, Token, check_size
@@ -87,11 +88,11 @@ class HiddenStateMTPLoss(LossModule):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        target_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        target_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         """The weighted loss and its parts.
 

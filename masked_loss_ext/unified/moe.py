@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_flags
 from ._options import Number, Share
@@ -79,11 +80,11 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
     @torch.no_grad()
     def update_statistics(
         self,
-        expert_indices: torch.Tensor,
-        expert_scores: torch.Tensor,
+        expert_indices: Tensor,
+        expert_scores: Tensor,
         is_optimizer_step: bool = True,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> None:
         """Count one micro-batch: ``expert_indices`` ``[N, k]``, ``expert_scores`` ``[N, E]``
         (probabilities). On an optimiser step the average over micro-batches joins the running
@@ -113,12 +114,12 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
 
     def forward(
         self,
-        gate_logits: torch.Tensor,
-        expert_indices: torch.Tensor,
+        gate_logits: Tensor,
+        expert_indices: Tensor,
         expert_outputs: Any = None,
         compute_loss: bool = False,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         update_state: bool = True,
         is_optimizer_step: bool = True,
     ) -> dict[str, Any]:

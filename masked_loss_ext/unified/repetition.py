@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_mask, check_number
 from ..ops.masked_cross_entropy import row_statistics
@@ -69,11 +70,11 @@ class NGramRepetitionPenalty(LossModule):
 
     def forward(
         self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         """Both terms, weighted.
 
@@ -96,7 +97,7 @@ class NGramRepetitionPenalty(LossModule):
             return Needs(unscaled=True, counts=self.ngram_size)
         return Needs(unscaled=True, links=document_links(rows, self.ngram_size))
 
-    def from_read(self, found: Read, valid: torch.Tensor) -> dict[str, Any]:
+    def from_read(self, found: Read, valid: Tensor) -> dict[str, Any]:
         diversity = self._diversity(found.terms.entropy, valid)
         if self.penalty_on == "targets":
             ngram = self._of_counts(found.counts, diversity.dtype)
@@ -122,11 +123,11 @@ class NGramRepetitionPenalty(LossModule):
 
     def compute_ngram_repetition_penalty(
         self,
-        token_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        token_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        segment_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
         rows = rows_of(self, token_ids, attention_mask, segment_ids, "token_ids")
@@ -134,15 +135,15 @@ class NGramRepetitionPenalty(LossModule):
 
     def compute_token_diversity_penalty(
         self,
-        logits: torch.Tensor,
-        temperature: float | torch.Tensor = 1.0,
+        logits: Tensor,
+        temperature: float | Tensor = 1.0,
         *,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """The diversity term of softmax(logits / temperature), weighted; logits ``[..., V]``."""
         name = self.function
         check_features(name, "logits", logits)
-        if not isinstance(temperature, torch.Tensor):
+        if not isinstance(temperature, Tensor):
             check_number(name, "temperature", temperature, above=0)
         check_vocabulary(name, logits, self.vocab_size)
         dims = logits.dim() - 1
@@ -188,11 +189,11 @@ class SequenceRepetitionDetector(LossModule):
 
     def forward(
         self,
-        token_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        token_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        logits: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
+        logits: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         """The penalty.
 
@@ -219,11 +220,11 @@ class SequenceRepetitionDetector(LossModule):
 
     def detect_immediate_repetition(
         self,
-        token_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        token_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        segment_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """The statistic of the data, weighted, [] float32; token_ids ``[B, S]`` integers (of
         [0, 2^32) where there are segment_ids)."""
         rows = rows_of(self, token_ids, attention_mask, segment_ids, "token_ids")
@@ -239,7 +240,7 @@ class SequenceRepetitionDetector(LossModule):
         both = said & torch.cat([torch.zeros_like(said[:, :1]), counts], 1)
         return Needs(classes=torch.where(both & (before != targets), before, -1))
 
-    def from_read(self, found: Read, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def from_read(self, found: Read, dtype: torch.dtype = torch.float32) -> Tensor:
         """The penalty; ``dtype`` is that of a statistic of the data."""
         if found.classes is None:
             return self._of_counts(found.counts, dtype)

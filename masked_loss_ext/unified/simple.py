@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from .._checks import check_number, check_tensor, shape_text
 from ..reference.cross_entropy import focal_factor
@@ -36,7 +37,7 @@ class FocalLoss(LossModule):
         ignore_index: rows with this target do not count.
     """
 
-    alpha: float | torch.Tensor = 1.0
+    alpha: float | Tensor = 1.0
     gamma: NotNegative = 2.0
     reduction: Annotated[str, one_of("mean", "sum", "none")] = "mean"
     _: KW_ONLY
@@ -44,18 +45,15 @@ class FocalLoss(LossModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, torch.Tensor):
+        if isinstance(self.alpha, Tensor):
             _check_alpha(self.function, self.alpha)
             self.register_buffer("alpha", self.__dict__.pop("alpha"))
         else:
             check_number(self.function, "alpha", self.alpha, least=0)
 
     def forward(
-        self,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, inputs: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The loss, float32 (float64 for float64 inputs): ``[]``, or of targets' shape for "none".
 
         Args:
@@ -64,7 +62,7 @@ class FocalLoss(LossModule):
             attention_mask: of targets' shape, a size of 1 standing for any; on where not 0.
         """
         weight = normalizer = None
-        if isinstance(self.alpha, torch.Tensor):
+        if isinstance(self.alpha, Tensor):
             weight = self.alpha
             check_tokens(self.function, _INPUTS, inputs, targets, attention_mask)
             if inputs.shape[-1] != weight.numel():
@@ -92,7 +90,7 @@ class FocalLoss(LossModule):
         """As ``forward`` from log p of the targets [...], of rows that are valid (bool [...])."""
         ce = -log_prob
         rows = ce if self.gamma == 0 else ce * focal_factor(ce, self.gamma)
-        if not isinstance(self.alpha, torch.Tensor):
+        if not isinstance(self.alpha, Tensor):
             return self.alpha * reduced(rows, valid, self.reduction)
         classes = torch.where(valid, targets, 0).clamp(0, self.alpha.numel() - 1)
         return reduced(rows * self.alpha.to(rows.dtype)[classes], valid, self.reduction)
@@ -108,7 +106,7 @@ def _check_alpha(function, alpha):
             f"{function}: alpha must be a number or floating, of one entry per class [V], got "
             f"{shape_text(alpha)} of {alpha.dtype}"
         )
-    if type(alpha) is torch.Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
+    if type(alpha) is Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
         # NaN fits nothing
         if not ((alpha >= 0) & (alpha < float("inf"))).all():
             raise ValueError(
@@ -149,11 +147,8 @@ class LabelSmoothingLoss(LossModule):
         check_smoothing(self.function, "smoothing", self.smoothing, self.num_classes)
 
     def forward(
-        self,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, inputs: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The mean ``[]``, float32 (float64 for float64 inputs).
 
         Args:
@@ -193,11 +188,8 @@ class PerplexityLoss(LossModule):
     ignore_index: Token = -100
 
     def forward(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, logits: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """dict of ``loss`` and ``perplexity``, ``[]``, float32 (float64 for float64 logits).
 
         Args:

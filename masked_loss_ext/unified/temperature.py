@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_choice, check_number
 from ._options import (
@@ -135,12 +136,12 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
 
     def forward(
         self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
         reduction: str = "mean",
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
         update_state: bool = True,
     ) -> dict[str, Any]:
         """The loss and what it was made with.

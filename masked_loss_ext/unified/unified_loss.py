@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_flags, check_number, check_rank, check_tensor, shape_text
 from ._components import COMPONENTS, Call, Component, of_options, put_option
@@ -159,7 +160,7 @@ class UnifiedLoss(SyncsState):
     use_moe_balancing: Flag = False
     gradient_balance_weight: Number = 0.1
     use_focal_loss: Flag = False
-    focal_alpha: float | torch.Tensor = 1.0
+    focal_alpha: float | Tensor = 1.0
     focal_gamma: NotNegative = 2.0
     use_diversity_loss: Flag = False
     diversity_weight: Number = 0.01
@@ -196,7 +197,7 @@ class UnifiedLoss(SyncsState):
         ):
             if needed and getattr(self, option) is None:
                 raise ValueError(f"{name}: {option} required for {for_what}: pass {option}")
-        if not isinstance(self.focal_alpha, torch.Tensor):
+        if not isinstance(self.focal_alpha, Tensor):
             check_number(name, "focal_alpha", self.focal_alpha, least=0)
         elif self.focal_alpha.numel() != self.vocab_size:
             raise ValueError(
@@ -218,22 +219,22 @@ class UnifiedLoss(SyncsState):
 
     def forward(
         self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        hidden_states: torch.Tensor | None = None,
-        primary_logits: torch.Tensor | None = None,
-        additional_logits: Sequence[torch.Tensor] | None = None,
-        confidence_scores: torch.Tensor | None = None,
-        mtp_active: bool | torch.Tensor = False,
-        gate_logits: torch.Tensor | None = None,
-        expert_indices: torch.Tensor | None = None,
-        expert_outputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        primary_logits: Tensor | None = None,
+        additional_logits: Sequence[Tensor] | None = None,
+        confidence_scores: Tensor | None = None,
+        mtp_active: bool | Tensor = False,
+        gate_logits: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        expert_outputs: Sequence[Tensor] | Tensor | None = None,
         return_detailed: bool = False,
         *,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: Tensor | None = None,
         update_state: bool = True,
-    ) -> torch.Tensor | dict[str, Any]:
+    ) -> Tensor | dict[str, Any]:
         """The total loss [], float32 (float64 for float64 logits), or a dict (see above).
 
         Args:
@@ -322,7 +323,7 @@ class UnifiedLoss(SyncsState):
         for argument, tensor in tensors:
             if tensor is not None:
                 check_tensor(self.function, argument, tensor)
-        if isinstance(outputs, torch.Tensor):
+        if isinstance(outputs, Tensor):
             check_rank(self.function, "expert_outputs", outputs, 3, "[E, N, H]")
         else:
             for i, output in enumerate(outputs or ()):
