@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from ._options import LossModule, part_of
-from ._penalties import PenalisesEnds
-from ._rows import masked_mean, smoothed_loss
+from ._rows import Needs, Read, Rows, masked_mean, may_be_on, smoothed_loss
 from ._state import advances
-from ._tokens import Needs, Read, Rows, may_be_on
-from .adaptive_mtp import AdaptiveMTPLoss
-from .auxiliary import AuxiliaryLoss
-from .diversity import DiversityLoss
-from .hidden_state_mtp import HiddenStateMTPLoss
-from .moe import AuxiliaryFreeMoEBalancer
-from .repetition import NGramRepetitionPenalty, SequenceRepetitionDetector
+from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
+from .multi_token import AdaptiveMTPLoss, HiddenStateMTPLoss
+from .penalties import NGramRepetitionPenalty, PenalisesEnds, SequenceRepetitionDetector
 from .simple import FocalLoss, LabelSmoothingLoss
 from .temperature import TemperatureScaledCrossEntropy
 

@@ -12,16 +12,13 @@ from torch import Tensor
 
 from .._checks import check_device, check_number, check_rank, refuse_unknown
 from ._options import LossModule, Rule, check_size
-from ._rows import check_features
+from ._rows import check_features, check_list
 from ._state import SyncsState
-from ._tokens import check_list
-from .anti_repetition import AntiRepetitionLoss
-from .auxiliary import AuxiliaryLoss
 from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
-from .diversity import DiversityLoss
-from .hidden_state_mtp import HiddenStateMTPLoss
-from .moe import AuxiliaryFreeMoEBalancer
+from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
+from .multi_token import HiddenStateMTPLoss
+from .penalties import AntiRepetitionLoss
 from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
 
 _NAME = "CompositeLoss"

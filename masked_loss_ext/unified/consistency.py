@@ -7,10 +7,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .._checks import check_device, shape_text
+from .._checks import check_prediction
 from ..ops.masked_cross_entropy import masked_cross_entropy
 from ._options import Flag, LossModule, Positive, Share, one_of
-from ._rows import check_features, cleaned, masked_mean, row_mask
+from ._rows import cleaned, masked_mean, row_mask
 
 
 @dataclass(eq=False, repr=False)
@@ -31,9 +31,8 @@ class ConsistencyLoss(LossModule):
     >>> kl = F.kl_div(p.log(), q, reduction="batchmean")
     >>> torch.testing.assert_close(ConsistencyLoss("kl")(x, y), kl)
 
-    With no row left it is 0, attached to the graph. Rows that are left out are selected away: their
-    NaN reaches neither value nor gradient, and their gradient is 0. They are read, though: "never
-    read" is what the row operators promise.
+    With no row left it is 0, attached to the graph. Rows that are left out are selected away, with
+    a gradient of 0; they are read, though.
 
     Args:
         consistency_type: "mse", "kl" or "ce".
@@ -65,16 +64,9 @@ class ConsistencyLoss(LossModule):
             confidence_mask: ``[...]``, rows count where it is not 0. None: all.
         """
         name, first, second = self.function, "outputs_original", "outputs_augmented"
-        check_features(name, first, outputs_original)
-        check_features(name, second, outputs_augmented)
+        check_prediction(name, first, outputs_original, second, outputs_augmented)
         if outputs_original.dim() == 0:
             raise ValueError(f"{name}: {first} must be logits [..., V], got []")
-        if outputs_augmented.shape != outputs_original.shape:
-            raise ValueError(
-                f"{name}: {second} must have the shape of {first} "
-                f"{shape_text(outputs_original)}, got {shape_text(outputs_augmented)}"
-            )
-        check_device(name, second, outputs_augmented, first, outputs_original)
         valid = row_mask(name, confidence_mask, first, outputs_original, "confidence_mask")
         classes = outputs_original.shape[-1]
         original, augmented = (

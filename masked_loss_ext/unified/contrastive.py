@@ -10,7 +10,6 @@ from torch import Tensor
 from .._checks import check_device, check_integers, check_rank, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
 from ._options import Flag, LossModule, Number, Positive, Token, one_of
-from ._routing import refuse_indices
 from ._rows import (
     check_features,
     cleaned,
@@ -20,6 +19,7 @@ from ._rows import (
     valid_rows,
     without_autocast,
 )
+from .experts import refuse_indices
 
 
 @dataclass(eq=False, repr=False)
@@ -49,9 +49,8 @@ class ContrastiveLoss(LossModule):
     >>> torch.testing.assert_close(loss, torch.log(1 + 2 * torch.exp(torch.tensor(-1.0))))
 
     Where there is nothing to compare (no pair, no label twice) the loss is 0, attached to the
-    graph. Embeddings that do not count are selected away: their NaN reaches neither value nor
-    gradient, and their gradient is 0. They are read, though: "never read" is what the row operators
-    promise.
+    graph. Embeddings that do not count are selected away, with a gradient of 0; they are read,
+    though.
 
     Args:
         temperature: :math:`\tau > 0`, for infonce.

@@ -9,10 +9,10 @@ from torch import Tensor
 from .._checks import check_tensor
 from ._components import of_options, per_token, warn_of_hidden_states
 from ._options import Flag, Number, PenaltyOn, Size, Token
+from ._rows import rows_of
 from ._state import SyncsState, advances
-from ._tokens import rows_of
-from .hidden_state_mtp import HiddenStateMTPLoss
-from .moe import AuxiliaryFreeMoEBalancer
+from .experts import AuxiliaryFreeMoEBalancer
+from .multi_token import HiddenStateMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from .._checks import check_number, check_tensor, shape_text
 from ..reference.cross_entropy import focal_factor
 from ._options import LossModule, NotNegative, Share, Size, Token, check_smoothing, one_of
-from ._rows import check_features, reduced, torch_smoothing, valid_rows
-from ._tokens import check_tokens, cross_entropy
+from ._rows import check_features, check_tokens, cross_entropy, reduced, torch_smoothing, valid_rows
 
 _INPUTS = ("inputs", "targets")
 

@@ -20,8 +20,7 @@ from ._options import (
     Token,
     check_class,
 )
-from ._penalties import PenalisesEnds
-from ._rows import masked_sum, reduced, smoothed_loss
+from ._rows import Needs, Rows, check_logits, masked_sum, read, reduced, rows_of, smoothed_loss
 from ._state import (
     KeepsState,
     advances,
@@ -32,7 +31,7 @@ from ._state import (
     is_transformed,
     snapshot,
 )
-from ._tokens import Needs, Rows, check_logits, read, rows_of
+from .penalties import PenalisesEnds
 
 _SLOTS = 100  # losses remembered
 _ENOUGH = 10  # of them before the temperature moves

@@ -25,10 +25,12 @@ from ._options import (
     check_smoothing,
     one_of,
 )
+from ._rows import Rows, check_logits, of_one_document, read, rows_of
 from ._state import SyncsState
-from ._tokens import Rows, check_logits, of_one_document, read, rows_of
-from .adaptive_mtp import AdaptiveMTPLoss
+from .multi_token import AdaptiveMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
+
+_PLACES = tuple(dict.fromkeys(cls.at for cls in COMPONENTS))
 
 
 @dataclass(eq=False, repr=False)
@@ -214,8 +216,7 @@ class UnifiedLoss(SyncsState):
 
     def components(self) -> list[Any]:
         """Those that are on, in the order of COMPONENTS."""
-        found = [getattr(self, name) for name in dict.fromkeys(cls.at for cls in COMPONENTS)]
-        return [component for component in found if component is not None]
+        return [component for component in map(self._modules.get, _PLACES) if component is not None]
 
     def forward(
         self,
@@ -309,25 +310,22 @@ class UnifiedLoss(SyncsState):
 
     def _check_inputs(self, call: Call) -> None:
         """What enabled components cannot do without, and that it is of the right kind."""
+        name = self.function
         for component in self.components():
             missing = component.missing(call)
             if missing is not None:
                 raise ValueError(
-                    f"{self.function}: {missing[0]} must be passed to forward for {missing[1]}, "
-                    "got None"
+                    f"{name}: {missing[0]} must be passed to forward for {missing[1]}, got None"
                 )
-        outputs = call.expert_outputs
-        tensors = [("gate_logits", call.gate_logits), ("expert_indices", call.expert_indices)]
-        if not isinstance(outputs, (list, tuple)):
-            tensors.append(("expert_outputs", outputs))
-        for argument, tensor in tensors:
-            if tensor is not None:
-                check_tensor(self.function, argument, tensor)
-        if isinstance(outputs, Tensor):
-            check_rank(self.function, "expert_outputs", outputs, 3, "[E, N, H]")
-        else:
-            for i, output in enumerate(outputs or ()):
-                check_tensor(self.function, f"expert_outputs[{i}]", output)
+        for argument in ("gate_logits", "expert_indices", "expert_outputs"):
+            value = getattr(call, argument)
+            if argument == "expert_outputs" and isinstance(value, (list, tuple)):
+                for i, output in enumerate(value):
+                    check_tensor(name, f"{argument}[{i}]", output)
+            elif value is not None:
+                check_tensor(name, argument, value)
+                if argument == "expert_outputs":
+                    check_rank(name, argument, value, 3, "[E, N, H]")
 
     def get_loss_statistics(self) -> dict[str, Any]:
         """What was counted so far, as numbers; it waits for the device.

@@ -10,7 +10,7 @@ from plain_unified import Plain, balancing_term, load_balance, similarity
 
 from masked_loss_ext import UnifiedLoss
 from masked_loss_ext.reference import cross_entropy_terms as terms_of_reference
-from masked_loss_ext.unified import _tokens
+from masked_loss_ext.unified import _rows
 
 BARE = {"use_ngram_penalty": False, "use_immediate_repetition_penalty": False}
 
@@ -199,7 +199,7 @@ def test_the_logits_are_read_once(options, reads, unscaled, monkeypatch):
         calls.append(keywords["unscaled"])
         return terms_of_reference(*args, **keywords)
 
-    monkeypatch.setattr(_tokens, "cross_entropy_terms", counted)
+    monkeypatch.setattr(_rows, "cross_entropy_terms", counted)
     given = inputs()
     loss_fn = UnifiedLoss(V, H, **options)
     loss_fn(**given, primary_logits=given["logits"])
