@@ -170,7 +170,7 @@ class Adaptive(_Main, _Heads):
             losses = smoothed_loss(*call.found.terms[:2], self.label_smoothing, self.vocab_size)
             cross_entropy = masked_mean(losses, call.rows.valid)
         else:
-            cross_entropy = self.primary_cross_entropy(call.primary_logits, call.rows)
+            cross_entropy = self._cross_entropy("primary_logits", call.primary_logits, call.rows)
         parts = self.heads(cross_entropy, call)
         more = parts["additional_loss"], parts["confidence_reg"]
         term, report = self.joined(call, cross_entropy, *more)

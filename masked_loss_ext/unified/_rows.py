@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    broadcasts,
     check_device,
     check_flags,
     check_floating,
@@ -113,6 +114,8 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
     if mask is None:
         return torch.ones(rows, dtype=torch.bool, device=like.device).flatten()
     check_tensor(function, name, mask)
+    if mask.numel() != rows.numel() and broadcasts(mask.shape, rows):
+        mask = mask.expand(rows)
     if mask.numel() != rows.numel():
         raise ValueError(
             f"{function}: {name} must have one entry per row of {like_name} "

@@ -291,12 +291,9 @@ class AdaptiveMTPLoss(KeepsState):
             "avg_confidence", "effective_mtp_weight", [] each, and "mtp_active" as given.
         """
         rows = rows_of(self, targets, attention_mask, segment_ids)
-        primary = self.primary_cross_entropy(primary_logits, rows)
+        primary = self._cross_entropy("primary_logits", primary_logits, rows)
         heads = additional_logits, confidence_scores, mtp_active
         return self.from_primary(primary, rows, *heads, update_state=update_state)
-
-    def primary_cross_entropy(self, logits: Tensor, rows: Rows) -> Tensor:
-        return self._cross_entropy("primary_logits", logits, rows)
 
     def from_primary(
         self,
