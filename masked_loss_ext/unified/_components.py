@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._options import LossModule, part_of
-from ._rows import Needs, Read, Rows, masked_mean, may_be_on, smoothed_loss
+from ._rows import Needs, Rows, masked_mean, may_be_on, per_token, smoothed_loss
 from ._state import advances
 from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
 from .multi_token import AdaptiveMTPLoss, HiddenStateMTPLoss
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     """One forward of UnifiedLoss, as a component sees it."""
 
     rows: Rows
-    found: Read | None  # what the component has asked for
+    found: Any  # the Read of what the component has asked for
     primary_logits: Tensor | None  # None where they are the logits
     hidden_states: Tensor | None
     additional_logits: Any
@@ -37,12 +37,8 @@ class Call(NamedTuple):
     replaced: bool  # another loss stands in the total in place of the cross entropy
     memo: dict[str, Tensor]  # what one component has computed and another uses
 
-    def per_token(self, rows: Tensor) -> Tensor | None:
-        """Which rows of [N, D] count; all of them where they are not one per token."""
-        return per_token(self.rows.valid, rows)
 
-
-Term = tuple[Tensor | None, dict[str, Any]]  # what joins the total, what is reported
+Term = tuple[Any, dict[str, Any]]  # what joins the total, what is reported
 
 
 class Component:
@@ -89,11 +85,6 @@ def put_option(component: Any, option: str, value: Any) -> None:
             setattr(component, name, value)
 
 
-def per_token(valid: Tensor, rows: Tensor) -> Tensor | None:
-    """Which rows of [N, D] count; all of them where they are not one per token."""
-    return valid.reshape(-1) if rows.shape[:-1].numel() == valid.numel() else None
-
-
 # --- the main loss -------------------------------------------------------------------------------
 
 
@@ -116,6 +107,10 @@ class _Main(PenalisesEnds, Component):
     def needs(self, rows: Rows) -> Needs:
         return Needs(scaled=True, classes=self.end_classes(rows))
 
+    def of_terms(self, call: Call, smoothing: float, classes: Any) -> Tensor:
+        losses = smoothed_loss(call.found.terms, smoothing, classes)
+        return masked_mean(losses, call.rows.valid)
+
     def joined(self, call: Call, cross_entropy: Tensor, *more: Tensor) -> Term:
         rest = self.end_penalty(call.rows, call.found, cross_entropy)
         for part in more:
@@ -130,8 +125,7 @@ class Standard(_Main, LabelSmoothingLoss):
     renamed = {"num_classes": "vocab_size", "smoothing": "label_smoothing"}
 
     def term(self, call: Call) -> Term:
-        losses = smoothed_loss(*call.found.terms[:2], self.smoothing, self.num_classes)
-        return self.joined(call, masked_mean(losses, call.rows.valid))
+        return self.joined(call, self.of_terms(call, self.smoothing, self.num_classes))
 
 
 @dataclass(eq=False, repr=False)
@@ -140,8 +134,8 @@ class DeepSeek(_Main, TemperatureScaledCrossEntropy):
     needs = TemperatureScaledCrossEntropy.needs
 
     def term(self, call: Call) -> Term:
-        losses = smoothed_loss(*call.found.terms[:2], self.label_smoothing, self.vocab_size)
-        term, report = self.joined(call, masked_mean(losses, call.rows.valid))
+        cross_entropy = self.of_terms(call, self.label_smoothing, self.vocab_size)
+        term, report = self.joined(call, cross_entropy)
         main = report["main_loss"]
         if advances(self, call.update_state):
             self.record(main, call.rows.valid)
@@ -167,8 +161,7 @@ class Adaptive(_Main, _Heads):
 
     def term(self, call: Call) -> Term:
         if call.primary_logits is None:
-            losses = smoothed_loss(*call.found.terms[:2], self.label_smoothing, self.vocab_size)
-            cross_entropy = masked_mean(losses, call.rows.valid)
+            cross_entropy = self.of_terms(call, self.label_smoothing, self.vocab_size)
         else:
             cross_entropy = self._cross_entropy("primary_logits", call.primary_logits, call.rows)
         parts = self.heads(cross_entropy, call)
@@ -199,13 +192,20 @@ class Focal(Component, FocalLoss):
 # --- multi-token prediction ----------------------------------------------------------------------
 
 
-class HiddenStates(Component, HiddenStateMTPLoss):
-    at, mtp_type = "mtp_loss", "deepseek"
+class _Further(Component):
+    """Tokens after the next, where the main loss has no heads of its own."""
+
+    at = "mtp_loss"
+    mtp_type: ClassVar[str]
 
     @classmethod
     def applies(cls, loss: Any) -> bool:
         own_heads = loss.primary_loss_type == "adaptive_mtp"
         return loss.use_mtp and not own_heads and loss.mtp_type == cls.mtp_type
+
+
+class HiddenStates(_Further, HiddenStateMTPLoss):
+    mtp_type = "deepseek"
 
     def term(self, call: Call) -> Term:
         if call.hidden_states is None:
@@ -228,9 +228,11 @@ def warn_of_hidden_states(function: str, instead: str = "", stacklevel: int = 5)
     return text
 
 
-class SecondHeads(_Heads):
-    at, mtp_type = "mtp_loss", "adaptive"
-    applies = classmethod(HiddenStates.applies.__func__)
+@dataclass(eq=False, repr=False)
+class SecondHeads(_Further, _Heads):
+    primary_loss_weight: float = 0.0
+
+    mtp_type = "adaptive"
 
     def term(self, call: Call) -> Term:
         parts = self.heads(call.found.terms.scaled_log_prob.new_zeros(()), call)
@@ -276,7 +278,7 @@ class Balancing(Component, AuxiliaryFreeMoEBalancer):
         parts = self(
             call.gate_logits,
             call.expert_indices,
-            attention_mask=call.per_token(call.gate_logits),
+            attention_mask=per_token(call.rows.valid, call.gate_logits),
             update_state=advances(self, call.update_state),
         )
         return parts["balancing_term"], {
@@ -291,7 +293,7 @@ def _similarity(loss: DiversityLoss, call: Call) -> Tensor:
     """Computed once: it costs as much as all that is not the read of the logits together."""
     outputs = call.expert_outputs
     if "similarity" not in call.memo:
-        mask = call.per_token(outputs[0]) if len(outputs) else None
+        mask = per_token(call.rows.valid, outputs[0]) if len(outputs) else None
         call.memo["similarity"] = loss.similarity(outputs, mask)
     return call.memo["similarity"]
 
@@ -324,7 +326,7 @@ class Auxiliary(Component, AuxiliaryLoss):
                 call.gate_logits,
                 call.expert_indices,
                 num_experts=self.num_experts or call.gate_logits.shape[-1],
-                attention_mask=call.per_token(call.gate_logits),
+                attention_mask=per_token(call.rows.valid, call.gate_logits),
             )
         if call.expert_outputs is not None:
             similarity = _similarity(self.diversity, call)

@@ -86,11 +86,11 @@ class LossModule(torch.nn.Module):
         )
 
 
-def part_of(owner: str, cls: type, *args: Any, **options: Any) -> Any:
+def part_of(owner: str, cls: Any, *args: Any, **options: Any) -> Any:
     """A module ``cls`` that is part of ``owner``, which takes arguments by the same names."""
     part = cls.__new__(cls)
     object.__setattr__(part, "owner", owner)
-    part.__init__(*args, **options)  # type: ignore[misc]
+    part.__init__(*args, **options)
     return part
 
 

@@ -69,12 +69,13 @@ def reduced(rows, valid, reduction):
     return torch.where(valid, widened(rows), 0)
 
 
-def smoothed_loss(log_prob, mean_log_prob, smoothing, classes):
+def smoothed_loss(terms: CrossEntropyTerms, smoothing: float, classes: int) -> Tensor:
     r"""Cross entropy of a target that has 1 - smoothing, each other class smoothing / (V - 1).
 
     :math:`-(1 - \varepsilon - e) \log p_y - e V \cdot \tfrac1V \sum_j \log p_j` with
     :math:`e = \varepsilon / (V - 1)`. One class leaves nobody to share with: smoothing 0.
     """
+    log_prob, mean_log_prob = terms.scaled_log_prob, terms.scaled_mean_log_prob
     if classes == 1 or smoothing == 0:  # not 0 * mean: that is -inf with a banned class
         return -log_prob
     share = smoothing / (classes - 1)
@@ -106,6 +107,11 @@ def without_autocast(device):
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def per_token(valid: Tensor, rows: Any) -> Tensor | None:
+    """Which rows of [N, D] count; all of them where they are not one per token."""
+    return valid.reshape(-1) if rows.shape[:-1].numel() == valid.numel() else None
 
 
 def row_mask(function, mask, like_name, like, name="attention_mask"):
@@ -144,7 +150,7 @@ class Rows(NamedTuple):
     valid: Tensor  # count in losses
     said: Tensor  # count in repetition statistics: not padding either
     starts: Tensor | None
-    logits: Tensor | None = None
+    logits: Any = None
 
 
 class Needs(NamedTuple):
@@ -161,10 +167,10 @@ class Needs(NamedTuple):
 class Read(NamedTuple):
     """What one of those who need something gets."""
 
-    terms: CrossEntropyTerms | None
+    terms: Any  # CrossEntropyTerms
     classes: Tensor | None  # as they were asked for
     class_log_prob: Tensor | None
-    counts: RepetitionCounts | None
+    counts: Any  # RepetitionCounts
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -302,7 +308,7 @@ def document_counts(rows: Rows, ngram_size):
     run = column - torch.where(goes_on, 0, column).cummax(-1).values + 1
     run = torch.where(valid, run, 0)
     longest = torch.zeros_like(run).scatter_reduce(1, starts, run, "amax")
-    return RepetitionCounts(pairs, windows.sum(-1), None, longest)
+    return RepetitionCounts(pairs, windows.sum(-1), None, longest)  # type: ignore[arg-type]
 
 
 # --- the operators -------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def read(module, rows: Rows, needs: Sequence[Needs], argument="targets") -> list
     of the data; to each what it needs. Of a module with an ignore_index."""
     classes = [need.classes for need in needs if need.classes is not None]
     unscaled = bool(classes) or any(need.unscaled for need in needs)
-    terms = None
+    terms: Any = None
     if unscaled or any(need.scaled for need in needs):
         try:
             terms = cross_entropy_terms(

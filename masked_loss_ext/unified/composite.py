@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Any
 
@@ -97,7 +97,7 @@ def _whole(result):
 
 
 # type: (class, what of its result is the loss)
-TYPES = {
+TYPES: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
     "focal": (FocalLoss, _whole),
     "label_smoothing": (LabelSmoothingLoss, _whole),
     "perplexity": (PerplexityLoss, lambda result: result["loss"]),

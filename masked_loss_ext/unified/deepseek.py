@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_tensor
-from ._components import of_options, per_token, warn_of_hidden_states
+from ._components import of_options, warn_of_hidden_states
 from ._options import Flag, Number, PenaltyOn, Size, Token
-from ._rows import rows_of
+from ._rows import per_token, rows_of
 from ._state import SyncsState, advances
 from .experts import AuxiliaryFreeMoEBalancer
 from .multi_token import HiddenStateMTPLoss
@@ -68,9 +68,9 @@ class DeepSeekLoss(SyncsState):
             raise ValueError(f"{self.function}: hidden_size required for multi-token prediction")
         self.use_moe_balancing = self.use_moe_balancing and self.num_experts is not None
         self.main_loss = of_options(self, TemperatureScaledCrossEntropy)
-        self.mtp_loss = of_options(self, HiddenStateMTPLoss) if self.use_mtp else None
+        self.mtp_loss: Any = of_options(self, HiddenStateMTPLoss) if self.use_mtp else None
         balancer = AuxiliaryFreeMoEBalancer
-        self.moe_balancer = of_options(self, balancer) if self.use_moe_balancing else None
+        self.moe_balancer: Any = of_options(self, balancer) if self.use_moe_balancing else None
 
     def forward(
         self,
@@ -123,6 +123,3 @@ class DeepSeekLoss(SyncsState):
             total = total + moe["balancing_term"]
         losses["total_loss"] = total
         return losses
-
-    def extra_repr(self) -> str:
-        return f"vocab_size={self.vocab_size}, hidden_size={self.hidden_size}"

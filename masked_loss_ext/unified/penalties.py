@@ -48,7 +48,7 @@ def unlikelihood(log_prob, asked):
 class PenalisesEnds:
     """Of a module with eos_token_id, min_sequence_length, eos_penalty_weight and penalty_on."""
 
-    eos_token_id: int | None
+    eos_token_id: Any  # an int or None
     min_sequence_length: int
     eos_penalty_weight: float
     penalty_on: str

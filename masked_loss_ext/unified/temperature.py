@@ -125,7 +125,7 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
             )
         check_number(self.function, "temperature_bounds[0]", bounds[0], above=0)
         check_number(self.function, "temperature_bounds[1]", bounds[1], least=bounds[0])
-        self.temperature_bounds = tuple(bounds)
+        self.temperature_bounds = bounds[0], bounds[1]
         self.add_state("temperature", (), float(self.initial_temperature))
         self.add_state("loss_history", (_SLOTS,))
         self.add_state("history_ptr", (), 0, dtype=torch.int64)
@@ -159,7 +159,7 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
         check_logits(self.function, logits, targets, self.vocab_size)
         rows = rows._replace(logits=logits)
         [found] = read(self, rows, [self.needs(rows)])
-        loss = smoothed_loss(*found.terms[:2], self.label_smoothing, logits.shape[-1])
+        loss = smoothed_loss(found.terms, self.label_smoothing, logits.shape[-1])
         loss = reduced(loss, rows.valid, reduction)
         loss = loss + self.end_penalty(rows, found, loss, reduction)
         if reduction == "mean" and advances(self, update_state):

@@ -27,6 +27,7 @@ from ._options import (
 )
 from ._rows import Rows, check_logits, of_one_document, read, rows_of
 from ._state import SyncsState
+from .experts import AuxiliaryFreeMoEBalancer
 from .multi_token import AdaptiveMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
@@ -90,9 +91,10 @@ class UnifiedLoss(SyncsState):
     of all, averages those over all, counts those of an average rank, as is said at
     ``TemperatureScaledCrossEntropy``, ``AdaptiveMTPLoss`` and ``AuxiliaryFreeMoEBalancer``.
 
-    A number that a schedule moves (a weight, ``label_smoothing``, ``focal_loss.gamma``) costs
-    torch.compile a second graph at its second value, and none after that. A weight may be put there
-    as a 0-d tensor instead and filled between steps: one graph.
+    A number that a schedule moves is set here by its name, or at its component
+    (``focal_loss.gamma``). It costs torch.compile a second graph at its second value, and none
+    after that. A weight may be put there as a 0-d tensor instead and filled between steps: one
+    graph.
 
     Args:
         vocab_size: V, the logits' last dimension.
@@ -283,7 +285,8 @@ class UnifiedLoss(SyncsState):
         needs = [component.needs(call.rows) for component in components]
         if primary_logits is not None:
             needs[0] = needs[0]._replace(scaled=False)
-        total, out = None, {"total_loss": None, "main_loss": None}
+        total: Any = None
+        out: dict[str, Any] = {"total_loss": None, "main_loss": None}
         for component, found in zip(components, read(self, call.rows, needs), strict=True):
             term, report = component.term(call._replace(found=found))
             out.update(report)
@@ -335,24 +338,26 @@ class UnifiedLoss(SyncsState):
             "moe_balancing", lists "expert_counts" and "expert_scores" ``[E]`` and the number
             "total_tokens", where experts are balanced.
         """
-        statistics = {}
-        for part in (self.main_loss, self.mtp_loss):
-            if isinstance(part, AdaptiveMTPLoss):
-                statistics["adaptive_mtp"] = part.get_statistics()
-        if self.moe_balancer is not None:
-            statistics["moe_balancing"] = self.moe_balancer.get_statistics()
-        return statistics
+        names: dict[Any, str] = {
+            AdaptiveMTPLoss: "adaptive_mtp",
+            AuxiliaryFreeMoEBalancer: "moe_balancing",
+        }
+        return {
+            name: component.get_statistics()
+            for component in self.components()
+            for cls, name in names.items()
+            if isinstance(component, cls)
+        }
 
     def reset_statistics(self, *, experts: bool = True, history: bool = True) -> None:
         """Forget what was counted: adaptive MTP's sums, the experts' counts, the loss history. The
         temperature itself stays, and so does what ``experts`` or ``history`` is False for."""
-        for part in (self.main_loss, self.mtp_loss):
-            if isinstance(part, AdaptiveMTPLoss):
-                part.reset_statistics()
-        if experts and self.moe_balancer is not None:
-            self.moe_balancer.reset_statistics()
-        if history and isinstance(self.main_loss, TemperatureScaledCrossEntropy):
-            self.main_loss.reset_history()
+        for component in self.components():
+            counts = experts and isinstance(component, AuxiliaryFreeMoEBalancer)
+            if counts or isinstance(component, AdaptiveMTPLoss):
+                component.reset_statistics()
+            if history and isinstance(component, TemperatureScaledCrossEntropy):
+                component.reset_history()
 
     def extra_repr(self) -> str:
         return (
