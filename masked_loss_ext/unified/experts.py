@@ -68,9 +68,6 @@ def refuse_indices(function, name, indices, size, of="", valid=None):
         )
 
 
-_EPS = 1e-8  # of F.cosine_similarity
-
-
 @dataclass(eq=False, repr=False)
 class DiversityLoss(LossModule):
     r"""Similarity of the outputs of experts, averaged over pairs of experts and over rows.
@@ -128,7 +125,7 @@ class DiversityLoss(LossModule):
         if self.similarity_metric == "l2":
             return _closeness(stacked, valid)
         if self.similarity_metric == "cosine":
-            stacked = torch.nn.functional.normalize(stacked, dim=-1, eps=_EPS)
+            stacked = torch.nn.functional.normalize(stacked, dim=-1, eps=1e-8)  # as PyTorch's
         return _mean_product(stacked, valid)
 
 
@@ -418,11 +415,9 @@ class AuxiliaryLoss(LossModule):
         """Each loss whose inputs are given, times its weight.
 
         Args:
-            gate_logits: ``[N, E]`` (or ``[..., E]``) floating.
-            expert_indices: ``[N, k]`` (or ``[..., k]``) integers.
+            gate_logits, expert_indices, attention_mask: as in ``AuxiliaryFreeMoEBalancer``.
             expert_outputs: a list of tensors ``[N, H]``.
             num_experts: E.
-            attention_mask: ``[N]``, or as many entries: a token counts where it is not 0.
 
         Returns:
             dict: ``load_balancing`` (of gate_logits, expert_indices and num_experts), ``router_z``

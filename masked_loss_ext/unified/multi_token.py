@@ -315,7 +315,9 @@ class AdaptiveMTPLoss(KeepsState):
             confidence = average.detach() if self.detach_confidence else average
         if may_be_on(self.function, mtp_active) and additional_logits is not None:
             additional = self._heads(additional_logits, rows, zero)
-            weight = self._weight(confidence, zero)
+            weight = zero + self.additional_loss_base_weight
+            if confidence is not None and self.use_confidence_weighting:
+                weight = weight * confidence.clamp(0, 1)
             if isinstance(mtp_active, Tensor):
                 weight = torch.where(mtp_active != 0, weight, 0)
         parts = {
@@ -391,11 +393,6 @@ class AdaptiveMTPLoss(KeepsState):
         if self.confidence_reg_strength > 0:
             return average, self.compute_confidence_regularization(scores, valid=on)
         return average, average.new_zeros(())
-
-    def _weight(self, confidence, zero):
-        if confidence is None or not self.use_confidence_weighting:
-            return zero + self.additional_loss_base_weight
-        return self.additional_loss_base_weight * confidence.clamp(0, 1)
 
     def _heads(self, additional_logits, rows, zero):
         """Mean over the heads that do not reach past the end."""

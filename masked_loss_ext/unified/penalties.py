@@ -374,9 +374,7 @@ class AntiRepetitionLoss(LossModule):
         """(loss, components or None).
 
         Args:
-            logits: ``[B, S, V]`` floating.
-            labels: ``[B, S]`` integers.
-            attention_mask: ``[B, S]``, a label counts where it is not 0. None: all.
+            logits, labels, attention_mask: as in ``UnifiedLoss``, whose targets are the labels.
             return_components: also give a dict of detached tensors ``[]``: ``base_loss``,
                 ``repetition_penalty``, ``eos_penalty``, ``diversity_bonus`` (means, without their
                 weights) and ``total_loss``.
