@@ -213,6 +213,23 @@ def check_mask(function, name, mask, like_name, like, dims, label=None, broadcas
     check_not_additive(function, name, mask)
 
 
+def check_label_rows(function, name, labels, mask, segment_ids, *, broadcast=False):
+    """Labels ``[B, S]``, and an attention_mask and segment_ids of that shape or None."""
+    check_integers(function, name, labels)
+    check_rank(function, name, labels, 2, "[B, S]")
+    if mask is not None:
+        check_tensor(function, "attention_mask", mask)
+        if mask.dim() != 2:
+            scores = "a 4-D mask [B, 1, S, S] that attention adds to its scores"
+            got = f"{shape_text(mask)} ({scores} says nothing about targets)"
+            rule = "have 2 dimensions [B, S], the tokenizer's"
+            raise refusal(function, "attention_mask", rule, got)
+        check_mask(function, "attention_mask", mask, name, labels, 2, broadcast=broadcast)
+    if segment_ids is not None:
+        check_integers(function, "segment_ids", segment_ids)
+        check_like(function, "segment_ids", segment_ids, name, labels, broadcast=broadcast)
+
+
 def check_leading_mask(function, name, mask, like_name, like):
     """A mask of any of the leading dimensions of ``like``; a size of 1 stands for any."""
     check_tensor(function, name, mask)

@@ -48,13 +48,13 @@ class PaddingCheck:
 
     def __init__(self, model, loss_func, autocast):
         self.model, self.loss_func, self.autocast = model, loss_func, autocast
-        self.inputs = self.labels = self.num_items_in_batch = self.columns = None
-        self.seen_mask = self.ready = False
+        self.inputs = self.of_loss = None
+        self.seen_mask = False
         self.hook = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
 
     def _keep_inputs(self, module, args, kwargs):
         mask = kwargs.get("attention_mask")
-        if self.ready or not torch.is_grad_enabled() or not isinstance(mask, torch.Tensor):
+        if self.of_loss or not torch.is_grad_enabled() or not isinstance(mask, torch.Tensor):
             return
         self.seen_mask = True
         if mask.dim() == 2 and not mask.all():  # waits for the device, until there is padding
@@ -62,28 +62,27 @@ class PaddingCheck:
 
     def keep_loss(self, labels, num_items_in_batch, columns):
         """What the loss got for the batch that the model has just been given, if it is kept."""
-        if self.inputs is not None and not self.ready:
-            self.labels, self.num_items_in_batch, self.columns = labels, num_items_in_batch, columns
-            self.ready = True
+        if self.inputs is not None and self.of_loss is None:
+            self.of_loss = labels, num_items_in_batch, columns
 
     def run(self):
         """The report."""
         self.hook.remove()
-        inputs, labels = self.inputs, {"labels": self.labels}
+        inputs, (labels, count, columns) = self.inputs, self.of_loss
+        of_loss = {"labels": labels, **columns}
         fixed = {}  # what attention_mask says nothing about: lengths may agree by chance
         if "decoder_input_ids" in inputs:
             fixed = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
-            fixed |= labels | self.columns
+            fixed |= of_loss
 
         def step(batch):
             batch = {**batch, **fixed}
             with self.autocast():
                 outputs = self.model(**{name: batch[name] for name in inputs})
-                columns = {name: batch[name] for name in self.columns}
-                count = self.num_items_in_batch
-                return self.loss_func(outputs, batch["labels"], num_items_in_batch=count, **columns)
+                more = {name: batch[name] for name in columns}
+                return self.loss_func(outputs, batch["labels"], num_items_in_batch=count, **more)
 
-        batch = {k: v for k, v in (inputs | labels | self.columns).items() if k not in fixed}
+        batch = {k: v for k, v in (inputs | of_loss).items() if k not in fixed}
         return check_padding(step, batch, batch["attention_mask"], parameters=self.model)
 
     def give_up(self):
@@ -192,7 +191,7 @@ class TokenLossCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The check, if it is due: the graph is gone, and the parameters are not yet updated."""
-        if self._check is None or not self._check.ready:
+        if self._check is None or self._check.of_loss is None:
             return
         check, self._check = self._check, None
         self.padding_report = report = check.run()
