@@ -82,12 +82,13 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
 
     A tensor is not looked at (that may wait for a GPU) and is none.
     """
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):  # has no value yet
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise refusal(function, name, "be a number", type(value).__name__, TypeError)
-    if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
-        value = float(value)
+    if type(value) not in (int, float):
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):  # has no value yet
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise refusal(function, name, "be a number", type(value).__name__, TypeError)
+        if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
+            value = float(value)
     fits = (
         -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)
@@ -175,8 +176,8 @@ def check_any_floating(function, name, tensor):
 
 def check_floating(function, name, tensor):
     """Of a dtype that the kernels compute with."""
-    check_any_floating(function, name, tensor)
     if tensor.dtype not in _FLOATING:
+        check_any_floating(function, name, tensor)
         raise refusal(function, name, "be float16, bfloat16, float32 or float64", tensor.dtype)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Does a loss, or a whole training step, read what its mask excludes?"""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from ._check import Check
 from ._report import Change, PaddingLeak, PaddingReport, Shift, Tolerance
 from ._step import NAME, Runner
 
+Parameters = (
+    torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[torch.Tensor | tuple[str, torch.Tensor]]
+)
 __all__ = ["Change", "PaddingLeak", "PaddingReport", "Shift", "check_padding"]
 
 
@@ -20,7 +23,7 @@ def check_padding(
     batch: Any,
     mask: torch.Tensor,
     *,
-    parameters: torch.nn.Module | Iterable[torch.Tensor | tuple[str, torch.Tensor]] = (),
+    parameters: Parameters = (),
     rtol: float | None = None,
     atol: float = 0.0,
     nonfinite: bool = True,

@@ -133,3 +133,5 @@ def test_what_lacks_a_type_is_found():
 
 def test_the_package_says_that_it_has_types():
     assert (PACKAGE / "py.typed").exists()
+    settings = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert '"py.typed"' in settings.partition("[tool.setuptools.package-data]")[2]
