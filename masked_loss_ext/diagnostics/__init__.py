@@ -2,7 +2,7 @@
 """Does a loss, or a whole training step, read what its mask excludes?"""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,7 +12,7 @@ from ._check import Check
 from ._report import Change, PaddingLeak, PaddingReport, Shift, Tolerance
 from ._step import NAME, Runner
 
-Parameters = (
+Parameters: TypeAlias = (
     torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[torch.Tensor | tuple[str, torch.Tensor]]
 )
 __all__ = ["Change", "PaddingLeak", "PaddingReport", "Shift", "check_padding"]
