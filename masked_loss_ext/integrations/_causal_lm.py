@@ -93,12 +93,9 @@ def causal_lm_loss(
         _refuse(options)
     logits, source = _logits(outputs)
     target, shift, name = _target(labels, shift_labels, shift)
-    _check_not_meta(name, target, source, logits)
-    target, options = target.to(logits.device), dict(options)
+    target = _beside(name, target, source, logits)
     for key in _PER_TOKEN:
-        if isinstance(options.get(key), torch.Tensor):
-            _check_not_meta(key, options[key], source, logits)
-            options[key] = options[key].to(logits.device)  # the last of several
+        options[key] = _beside(key, options.get(key), source, logits)
     if virtual_tokens != 0:
         check_length(_NAME, "virtual_tokens", virtual_tokens)
         check_integers(_NAME, name, target)
@@ -185,17 +182,21 @@ def _count(num_items_in_batch, source, logits):
         if num_items_in_batch is not None:
             check_number(_NAME, name, num_items_in_batch, least=0)
         return num_items_in_batch
-    _check_not_meta(name, num_items_in_batch, source, logits)
-    if num_items_in_batch.numel() == 0:
+    count = _beside(name, num_items_in_batch, source, logits)
+    if count.numel() == 0:
         raise refusal(_NAME, name, "hold a number", "an empty tensor")
     # Under DataParallel there is one copy of the count per replica, for a model whose replicas'
     # losses are averaged; this loss is of all of them, so all copies divide it.
-    return num_items_in_batch.to(logits.device).sum()
+    return count.sum()
 
 
-def _check_not_meta(name, tensor, like_name, like):
-    if tensor.is_meta and not like.is_meta:
-        check_device(_NAME, name, tensor, like_name, like)
+def _beside(name, value, source, logits):
+    """A tensor on the device of the logits (the last of several); anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_meta and not logits.is_meta:
+        check_device(_NAME, name, value, source, logits)
+    return value.to(logits.device)
 
 
 def _behind(n, name, target, options):

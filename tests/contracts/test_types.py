@@ -58,7 +58,12 @@ def public_modules():
         name = found.name.removeprefix("masked_loss_ext.")
         if any(part.startswith("_") for part in name.split(".")):
             continue
-        module = importlib.import_module(found.name)
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":  # an optional package
+                raise
+            continue
         if hasattr(module, "__all__") or name in NAMED:
             yield module
 
