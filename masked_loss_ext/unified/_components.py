@@ -70,7 +70,7 @@ class Component:
 
 def of_options(owner: LossModule, cls: type, **given: Any) -> Any:
     """``cls`` as a part of ``owner``, with those of its arguments that are options of it."""
-    options = {field.name for field in fields(owner)}  # type: ignore[arg-type]
+    options = {field.name for field in fields(owner)}
     for name in (field.name for field in fields(cls)):
         option = getattr(cls, "renamed", {}).get(name, name)
         if option in options and name not in given:

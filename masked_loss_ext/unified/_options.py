@@ -65,7 +65,7 @@ class LossModule(torch.nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kinds = get_args(field.type) if get_origin(field.type) is Union else (field.type,)
             if value is None and type(None) in kinds:
@@ -79,7 +79,7 @@ class LossModule(torch.nn.Module):
         return self.owner or type(self).__name__
 
     def extra_repr(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return ", ".join(
             f"{name}={shape_text(value) if isinstance(value, Tensor) else repr(value)}"
             for name, value in values.items()

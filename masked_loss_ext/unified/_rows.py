@@ -308,7 +308,7 @@ def document_counts(rows: Rows, ngram_size):
     run = column - torch.where(goes_on, 0, column).cummax(-1).values + 1
     run = torch.where(valid, run, 0)
     longest = torch.zeros_like(run).scatter_reduce(1, starts, run, "amax")
-    return RepetitionCounts(pairs, windows.sum(-1), None, longest)  # type: ignore[arg-type]
+    return RepetitionCounts(pairs, windows.sum(-1), None, longest)
 
 
 # --- the operators -------------------------------------------------------------------------------

@@ -426,7 +426,7 @@ class AdaptiveMTPLoss(KeepsState):
 
     def get_statistics(self) -> dict[str, Any]:
         """Averages over the recorded calls, as numbers: it waits for the device."""
-        count = self.loss_count.item()  # type: ignore[operator]
+        count = self.loss_count.item()
         averages = {
             f"avg_{name}": getattr(self, f"total_{name}").item() / max(count, 1) for name in _TOTALS
         }
