@@ -4,8 +4,7 @@
 import torch
 
 from .._checks import check_device, check_integers, shape_text
-from ..attention._host import _modes, is_readable
-from ..ops.masked_squared_error import _functorch_is_active
+from .._checks import is_readable as can_be_looked_at
 from ._arguments import check_size
 from ._rows import check_floating, cleaned, row_mask
 
@@ -46,10 +45,6 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
         _refuse_index(function, indices, valid, num_experts)
     gate = cleaned(gate.reshape(-1, num_experts), valid)
     return gate, torch.where(valid.unsqueeze(-1), indices, 0), valid
-
-
-def can_be_looked_at(indices):
-    return is_readable(indices) and not (_modes() or _functorch_is_active())
 
 
 def _refuse_index(function, indices, valid, num_experts):
