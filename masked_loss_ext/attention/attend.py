@@ -7,6 +7,7 @@ kernel: inside one, a weight of 0 times a stored NaN would be NaN.
 
 import inspect
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,8 @@ def packed_attention(
     check_choice(_NAME, "backend", backend, BACKENDS)
     if scale is not None:
         check_number(_NAME, "scale", scale)
-    source, is_layout = layout_or_intervals, isinstance(layout_or_intervals, PackedLayout)
+    source: Any = layout_or_intervals
+    is_layout = isinstance(source, PackedLayout)
     options = dict(mode=mode, window=window, prefix=prefix, sinks=sinks, dropped=dropped)
     _check_source(source, is_layout, options)
     _check_operands(q, k, v)
@@ -99,22 +101,27 @@ def packed_attention(
             )
         attend = _attend_slices if backend == "slices" else _attend_varlen
         return attend(q, k, v, source, options, scale)
+    return _attend_masked(q, k, v, source, options if is_layout else {}, scale, backend == "flex")
+
+
+def _attend_masked(q, k, v, source, options, scale, flex):
+    """FlexAttention or SDPA with one mask for all."""
+    is_layout = bool(options)
     # With these options a row is live exactly where its token is visible: it sees itself.
-    plain = is_layout and dropped == "none" and window is None
-    intervals = None
-    if not (plain and backend == "flex"):
+    plain = is_layout and options["dropped"] == "none" and options["window"] is None
+    if not (plain and flex):
         intervals = source.intervals(**options) if is_layout else source
-    rows = columns = source.visible if plain else None
-    if not plain:
+    if plain:
+        rows = columns = source.visible
+    else:
         rows, columns = _live_rows(intervals), _live_columns(intervals)
     # Against [B, H, S, D].
     rows, columns = ((x.unsqueeze(1) if x.dim() == 2 else x).unsqueeze(-1) for x in (rows, columns))
     # Rows of q as well: in the backward pass the dS = 0 of such a row meets its q, 0 * NaN again.
     q = torch.where(rows, q, 0)
     k, v = torch.where(columns, k, 0), torch.where(columns, v, 0)
-    if backend == "flex":
-        block_mask = source.block_mask(**options) if is_layout else source.block_mask()
-        out = _flex(q, k, v, block_mask, scale)
+    if flex:
+        out = _flex(q, k, v, source.block_mask(**options), scale)
         if q.device.type == "cpu":
             return out  # 0 already; inductor's kernel for the CPU takes no selection after it
     else:

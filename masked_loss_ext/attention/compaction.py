@@ -3,6 +3,7 @@
 
 import numbers
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class CompactPlan:
     sample: ``plan.gather(layout.positions, dim=0)``. Windows count kept tokens only.
     """
 
-    def __init__(self, layout, align: int | None = None, bucket: int | None = None):
+    def __init__(self, layout: Any, align: int | None = None, bucket: int | None = None) -> None:
         lengths = layout.kept_lengths
         if lengths is None:
             lengths = tuple(tuple(row) for row in layout.kept.tolist())

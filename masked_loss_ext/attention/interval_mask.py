@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """IntervalMask: lo, hi and kv_len, what can be asked of them, and masks made of other masks."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ class IntervalMask:
 
     MAX_INTERVALS = MAX_INTERVALS
 
-    def __init__(self, lo: torch.Tensor, hi: torch.Tensor, kv_len: int):
+    def __init__(self, lo: torch.Tensor, hi: torch.Tensor, kv_len: int) -> None:
         name = "RowIntervals"
         for argument, tensor in (("lo", lo), ("hi", hi)):
             check_tensor(name, argument, tensor)
@@ -40,14 +41,14 @@ class IntervalMask:
         self.lo, self.hi, self.kv_len = lo, hi, kv_len
 
     @classmethod
-    def _of(cls: type[Mask], lo, hi, kv_len) -> Mask:
+    def _of(cls: type[Mask], lo: torch.Tensor, hi: torch.Tensor, kv_len: int) -> Mask:
         """Of what this package has computed: nothing to check."""
         mask = cls.__new__(cls)
         mask.lo, mask.hi, mask.kv_len = lo, hi, kv_len
         return mask
 
     @classmethod
-    def _where_any(cls: type[Mask], lo, hi, kv_len) -> Mask:
+    def _where_any(cls: type[Mask], lo: torch.Tensor, hi: torch.Tensor, kv_len: int) -> Mask:
         """Of any integers: int32, and (0, 0) where there is nothing between them."""
         empty = hi <= lo
         lo, hi = (x.masked_fill(empty, 0).to(torch.int32) for x in (lo, hi))
@@ -119,11 +120,11 @@ class IntervalMask:
                 )
         return self._of(lo, hi, self.kv_len)
 
-    def _block_lists(self, q_block, kv_block, transposes):
+    def _block_lists(self, block, transposes):
         lo, hi = self.lo, self.hi
         if lo.dim() == 2:
             lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
-        return interval_block_lists(lo, hi, self.kv_len, q_block, kv_block, transposes)
+        return interval_block_lists(lo, hi, self.kv_len, *block, transposes)
 
     def block_mask(self, block_size: int | tuple[int, int] = 128, with_q: bool = True) -> BlockMask:
         """A BlockMask for ``flex_attention``, equal in every index to ``create_block_mask``'s.
@@ -134,13 +135,12 @@ class IntervalMask:
         """
         block = ints.block_pair("RowIntervals.block_mask", block_size)
         check_flags("RowIntervals.block_mask", {"with_q": with_q})
-        lists = self._block_lists(*block, with_q)
+        lists = self._block_lists(block, with_q)
         if not with_q:
             lists = (*lists[:4], None, None, None, None)
-        lengths = self.lo.shape[-1], self.kv_len
-        return BlockMask(lengths, *lists, BLOCK_SIZE=block, mask_mod=self.mask_mod())
+        return block_mask_of((self.q_len, self.kv_len), lists, block, self.mask_mod())
 
-    def mask_mod(self):
+    def mask_mod(self) -> Callable[..., torch.Tensor]:
         """``mask_mod(b, h, q, kv)`` that looks up the query's row alone.
 
         Closures of one code object over fresh tensors: a new mask in each step does not recompile,
@@ -155,15 +155,19 @@ class IntervalMask:
         For ``F.scaled_dot_product_attention`` and for tests; takes O(Sq * kv_len) memory.
         """
         kv = torch.arange(self.kv_len, dtype=torch.int32, device=self.device)
-        mask = None
-        for lo, hi in zip(self.lo.unbind(-2), self.hi.unbind(-2), strict=True):
-            inside = (kv >= lo.unsqueeze(-1)) & (kv < hi.unsqueeze(-1))
-            mask = inside if mask is None else mask | inside
+        first, *others = zip(self.lo.unbind(-2), self.hi.unbind(-2), strict=True)
+        mask = _inside(kv, *first)
+        for lo, hi in others:
+            mask = mask | _inside(kv, lo, hi)
         return mask if self.lo.dim() == 2 else mask.unsqueeze(1)
 
     stats = interval_pictures.stats
     ascii = interval_pictures.ascii
     png = interval_pictures.png
+
+
+def _inside(kv, lo, hi):
+    return (kv >= lo.unsqueeze(-1)) & (kv < hi.unsqueeze(-1))
 
 
 # --- masks of masks ------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def _merge(lo, hi, slots):
     return merged_lo[..., :slots, :], merged_hi[..., :slots, :]
 
 
-# --- mask_mod ------------------------------------------------------------------------------------
+# --- block masks ---------------------------------------------------------------------------------
 
 
 def opaque(tensor):
@@ -234,6 +238,10 @@ def opaque(tensor):
     if tensor.device.type == "cpu" and torch.compiler.is_compiling():
         return torch.ops.masked_loss_ext._snapshot(tensor)
     return tensor
+
+
+def block_mask_of(lengths, lists, block, mask_mod):
+    return BlockMask(lengths, *lists, BLOCK_SIZE=block, mask_mod=mask_mod)
 
 
 def interval_mask_mod(lo, hi, through=lambda tensor: tensor):

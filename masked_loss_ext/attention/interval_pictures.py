@@ -5,7 +5,7 @@
 """
 
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,14 +28,14 @@ class MaskStats(NamedTuple):
     empty_rows: int  # queries that attend to nothing
 
 
-def stats(intervals, block_size: int | tuple[int, int] = 128) -> MaskStats:
+def stats(intervals: Any, block_size: int | tuple[int, int] = 128) -> MaskStats:
     """MaskStats: allowed pairs and blocks by kind. Waits for the device."""
     block = ints.block_pair("RowIntervals.stats", block_size)
     merged = intervals.merged()
     lo, hi = merged.lo.clamp_min(0).long(), merged.hi.clamp_max(intervals.kv_len).long()
     per_row = (hi - lo).clamp_min(0).sum(-2)
     pairs, all_pairs = int(per_row.sum()), per_row.numel() * intervals.kv_len
-    lists = intervals._block_lists(*block, False)
+    lists = intervals._block_lists(block, False)
     partial, full = int(lists[0].sum()), int(lists[2].sum())
     q_blocks, kv_blocks = -(-intervals.q_len // block[0]), -(-intervals.kv_len // block[1])
     blocks = per_row.numel() // max(intervals.q_len, 1) * q_blocks * kv_blocks
@@ -50,7 +50,7 @@ def stats(intervals, block_size: int | tuple[int, int] = 128) -> MaskStats:
     )
 
 
-def ascii(intervals, width: int = 64, batch: int = 0) -> str:
+def ascii(intervals: Any, width: int = 64, batch: int = 0) -> str:
     """Picture of one character per cell: # all pairs allowed, + some, . none."""
     name = "RowIntervals.ascii"
     width = ints.length(name, "width", width, 1, None)
@@ -60,7 +60,7 @@ def ascii(intervals, width: int = 64, batch: int = 0) -> str:
 
 
 def png(
-    intervals,
+    intervals: Any,
     path: str | PathLike,
     *,
     size: int = 768,
@@ -103,7 +103,7 @@ def _cells(intervals, cell, batch, name):
     batch = ints.length(name, "batch", batch, -size, size - 1)
     if intervals.lo.dim() == 3:
         intervals = type(intervals)(intervals.lo[batch], intervals.hi[batch], intervals.kv_len)
-    lists = intervals._block_lists(cell, cell, False)[:4]
+    lists = intervals._block_lists((cell, cell), False)[:4]
     some, some_at, full, full_at = (x[0, 0].cpu() for x in lists)
     cells = torch.zeros(some_at.shape, dtype=torch.uint8)
     order = torch.arange(some_at.shape[1])

@@ -137,20 +137,20 @@ class RowIntervals(IntervalMask):
                 apart.
         """
         name = "RowIntervals.from_document_ids"
-        device, ids = ints.device_of(ids), _checked_ids(name, "ids", ids)
-        begins = torch.ones_like(ids, dtype=torch.bool)
-        begins[..., 1:] = ids[..., 1:] != ids[..., :-1]
+        device, one = ints.device_of(ids), _checked_ids(name, "ids", ids)
+        begins = torch.ones_like(one, dtype=torch.bool)
+        begins[..., 1:] = one[..., 1:] != one[..., :-1]
         padding = None
         if pad_id is not None:
             check_int(name, "pad_id", pad_id)
             # Compared with uint8, say, -1 would be 255.
-            limits = torch.iinfo(ids.dtype)
+            limits = torch.iinfo(one.dtype)
             fits = limits.min <= pad_id <= limits.max
-            padding = ids == pad_id if fits else torch.zeros_like(begins)
+            padding = one == pad_id if fits else torch.zeros_like(begins)
         if check is not None:
             check_flags(name, {"check": check})
-        if check or (check is None and ints.is_readable(ids)):
-            _refuse_returning_ids(name, ids, begins, padding)
+        if check or (check is None and ints.is_readable(one)):
+            _refuse_returning_ids(name, one, begins, padding)
         return _runs(begins, padding).to(device)
 
     @staticmethod
@@ -163,12 +163,11 @@ class RowIntervals(IntervalMask):
         token: it sees itself alone.
         """
         device = ints.device_of(position_ids)
-        position_ids = _checked_ids("RowIntervals.from_position_ids", "position_ids", position_ids)
-        # In int64: the 127 of an int8 is followed by 128, not by -128.
-        position_ids = position_ids.to(torch.int64)
-        rises = torch.zeros_like(position_ids, dtype=torch.bool)
-        rises[..., 1:] = position_ids[..., 1:] == position_ids[..., :-1] + 1
-        return _runs(~rises | (position_ids == 0), None).to(device)
+        at = _checked_ids("RowIntervals.from_position_ids", "position_ids", position_ids)
+        at = at.to(torch.int64)  # the 127 of an int8 is followed by 128, not by -128
+        rises = torch.zeros_like(at, dtype=torch.bool)
+        rises[..., 1:] = at[..., 1:] == at[..., :-1] + 1
+        return _runs(~rises | (at == 0), None).to(device)
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: ints.Lengths, total_len: int | None = None) -> "RowIntervals":
@@ -181,23 +180,23 @@ class RowIntervals(IntervalMask):
         """
         name = "RowIntervals.from_cu_seqlens"
         device = ints.device_of(cu_seqlens)
-        cu_seqlens = ints.integers(name, "cu_seqlens", cu_seqlens)
-        check_rank(name, "cu_seqlens", cu_seqlens, 1, "[N + 1]")
-        entries = cu_seqlens.shape[0]
+        bounds = ints.integers(name, "cu_seqlens", cu_seqlens)
+        check_rank(name, "cu_seqlens", bounds, 1, "[N + 1]")
+        entries = bounds.shape[0]
         if entries < 2:
             raise ValueError(f"{name}: cu_seqlens must have N + 1 entries, got {entries}")
         if total_len is not None:
             total_len = ints.length(name, "total_len", total_len)
-        if ints.is_readable(cu_seqlens):
-            values = cu_seqlens.tolist()
+        if ints.is_readable(bounds):
+            values = bounds.tolist()
             if values[0] != 0 or sorted(values) != values:
                 raise ValueError(f"{name}: cu_seqlens must rise from 0, got {values[:8]}")
             ints.check_total(name, "cu_seqlens", 0 if total_len is not None else values[-1])
             total_len = ints.length_from(name, "total_len", total_len, values[-1])
         elif total_len is None:
             raise ValueError(f"{name}: total_len must be given where cu_seqlens cannot be read")
-        kept = cu_seqlens.new_full((entries - 1, 1), ints.LONGEST, dtype=torch.int64)
-        lo, hi = packed_rows(cu_seqlens.to(torch.int64), kept, total_len)
+        kept = bounds.new_full((entries - 1, 1), ints.LONGEST, dtype=torch.int64)
+        lo, hi = packed_rows(bounds.to(torch.int64), kept, total_len)
         return RowIntervals._of(lo, hi, total_len).to(device)
 
     @staticmethod
@@ -215,34 +214,32 @@ class RowIntervals(IntervalMask):
         """
         name = "RowIntervals.from_padding"
         check_choice(name, "side", side, ("right", "left"))
-        device = ints.device_of(valid)
+        device, given = ints.device_of(valid), valid
         if not isinstance(valid, torch.Tensor):
-            valid = ints.listed(name, "valid", valid, "a tensor, a list of lengths or a mask")
-            if len(valid) > 0 and hasattr(valid[0], "__len__"):
-                valid = torch.as_tensor(valid, device="cpu")
-            else:
-                valid = ints.integers(name, "valid", valid)
-        if valid.dim() == 2:
-            if seq_len is not None and seq_len != valid.shape[1]:
+            given = ints.listed(name, "valid", valid, "a tensor, a list of lengths or a mask")
+            if len(given) > 0 and hasattr(given[0], "__len__"):
+                given = torch.as_tensor(given, device="cpu")
+        if isinstance(given, torch.Tensor) and given.dim() == 2:
+            if seq_len is not None and seq_len != given.shape[1]:
                 raise ValueError(
-                    f"{name}: seq_len must be S of the mask {shape_text(valid)} or None, got "
+                    f"{name}: seq_len must be S of the mask {shape_text(given)} or None, got "
                     f"{seq_len}"
                 )
-            return _from_mask(name, as_mask(name, "valid", valid) != 0).to(device)
-        valid = ints.integers(name, "valid", valid)
-        check_rank(name, "valid", valid, 1, "[B]")
+            return _from_mask(name, as_mask(name, "valid", given) != 0).to(device)
+        used = ints.integers(name, "valid", given)
+        check_rank(name, "valid", used, 1, "[B]")
         if seq_len is None:
             raise ValueError(f"{name}: seq_len must be given with lengths")
         seq_len = ints.length(name, "seq_len", seq_len)
-        if ints.is_readable(valid) and valid.numel():
-            least, most = int(valid.min()), int(valid.max())
+        if ints.is_readable(used) and used.numel():
+            least, most = int(used.min()), int(used.max())
             if least < 0 or most > seq_len:
                 raise ValueError(
                     f"{name}: valid must be lengths from 0 to seq_len ({seq_len}), got "
                     f"{least if least < 0 else most}"
                 )
-        used = valid.to(torch.int64).clamp(0, seq_len).view(-1, 1, 1)
-        t = torch.arange(seq_len, device=valid.device)
+        used = used.to(torch.int64).clamp(0, seq_len).view(-1, 1, 1)
+        t = torch.arange(seq_len, device=used.device)
         begin = seq_len - used if side == "left" else torch.zeros_like(used)
         return _within(t, begin, begin + used, seq_len).to(device)
 
@@ -277,9 +274,9 @@ class RowIntervals(IntervalMask):
         kept = ints.to_device([*keys, 0], device)  # a last sample for the padding
         if keep_k is not None:
             host, tensor = ints.keep_rows(name, keep_k, len(keys), 1)
-            keep_k = host if tensor is None else tensor
-            keep_k = ints.per_sample(name, "keep_k", keep_k, len(keys), device)
-            kept[:-1] = torch.minimum(kept[:-1], keep_k.clamp_min(0))
+            most = host if tensor is None else tensor
+            most = ints.per_sample(name, "keep_k", most, len(keys), device)
+            kept[:-1] = torch.minimum(kept[:-1], most.clamp_min(0))
         begin = ints.to_device([*accumulate(keys[:-1], initial=0), 0], device)
         repeats = ints.to_device([*queries, q_len - sum(queries)], device)
         bounds = torch.stack([begin, begin + kept])

@@ -7,6 +7,7 @@ Sizes are known on the host, keep_k may live on the device: nothing here waits f
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -15,7 +16,7 @@ from .._checks import check_choice, check_int, shape_text
 from ..ops.block_mask import DROPPED, MODES, nested_dropout_plan, packed_rows
 from . import ints
 from .compaction import CompactPlan, check_fill, check_tokens
-from .interval_mask import interval_mask_mod
+from .interval_mask import block_mask_of, interval_mask_mod
 from .intervals import RowIntervals
 
 
@@ -64,7 +65,7 @@ class PackedLayout:
         max_seq_len: int | None = None,
         align_samples: int | None = None,
         device: ints.Device = None,
-    ):
+    ) -> None:
         name = "PackedLayout"
         rows = ints.length_rows(name, "segment_lengths", segment_lengths)
         samples, segments = len(rows), len(rows[0])
@@ -88,7 +89,7 @@ class PackedLayout:
         self.padded_len = _padded_len(name, starts[-1], pad_to_multiple, max_seq_len)
         self._droppable, self._keep, self._keep_tensor = droppable % segments, keep, tensor
         self._offsets, self._kept_of_runs = self._runs(totals)
-        self._cache = {}
+        self._cache: dict[str, Any] = {}
 
     def _runs(self, totals):
         """Segments and keep_k as the operators take them, runs of tokens kept from their front:
@@ -170,7 +171,7 @@ class PackedLayout:
                 the prefix. An int n is ``(n, n)``; None in it is no limit.
             prefix: int, 0-d tensor or ``[N]``, of each sample; for mode "prefix" alone.
             sinks: the first so many positions of a sample are seen from outside the window too.
-                ints.Window, prefix and sinks may be longer than a sample: all of it.
+                Window, prefix and sinks may be longer than a sample: all of it.
             dropped: what a query that is dropped attends to: "none" (its output is exactly 0),
                 "self" (itself alone), or "attend" (what it would see if it were visible).
         """
@@ -202,11 +203,9 @@ class PackedLayout:
             return self.intervals(mode, window, prefix, sinks, dropped).block_mask(block_size)
         relation = self._relation("block_mask", mode, window, prefix, sinks, dropped)
         size = self.padded_len
-        lo, hi, *lists = nested_dropout_plan(
-            self._offsets, self._kept_of_runs, size, *relation, *block
-        )
-        mask_mod = interval_mask_mod(lo, hi)
-        return BlockMask((size, size), *lists, BLOCK_SIZE=block, mask_mod=mask_mod)
+        given = self._offsets, self._kept_of_runs, size, *relation, *block
+        lo, hi, *lists = nested_dropout_plan(*given)
+        return block_mask_of((size, size), lists, block, interval_mask_mod(lo, hi))
 
     def _relation(self, function, mode, window, prefix, sinks, dropped):
         """What the operators take from mode on."""

@@ -28,7 +28,7 @@ __all__ = [
 MASK_MODES = ("full", "causal", "causal_last")
 BLOCK = 128  # rows and columns of FlexAttention's blocks
 _PACKER, _UNPACKER = "NestedDropoutSequencePacker", "SequenceUnpacker"
-Entries = dict[str, Any]
+Entries = dict[Any, Any]
 
 
 # --- draw ----------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class AttentionMaskedNestedDropout(_NestedDropout):
         *,
         generator: Any = None,
         read_write_key: str | None = None,
-    ):
+    ) -> None:
         if (read_key is None) == (read_write_key is None):
             raise TypeError(
                 "AttentionMaskedNestedDropout: read_key must be given, or read_write_key in its "
@@ -189,7 +189,7 @@ class MaskedNestedDropout(_NestedDropout):
         size_sampling_mode: str = "uniform",
         *,
         generator: Any = None,
-    ):
+    ) -> None:
         keys = read_write_key, eval_keep_k_read_key, train_keep_k_write_key
         super().__init__(*keys, size_sampling_mode, generator)
         self.dim = dim = ints.length("MaskedNestedDropout", "dim", dim, 1)
@@ -287,7 +287,7 @@ class NestedDropoutSequencePacker(torch.nn.Module):
         zero_masked: bool = True,
         drop_masked: bool = False,
         allow_ragged: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if mask_mode not in MASK_MODES:
             raise ValueError(
@@ -481,7 +481,7 @@ class SequenceUnpacker(torch.nn.Module):
         outer_packed_shapes_read_key: str,
         *,
         keep_k_read_key: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.packed_seq_read_key = packed_seq_read_key
         self.inner_seq_write_keys = _keys(_UNPACKER, "inner_seq_write_keys", inner_seq_write_keys)
@@ -500,15 +500,15 @@ class SequenceUnpacker(torch.nn.Module):
             )
         )
         inner = self._inner_shapes(inner)
-        key = self.outer_packed_shapes_read_key
+        outer_key = self.outer_packed_shapes_read_key
         outer = [
-            ints.token_count(_UNPACKER, f"{key}[{i}]", shape)
-            for i, shape in enumerate(self._listed(key, outer))
+            ints.token_count(_UNPACKER, f"{outer_key}[{i}]", shape)
+            for i, shape in enumerate(self._listed(outer_key, outer))
         ]
         key = self.keep_k_read_key
         keep_k = ints.keep_of_all(_UNPACKER, key, data_dict.get(key), len(outer))
         self._check(packed, inner, outer)
-        lists = [[] for _ in self.inner_seq_write_keys]
+        lists: list[list[torch.Tensor]] = [[] for _ in self.inner_seq_write_keys]
         rows = packed.split([*outer, packed.shape[1] - sum(outer)], dim=1)[: len(outer)]
         for i, (sample, shapes) in enumerate(zip(rows, inner, strict=True)):
             k = None if keep_k is None else keep_k[i]
