@@ -7,6 +7,8 @@ kernel: inside one, a weight of 0 times a stored NaN would be NaN.
 
 import inspect
 import math
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -299,20 +301,22 @@ def _attend_slices(q, k, v, layout, options, scale):
     unusual = options["window"] is not None or options["sinks"] or options["dropped"] != "none"
     if unusual or layout.kept_lengths is None:
         return _attend_blocks(q, k, v, layout, options, scale)
-    runs, samples = _visible_runs(layout)
-    sizes = [size for size, _ in runs]
+    owners, sizes = _visible_runs(layout)
     q, k, v = (x.split(sizes, dim=2) for x in (q, k, v))
-    prefixes = _prefixes(layout, mode, prefix)
-    out = [None] * len(runs)
-    for i, sample in enumerate(samples):
-        if not sample:
-            continue
-        tokens = [_join([x[j] for j in sample]) for x in (q, k, v)]
-        result = _attend_sample(*tokens, mode, prefixes[i], scale)
-        parts = result.split([sizes[j] for j in sample], dim=2)
-        for j, part in zip(sample, parts, strict=True):
-            out[j] = part
     batch, heads, width = q[0].shape[0], q[0].shape[1], v[0].shape[3]
+    runs = [[] for _ in range(layout.num_samples)]
+    for j, owner in enumerate(owners):
+        if owner is not None:
+            runs[owner].append(j)
+    out = [None] * len(sizes)
+    for run, count in zip(runs, _prefixes(layout, mode, prefix), strict=True):
+        if not run:
+            continue
+        whole = len(run) == 1
+        tokens = (x[run[0]] if whole else torch.cat([x[j] for j in run], 2) for x in (q, k, v))
+        result = _attend_sample(*tokens, mode, count, scale)
+        for j, part in zip(run, result.split([sizes[j] for j in run], dim=2), strict=True):
+            out[j] = part
     filled = [
         q[j].new_zeros(batch, heads, sizes[j], width) if x is None else x for j, x in enumerate(out)
     ]
@@ -320,37 +324,21 @@ def _attend_slices(q, k, v, layout, options, scale):
     return torch.cat(filled, dim=2) + sum(x[-1][..., :0].sum() for x in (q, k, v))
 
 
-def _join(parts):
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
 def _visible_runs(layout):
-    """All tokens in their order as (size, visible) runs, and per sample the numbers of its runs."""
-    runs, samples, end = [], [], 0
-
-    def add(size, visible):
-        nonlocal end
-        if size:
-            runs.append((size, visible))
-            end += size
-
-    for start, lengths, kept in zip(
-        layout.sample_starts, layout.segment_lengths, layout.kept_lengths, strict=False
+    """All tokens in their order as runs: whose sample's they are, None where they are dropped or
+    padding, and how many."""
+    pieces, end = [], 0
+    for i, (start, lengths, kept) in enumerate(
+        zip(layout.sample_starts, layout.segment_lengths, layout.kept_lengths, strict=False)
     ):
-        add(start - end, False)  # a gap before an aligned sample
-        first, visible, hidden = len(runs), 0, 0
+        pieces.append((None, start - end))  # a gap before an aligned sample
         for length, keep in zip(lengths, kept, strict=True):
-            if hidden and keep:
-                add(visible, True)
-                add(hidden, False)
-                visible = hidden = 0
-            visible += keep
-            hidden += length - keep
-        add(visible, True)
-        add(hidden, False)
-        samples.append([j for j in range(first, len(runs)) if runs[j][1]])
-    add(layout.padded_len - end, False)
-    return runs, samples
+            pieces += [(i, keep), (None, length - keep)]
+        end = start + sum(lengths)
+    pieces.append((None, layout.padded_len - end))
+    runs = groupby(filter(itemgetter(1), pieces), itemgetter(0))
+    runs = [(owner, sum(size for _, size in pieces)) for owner, pieces in runs]
+    return zip(*runs, strict=True)
 
 
 def _prefixes(layout, mode, prefix):

@@ -252,9 +252,9 @@ def interval_mask_mod(lo, hi, through=lambda tensor: tensor):
     if lo.dim() == 2 and lo.shape[0] == 1:  # most masks; two unbinds cost three times as much
         return one_interval(through(lo.squeeze(0)), through(hi.squeeze(0)))
     los, his = ([through(x) for x in bounds.unbind(-2)] for bounds in (lo, hi))
-    if lo.dim() == 3:
-        return _batched(los, his)
-    return _two_intervals(*los, *his) if len(los) == 2 else _several_intervals(los, his)
+    if lo.dim() == 2 and len(los) == 2:
+        return _two_intervals(*los, *his)
+    return _several_intervals(los, his, lo.dim() == 3)
 
 
 def one_interval(lo, hi):
@@ -271,21 +271,12 @@ def _two_intervals(lo0, lo1, hi0, hi1):
     return mask_mod
 
 
-def _several_intervals(los, his):
+def _several_intervals(los, his, batched):
     def mask_mod(b, h, q, kv):
-        allowed = (kv >= los[0][q]) & (kv < his[0][q])
+        row = (b, q) if batched else q
+        allowed = (kv >= los[0][row]) & (kv < his[0][row])
         for lo, hi in zip(los[1:], his[1:], strict=True):
-            allowed = allowed | ((kv >= lo[q]) & (kv < hi[q]))
-        return allowed
-
-    return mask_mod
-
-
-def _batched(los, his):
-    def mask_mod(b, h, q, kv):
-        allowed = (kv >= los[0][b, q]) & (kv < his[0][b, q])
-        for lo, hi in zip(los[1:], his[1:], strict=True):
-            allowed = allowed | ((kv >= lo[b, q]) & (kv < hi[b, q]))
+            allowed = allowed | ((kv >= lo[row]) & (kv < hi[row]))
         return allowed
 
     return mask_mod

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, shape_text
+from .._checks import check_choice
 from . import ints
 from .layout import PackedLayout
 
@@ -141,21 +141,17 @@ def sample_keep_k(
 
 def _sizes(name, n, batch, mode, device):
     if isinstance(n, torch.Tensor):
-        n = ints.integers(name, "n", n)
-        if tuple(n.shape) not in ((), (batch,)):
-            raise ValueError(f"{name}: n must be an int or [{batch}], got {shape_text(n)}")
-        values = n.reshape(-1).tolist() if ints.is_readable(n) else []
-        sizes = n.to(device, torch.int64, non_blocking=True).expand(batch)
+        values = ints.integers(name, "n", n)
+        values = values.reshape(-1).tolist() if ints.is_readable(n) else []
+    elif ints.is_number(n) or not hasattr(n, "__iter__") or isinstance(n, str):
+        values = [n]
     else:
-        is_one = ints.is_number(n) or not hasattr(n, "__iter__") or isinstance(n, str)
-        n = [n] if is_one else ints.listed(name, "n", n)
-        values = [ints.length(name, "n", value, 1) for value in n]
-        sizes = ints.per_sample(name, "n", values[0] if is_one else values, batch, device)
+        values = n = ints.listed(name, "n", n)
     for value in values:
-        ints.length(name, "n", value, 1)
+        value = ints.length(name, "n", value, 1)
         if mode == "pow2" and value & (value - 1):
             raise ValueError(f"{name}: n must be a power of two for mode 'pow2', got {value}")
-    return sizes
+    return ints.per_sample(name, "n", n, batch, device)
 
 
 def _log2_ceil(x):
