@@ -235,7 +235,7 @@ def _merge(lo, hi, slots):
 def opaque(tensor):
     """What a mask_mod may capture: inductor's CPU template takes only inputs of the graph and
     results of operators that it does not know. Elsewhere the tensor itself."""
-    if tensor.device.type == "cpu" and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and tensor.device.type == "cpu":
         return torch.ops.masked_loss_ext._snapshot(tensor)
     return tensor
 
@@ -248,9 +248,9 @@ def interval_mask_mod(lo, hi, through=lambda tensor: tensor):
     # Separate 1-D tensors, not one stacked: kernels that turn a mask_mod into intervals of their
     # own understand only these, and 2-D indexing is slow in others.
     if lo.dim() == 3 and lo.shape[0] == 1:  # the same for every batch row
-        lo, hi = lo.squeeze(0), hi.squeeze(0)
+        lo, hi = lo[0], hi[0]
     if lo.dim() == 2 and lo.shape[0] == 1:  # most masks; two unbinds cost three times as much
-        return one_interval(through(lo.squeeze(0)), through(hi.squeeze(0)))
+        return one_interval(through(lo[0]), through(hi[0]))
     los, his = ([through(x) for x in bounds.unbind(-2)] for bounds in (lo, hi))
     if lo.dim() == 2 and len(los) == 2:
         return _two_intervals(*los, *his)

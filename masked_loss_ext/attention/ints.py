@@ -20,6 +20,7 @@ Lengths = Iterable[int] | Iterable[Iterable[int]] | torch.Tensor
 
 _modes = torch._C._len_torch_dispatch_stack  # private; how many are active
 _is_tracing = torch.compiler.is_dynamo_compiling
+_CPU = torch.device("cpu")
 _CODES = {torch.int32: "i", torch.int64: "q"}
 LONGEST = 2**31 - 1  # positions are int32; kMaxLength of csrc/block_mask/call.h
 
@@ -202,14 +203,13 @@ def device_of(values, given=None):
 
 def to_device(numbers, device, dtype=torch.int64):
     """A list of ints as a tensor, without waiting for a GPU: from pinned memory where it is one."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    if device.type == "cuda":
-        return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-    if device.type == "cpu" and numbers and not _modes():
+    compiling = torch.compiler.is_compiling()
+    if device == _CPU and numbers and not compiling and not _modes():
         # A third of the time of torch.tensor, which looks at each number; but no mode (fake
         # tensors, say) sees it.
         return torch.frombuffer(array(_CODES[dtype], numbers), dtype=dtype)
+    if device.type == "cuda" and not compiling:
+        return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
