@@ -92,7 +92,7 @@ class _NestedDropout(torch.nn.Module):
             data_dict[self.train_keep_k_write_key] = keep_k
         return keep_k
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.read_key!r}, size_sampling_mode={self.size_sampling_mode!r}"
 
 
@@ -407,7 +407,7 @@ class NestedDropoutSequencePacker(torch.nn.Module):
             )
         return size
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = f"{self.input_list_read_keys}, mask_mode={self.mask_mode!r}"
         for name in ("max_seq_len", "pad_to_multiple"):
             if getattr(self, name) is not None:
@@ -577,7 +577,7 @@ class SequenceUnpacker(torch.nn.Module):
                     f"{len(self.inner_seq_write_keys)}, got {len(shapes)}"
                 )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.packed_seq_read_key!r} -> {self.inner_seq_write_keys}"
 
 
