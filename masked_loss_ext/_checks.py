@@ -7,6 +7,7 @@ Shapes, dtypes and devices are looked at, and data on the CPU alone: no synchron
 import difflib
 import math
 import numbers
+from typing import NoReturn
 
 import torch
 
@@ -27,6 +28,12 @@ LARGEST_LENGTH = 2**48
 
 class ArgumentError(ValueError, AssertionError):
     """For arguments that callers of older code expect to be refused by an assertion."""
+
+
+def refuse(
+    function: str, name: str, rule: str, got: object, kind: type[Exception] = ValueError
+) -> NoReturn:
+    raise kind(f"{function}: {name} must {rule}, got {got}")
 
 
 def shape_text(tensor):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from .._checks import check_choice, check_number, check_tensor, shape_text
+from .._checks import check_choice, check_number, check_tensor, refuse, shape_text
 from . import ints
 from .intervals import RowIntervals
 from .layout import PackedLayout
@@ -97,10 +97,8 @@ def packed_attention(
         backend = _choose(q, v, is_layout)
     if backend in ("slices", "varlen"):
         if not is_layout:
-            raise ValueError(
-                f"{_NAME}: backend {backend!r} must have a PackedLayout, whose samples it takes "
-                "one by one, got RowIntervals (use 'flex' or 'sdpa')"
-            )
+            rule = "have a PackedLayout, whose samples it takes one by one"
+            refuse(_NAME, f"backend {backend!r}", rule, "RowIntervals (use 'flex' or 'sdpa')")
         attend = _attend_slices if backend == "slices" else _attend_varlen
         return attend(q, k, v, source, options, scale)
     return _attend_masked(q, k, v, source, options if is_layout else {}, scale, backend == "flex")
@@ -159,10 +157,8 @@ def _check_source(source, is_layout, options):
     if is_layout:
         return
     if not isinstance(source, RowIntervals):
-        raise TypeError(
-            f"{_NAME}: layout_or_intervals must be a PackedLayout or RowIntervals, got "
-            f"{type(source).__name__}"
-        )
+        rule = "be a PackedLayout or RowIntervals"
+        refuse(_NAME, "layout_or_intervals", rule, type(source).__name__, TypeError)
     usual = {"mode": "full", **_PLAIN}
     given = [
         name
@@ -180,45 +176,31 @@ def _check_operands(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(_NAME, name, x)
         if x.dim() != 4:
-            raise ValueError(f"{_NAME}: {name} must be [B, H, S, D], got {shape_text(x)}")
+            refuse(_NAME, name, "be [B, H, S, D]", shape_text(x))
         if not x.is_floating_point():
-            raise ValueError(f"{_NAME}: {name} must be a floating tensor, got {x.dtype}")
+            refuse(_NAME, name, "be a floating tensor", x.dtype)
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{_NAME}: {name} must have dtype and device of q ({q.dtype}, {q.device}), got "
-                f"{x.dtype}, {x.device}"
-            )
+            rule = f"have dtype and device of q ({q.dtype}, {q.device})"
+            refuse(_NAME, name, rule, f"{x.dtype}, {x.device}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"{_NAME}: k must have B and D of q {shape_text(q)}, got {shape_text(k)}")
+        refuse(_NAME, "k", f"have B and D of q {shape_text(q)}", shape_text(k))
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{_NAME}: k must have a number of heads that divides the {q.shape[1]} of q, got "
-            f"{k.shape[1]}"
-        )
+        refuse(_NAME, "k", f"have a number of heads that divides the {q.shape[1]} of q", k.shape[1])
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"{_NAME}: v must have B, H and S of k {shape_text(k)}, got {shape_text(v)}"
-        )
+        refuse(_NAME, "v", f"have B, H and S of k {shape_text(k)}", shape_text(v))
 
 
 def _check_fit(q, k, source, is_layout):
     """Device, lengths and batch of the mask against the operands."""
     if source.device.type != q.device.type:
-        raise ValueError(
-            f"{_NAME}: layout_or_intervals must be on the device of q ({q.device}), got "
-            f"{source.device}"
-        )
+        refuse(_NAME, "layout_or_intervals", f"be on the device of q ({q.device})", source.device)
     rows, columns = (source.padded_len,) * 2 if is_layout else (source.q_len, source.kv_len)
     for name, x, length in (("q", q, rows), ("k", k, columns)):
         if x.shape[2] != length:
-            raise ValueError(
-                f"{_NAME}: {name} must be as long as the mask, S = {length}, got {shape_text(x)}"
-            )
+            refuse(_NAME, name, f"be as long as the mask, S = {length}", shape_text(x))
     if not is_layout and source.lo.dim() == 3 and source.lo.shape[0] not in (1, q.shape[0]):
-        raise ValueError(
-            f"{_NAME}: layout_or_intervals must have the B of q, {q.shape[0]}, or none, got "
-            f"{source.lo.shape[0]}"
-        )
+        rule = f"have the B of q, {q.shape[0]}, or none"
+        refuse(_NAME, "layout_or_intervals", rule, source.lo.shape[0])
 
 
 # --- one kernel for all samples ------------------------------------------------------------------
@@ -253,7 +235,7 @@ def _flex(q, k, v, block_mask, scale):
 
 def _attend_varlen(q, k, v, layout, options, scale):
     if q.device.type != "cuda":
-        raise ValueError(f"{_NAME}: backend 'varlen' must be on CUDA, got {q.device}")
+        refuse(_NAME, "backend 'varlen'", "be on CUDA", q.device)
     mode = options["mode"]
     if mode not in ("full", "causal") or options != {"mode": mode, **_PLAIN}:
         raise ValueError(

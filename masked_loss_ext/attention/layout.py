@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, check_int, shape_text
+from .._checks import check_choice, check_int, refuse, shape_text
 from ..ops.block_mask import DROPPED, MODES, nested_dropout_plan, packed_rows
 from . import ints
 from .compaction import CompactPlan, check_fill, check_tokens
@@ -73,9 +73,7 @@ class PackedLayout:
             raise ValueError(f"{name}: Only one of max_seq_len and pad_to_multiple may be given")
         check_int(name, "droppable", droppable)
         if not -segments <= droppable < segments:
-            raise ValueError(
-                f"{name}: droppable must be one of {segments} segments, got {droppable}"
-            )
+            refuse(name, "droppable", f"be one of {segments} segments", droppable)
         keep, tensor = None, None
         if keep_k is not None:
             keep, tensor = ints.keep_rows(name, keep_k, samples, segments)
@@ -267,18 +265,14 @@ class PackedLayout:
         name = "PackedLayout.pack"
         samples = _tensors(name, "samples", samples)
         if len(samples) != self.num_samples:
-            raise ValueError(
-                f"{name}: samples must be a list of {self.num_samples} samples, got {len(samples)}"
-            )
+            refuse(name, "samples", f"be a list of {self.num_samples} samples", len(samples))
         pieces, like, end = [], None, 0
         for i, (sample, row) in enumerate(zip(samples, self.segment_lengths, strict=True)):
             if isinstance(sample, torch.Tensor):
                 sample = [sample]
             segments = _tensors(name, f"samples[{i}]", sample)
             if len(segments) != len(row):
-                raise ValueError(
-                    f"{name}: sample {i} must have {len(row)} segments, got {len(segments)}"
-                )
+                refuse(name, f"sample {i}", f"have {len(row)} segments", len(segments))
             for j, (tensor, n) in enumerate(zip(segments, row, strict=True)):
                 check_tokens(name, f"samples[{i}][{j}]", tensor, dim, n)
                 like = tensor if like is None else like
@@ -419,13 +413,13 @@ def _padded_len(name, end, pad_to_multiple, max_seq_len):
         return size
     max_seq_len = ints.length(name, "max_seq_len", max_seq_len)
     if max_seq_len < max(1, end):
-        raise ValueError(f"{name}: max_seq_len must hold all {end} tokens, got {max_seq_len}")
+        refuse(name, "max_seq_len", f"hold all {end} tokens", max_seq_len)
     return max_seq_len
 
 
 def _tensors(name, argument, values):
     if isinstance(values, torch.Tensor) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name}: {argument} must be a list, got {type(values).__name__}")
+        refuse(name, argument, "be a list", type(values).__name__, TypeError)
     return list(values)
 
 
@@ -434,10 +428,8 @@ def _check_like(name, argument, tensor, dim, like):
     if tensor.dim() == like.dim():
         expected[dim] = tensor.shape[dim]
     if list(tensor.shape) != expected:
-        raise ValueError(
-            f"{name}: {argument} must have the shape of samples[0][0] {shape_text(like)} but in "
-            f"dimension {dim}, got {shape_text(tensor)}"
-        )
+        rule = f"have the shape of samples[0][0] {shape_text(like)} but in dimension {dim}"
+        refuse(name, argument, rule, shape_text(tensor))
 
 
 def _zeros(like, dim, count):

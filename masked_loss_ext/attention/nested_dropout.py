@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice
+from .._checks import check_choice, refuse
 from . import ints
 from .layout import PackedLayout
 
@@ -123,8 +123,8 @@ def sample_keep_k(
     check_choice(name, "mode", mode, SAMPLING)
     batch = ints.length(name, "batch", batch)
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        refuse(
+            name, "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
         )
     if device is None:
         device = n.device if isinstance(n, torch.Tensor) else "cpu"
@@ -150,7 +150,7 @@ def _sizes(name, n, batch, mode, device):
     for value in values:
         value = ints.length(name, "n", value, 1)
         if mode == "pow2" and value & (value - 1):
-            raise ValueError(f"{name}: n must be a power of two for mode 'pow2', got {value}")
+            refuse(name, "n", "be a power of two for mode 'pow2'", value)
     return ints.per_sample(name, "n", n, batch, device)
 
 

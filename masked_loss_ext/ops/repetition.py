@@ -17,6 +17,7 @@ from .._checks import (
     check_integers,
     check_length,
     check_tensor,
+    refuse,
     shape_text,
 )
 
@@ -131,22 +132,18 @@ def _check_fake(function, tokens, valid, ngram_size):
     check_integers(function, "tokens", tokens)
     shape = shape_text(tokens)
     if tokens.dim() != 2:
-        raise ValueError(f"{function}: tokens must be [B, S], got {shape}")
+        refuse(function, "tokens", "be [B, S]", shape)
     if isinstance(tokens.shape[1], int) and tokens.shape[1] > LONGEST_ROW:
-        most = f"at most {LONGEST_ROW} positions per row"
-        raise ValueError(f"{function}: tokens must have {most}, got {shape}")
+        refuse(function, "tokens", f"have at most {LONGEST_ROW} positions per row", shape)
     if valid is not None:
         if valid.is_complex():
-            rule = "valid must be bool, integer or floating"
-            raise ValueError(f"{function}: {rule}, got {valid.dtype}")
-        differs = (m != n for m, n in zip(valid.shape, tokens.shape, strict=False))
+            refuse(function, "valid", "be bool, integer or floating", valid.dtype)
+        differs = [m != n for m, n in zip(valid.shape, tokens.shape, strict=False)]
         if valid.dim() != 2 or any(differ is True for differ in differs):
-            rule = f"valid must have the shape of tokens {shape}"
-            raise ValueError(f"{function}: {rule}, got {shape_text(valid)}")
+            refuse(function, "valid", f"have the shape of tokens {shape}", shape_text(valid))
         check_device(function, "valid", valid, "tokens", tokens)
     if isinstance(ngram_size, int) and not 1 <= ngram_size <= LONGEST_WINDOW:
-        rule = f"ngram_size must be in [1, {LONGEST_WINDOW}]"
-        raise ValueError(f"{function}: {rule}, got {ngram_size}")
+        refuse(function, "ngram_size", f"be in [1, {LONGEST_WINDOW}]", ngram_size)
 
 
 @torch.library.register_fake("masked_loss_ext::repetition_counts")
