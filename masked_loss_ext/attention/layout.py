@@ -370,23 +370,25 @@ class PackedLayout:
 
     def _tokens(self):
         """sample_ids, positions, segment_ids and visible, which come from the same work."""
-        samples, groups = self.num_samples, self.num_segments
-        # One more piece per sample: the gap before the next one.
-        bounds = []
-        for row, start in zip(self.segment_lengths, self.sample_starts, strict=False):
-            bounds += accumulate(row, initial=start)
-        bounds = ints.to_device([*bounds, self.sample_starts[-1]], self.device)
-        token = torch.arange(self.padded_len, device=self.device)
-        piece = torch.searchsorted(bounds, token, right=True) - 1
-        sample, segment = piece // (groups + 1), piece % (groups + 1)
-        real = (segment < groups) & (sample < samples)
-        sample_at = sample.clamp_max(samples - 1)
-        position = token - bounds[sample_at * (groups + 1)]
-        kept = self.kept.flatten()[(sample_at * groups + segment).clamp_max(samples * groups - 1)]
-        visible = real & (token - bounds[piece] < kept)
-        numbers = ((sample, -1), (position, 0), (segment, -1))
-        ids = [torch.where(real, x, padding).to(torch.int32) for x, padding in numbers]
-        return *ids, visible
+        # Segments, and the gap after each sample: sample, segment, where both begin; and lengths.
+        pieces, counts = [], []
+        bounds = zip(self.sample_starts, (*self.sample_starts[1:-1], self.padded_len), strict=False)
+        for i, (row, (start, stop)) in enumerate(zip(self.segment_lengths, bounds, strict=True)):
+            *begins, end = accumulate(row, initial=start)
+            for j, begin in enumerate(begins):
+                pieces += (i, j, start, begin)
+            pieces += (-1, -1, 0, end)
+            counts += (*row, stop - end)
+        pieces = ints.to_device(pieces, self.device, torch.int32).view(-1, 4)
+        kept = torch.nn.functional.pad(self.kept.to(torch.int32), (0, 1)).flatten()
+        sample, segment, start, begin = pieces.unbind(1)
+        columns = sample, segment, start, begin + kept
+        counts = ints.to_device(counts, self.device)
+        piece = torch.arange(len(counts), device=self.device)
+        piece = piece.repeat_interleave(counts, output_size=self.padded_len)
+        sample, segment, start, end = (column.index_select(0, piece) for column in columns)
+        token = torch.arange(self.padded_len, dtype=torch.int32, device=self.device)
+        return sample, torch.where(segment < 0, 0, token - start), segment, token < end
 
 
 def _positive(name, argument, value, default):
