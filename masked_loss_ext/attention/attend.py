@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from .._checks import check_choice, check_number, check_tensor, refuse, shape_text
+from .._checks import check_choice, check_number, check_tensor, refusal, shape_text
 from . import ints
 from .intervals import RowIntervals
 from .layout import PackedLayout
@@ -98,7 +98,9 @@ def packed_attention(
     if backend in ("slices", "varlen"):
         if not is_layout:
             rule = "have a PackedLayout, whose samples it takes one by one"
-            refuse(_NAME, f"backend {backend!r}", rule, "RowIntervals (use 'flex' or 'sdpa')")
+            raise refusal(
+                _NAME, f"backend {backend!r}", rule, "RowIntervals (use 'flex' or 'sdpa')"
+            )
         attend = _attend_slices if backend == "slices" else _attend_varlen
         return attend(q, k, v, source, options, scale)
     return _attend_masked(q, k, v, source, options if is_layout else {}, scale, backend == "flex")
@@ -158,7 +160,7 @@ def _check_source(source, is_layout, options):
         return
     if not isinstance(source, RowIntervals):
         rule = "be a PackedLayout or RowIntervals"
-        refuse(_NAME, "layout_or_intervals", rule, type(source).__name__, TypeError)
+        raise refusal(_NAME, "layout_or_intervals", rule, type(source).__name__, TypeError)
     usual = {"mode": "full", **_PLAIN}
     given = [
         name
@@ -176,31 +178,35 @@ def _check_operands(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(_NAME, name, x)
         if x.dim() != 4:
-            refuse(_NAME, name, "be [B, H, S, D]", shape_text(x))
+            raise refusal(_NAME, name, "be [B, H, S, D]", shape_text(x))
         if not x.is_floating_point():
-            refuse(_NAME, name, "be a floating tensor", x.dtype)
+            raise refusal(_NAME, name, "be a floating tensor", x.dtype)
         if x.dtype != q.dtype or x.device != q.device:
             rule = f"have dtype and device of q ({q.dtype}, {q.device})"
-            refuse(_NAME, name, rule, f"{x.dtype}, {x.device}")
+            raise refusal(_NAME, name, rule, f"{x.dtype}, {x.device}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        refuse(_NAME, "k", f"have B and D of q {shape_text(q)}", shape_text(k))
+        raise refusal(_NAME, "k", f"have B and D of q {shape_text(q)}", shape_text(k))
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        refuse(_NAME, "k", f"have a number of heads that divides the {q.shape[1]} of q", k.shape[1])
+        raise refusal(
+            _NAME, "k", f"have a number of heads that divides the {q.shape[1]} of q", k.shape[1]
+        )
     if v.shape[:3] != k.shape[:3]:
-        refuse(_NAME, "v", f"have B, H and S of k {shape_text(k)}", shape_text(v))
+        raise refusal(_NAME, "v", f"have B, H and S of k {shape_text(k)}", shape_text(v))
 
 
 def _check_fit(q, k, source, is_layout):
     """Device, lengths and batch of the mask against the operands."""
     if source.device.type != q.device.type:
-        refuse(_NAME, "layout_or_intervals", f"be on the device of q ({q.device})", source.device)
+        raise refusal(
+            _NAME, "layout_or_intervals", f"be on the device of q ({q.device})", source.device
+        )
     rows, columns = (source.padded_len,) * 2 if is_layout else (source.q_len, source.kv_len)
     for name, x, length in (("q", q, rows), ("k", k, columns)):
         if x.shape[2] != length:
-            refuse(_NAME, name, f"be as long as the mask, S = {length}", shape_text(x))
+            raise refusal(_NAME, name, f"be as long as the mask, S = {length}", shape_text(x))
     if not is_layout and source.lo.dim() == 3 and source.lo.shape[0] not in (1, q.shape[0]):
         rule = f"have the B of q, {q.shape[0]}, or none"
-        refuse(_NAME, "layout_or_intervals", rule, source.lo.shape[0])
+        raise refusal(_NAME, "layout_or_intervals", rule, source.lo.shape[0])
 
 
 # --- one kernel for all samples ------------------------------------------------------------------
@@ -235,7 +241,7 @@ def _flex(q, k, v, block_mask, scale):
 
 def _attend_varlen(q, k, v, layout, options, scale):
     if q.device.type != "cuda":
-        refuse(_NAME, "backend 'varlen'", "be on CUDA", q.device)
+        raise refusal(_NAME, "backend 'varlen'", "be on CUDA", q.device)
     mode = options["mode"]
     if mode not in ("full", "causal") or options != {"mode": mode, **_PLAIN}:
         raise ValueError(

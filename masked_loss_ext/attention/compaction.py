@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_int, check_tensor, refuse, shape_text
+from .._checks import check_int, check_tensor, refusal, shape_text
 from . import ints
 
 
@@ -109,13 +109,13 @@ def check_tokens(function, name, x, dim, length):
     check_tensor(function, name, x)
     check_int(function, "dim", dim)
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
-        refuse(function, name, f"have {length} tokens in dimension {dim}", shape_text(x))
+        raise refusal(function, name, f"have {length} tokens in dimension {dim}", shape_text(x))
 
 
 def check_fill(function, fill):
     is_number = isinstance(fill, (numbers.Number, torch.SymInt, torch.SymFloat))
     if not is_number and not (isinstance(fill, torch.Tensor) and fill.dim() == 0):
-        refuse(function, "fill", "be a number", type(fill).__name__, TypeError)
+        raise refusal(function, "fill", "be a number", type(fill).__name__, TypeError)
 
 
 def _spread(kept, dim, index, length, fill):

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_flags, check_int, check_tensor, refuse, shape_text
+from .._checks import check_flags, check_int, check_tensor, refusal, shape_text
 from ..ops.block_mask import MAX_INTERVALS, interval_block_lists
 from . import interval_pictures, ints
 
@@ -25,15 +25,15 @@ class IntervalMask:
         for argument, tensor in (("lo", lo), ("hi", hi)):
             check_tensor(name, argument, tensor)
             if tensor.dtype != torch.int32:
-                refuse(name, argument, "be torch.int32", tensor.dtype)
+                raise refusal(name, argument, "be torch.int32", tensor.dtype)
         if lo.shape != hi.shape or not 1 <= lo.dim() <= 3:
             rule = "be [R, Sq] or [B, R, Sq] of one shape"
-            refuse(name, "lo and hi", rule, f"{shape_text(lo)} and {shape_text(hi)}")
+            raise refusal(name, "lo and hi", rule, f"{shape_text(lo)} and {shape_text(hi)}")
         kv_len = ints.length(name, "kv_len", kv_len)
         if lo.dim() == 1:
             lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
         if not 1 <= lo.shape[-2] <= MAX_INTERVALS:
-            refuse(name, "lo", f"have 1 to {MAX_INTERVALS} intervals per row", lo.shape[-2])
+            raise refusal(name, "lo", f"have 1 to {MAX_INTERVALS} intervals per row", lo.shape[-2])
         self.lo, self.hi, self.kv_len = lo, hi, kv_len
 
     @classmethod
@@ -111,7 +111,7 @@ class IntervalMask:
         elif slots and slots < held and ints.is_readable(self.lo):
             needed = _merge(self.lo, self.hi, 0)[0].shape[-2]
             if needed > slots:
-                refuse(name, "slots", f"be at least {needed}, which some row needs", slots)
+                raise refusal(name, "slots", f"be at least {needed}, which some row needs", slots)
         return self._of(lo, hi, self.kv_len)
 
     def _block_lists(self, block, transposes):

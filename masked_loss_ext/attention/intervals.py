@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from .._checks import as_mask, check_choice, check_flags, check_int, check_rank, refuse, shape_text
+from .._checks import as_mask, check_choice, check_flags, check_int, check_rank, refusal, shape_text
 from ..ops.block_mask import packed_rows
 from . import ints
 from .interval_mask import IntervalMask
@@ -184,13 +184,13 @@ class RowIntervals(IntervalMask):
         check_rank(name, "cu_seqlens", bounds, 1, "[N + 1]")
         entries = bounds.shape[0]
         if entries < 2:
-            refuse(name, "cu_seqlens", "have N + 1 entries", entries)
+            raise refusal(name, "cu_seqlens", "have N + 1 entries", entries)
         if total_len is not None:
             total_len = ints.length(name, "total_len", total_len)
         if ints.is_readable(bounds):
             values = bounds.tolist()
             if values[0] != 0 or sorted(values) != values:
-                refuse(name, "cu_seqlens", "rise from 0", values[:8])
+                raise refusal(name, "cu_seqlens", "rise from 0", values[:8])
             ints.check_total(name, "cu_seqlens", 0 if total_len is not None else values[-1])
             total_len = ints.length_from(name, "total_len", total_len, values[-1])
         elif total_len is None:
@@ -221,7 +221,9 @@ class RowIntervals(IntervalMask):
                 given = torch.as_tensor(given, device="cpu")
         if isinstance(given, torch.Tensor) and given.dim() == 2:
             if seq_len is not None and seq_len != given.shape[1]:
-                refuse(name, "seq_len", f"be S of the mask {shape_text(given)} or None", seq_len)
+                raise refusal(
+                    name, "seq_len", f"be S of the mask {shape_text(given)} or None", seq_len
+                )
             return _from_mask(name, as_mask(name, "valid", given) != 0).to(device)
         used = ints.integers(name, "valid", given)
         check_rank(name, "valid", used, 1, "[B]")
@@ -232,7 +234,7 @@ class RowIntervals(IntervalMask):
             least, most = int(used.min()), int(used.max())
             if least < 0 or most > seq_len:
                 rule = f"be lengths from 0 to seq_len ({seq_len})"
-                refuse(name, "valid", rule, least if least < 0 else most)
+                raise refusal(name, "valid", rule, least if least < 0 else most)
         used = used.to(torch.int64).clamp(0, seq_len).view(-1, 1, 1)
         t = torch.arange(seq_len, device=used.device)
         begin = seq_len - used if side == "left" else torch.zeros_like(used)
@@ -259,7 +261,9 @@ class RowIntervals(IntervalMask):
         queries = ints.lengths(name, "q_lengths", q_lengths)
         keys = ints.lengths(name, "kv_lengths", kv_lengths)
         if len(queries) != len(keys):
-            refuse(name, "kv_lengths", f"have one entry per sample ({len(queries)})", len(keys))
+            raise refusal(
+                name, "kv_lengths", f"have one entry per sample ({len(queries)})", len(keys)
+            )
         q_len = ints.length_from(name, "q_len", q_len, sum(queries))
         kv_len = ints.length_from(name, "kv_len", kv_len, sum(keys))
         device = ints.device_of(keep_k, device)
@@ -339,7 +343,7 @@ def _query_positions(name, q_len, kv_len, offset, device):
 def _checked_ids(name, argument, ids):
     ids = ints.integers(name, argument, ids)
     if ids.dim() not in (1, 2) or ids.shape[-1] == 0:
-        refuse(name, argument, "be [S] or [B, S] with S of at least 1", shape_text(ids))
+        raise refusal(name, argument, "be [S] or [B, S] with S of at least 1", shape_text(ids))
     return ids
 
 

@@ -12,7 +12,7 @@ from operator import index
 
 import torch
 
-from .._checks import check_int, check_integers, check_length, refuse, shape_text
+from .._checks import check_int, check_integers, check_length, refusal, shape_text
 
 Device = torch.device | str | None
 Window = int | tuple[int | None, int | None]
@@ -44,7 +44,7 @@ def length_from(function, name, value, needed):
     """As ``length``, of what has to hold ``needed`` tokens; None: just those."""
     value = length(function, name, needed if value is None else value)
     if value < needed:
-        refuse(function, name, f"be at least {needed}", value)
+        raise refusal(function, name, f"be at least {needed}", value)
     return value
 
 
@@ -59,7 +59,7 @@ def reach(function, name, value):
 def check_total(function, name, total):
     """Positions are int32 in all results."""
     if not _is_tracing() and total > LONGEST:
-        refuse(function, name, f"hold at most {LONGEST} tokens", total)
+        raise refusal(function, name, f"hold at most {LONGEST} tokens", total)
 
 
 # --- a number or two -----------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def _pair(function, name, value, what):
         return value, value
     pair = listed(function, name, value, "an int or a pair of ints")
     if len(pair) != 2:
-        refuse(function, name, f"be {what}", f"{value!r}")
+        raise refusal(function, name, f"be {what}", f"{value!r}")
     return pair
 
 
@@ -109,21 +109,21 @@ def listed(function, name, values, what="a list of ints"):
     elif hasattr(values, "__iter__") and not isinstance(values, (str, bytes, dict, set)):
         values = list(values)
     if not isinstance(values, (list, tuple)):
-        refuse(function, name, f"be {what}", type(values).__name__, TypeError)
+        raise refusal(function, name, f"be {what}", type(values).__name__, TypeError)
     return values
 
 
 def _refuse_kinds(function, name, kinds):
     for kind in kinds:
         if kind is bool or not hasattr(kind, "__index__"):
-            refuse(function, name, "hold ints", kind.__name__, TypeError)
+            raise refusal(function, name, "hold ints", kind.__name__, TypeError)
 
 
 def lengths(function, name, values):
     """``[N]`` lengths on the host as a list."""
     rows = length_rows(function, name, values)
     if len(rows[0]) != 1:
-        refuse(function, name, "be [N], one length per sample", f"{len(rows[0])} each")
+        raise refusal(function, name, "be [N], one length per sample", f"{len(rows[0])} each")
     return [row[0] for row in rows]
 
 
@@ -131,7 +131,7 @@ def length_rows(function, name, lengths, signed=False):
     """``[[n, m], ...]`` (or ``[n, ...]``) on the host -> tuple of tuples of one length."""
     lengths = listed(function, name, lengths, "a list of lists of ints")
     if len(lengths) == 0:
-        refuse(function, name, "hold at least one sample", "none")
+        raise refusal(function, name, "hold at least one sample", "none")
     if set(map(type, lengths)) <= {list, tuple}:
         rows = tuple(map(tuple, lengths))
     else:
@@ -141,14 +141,16 @@ def length_rows(function, name, lengths, signed=False):
     # Each test runs in C for all rows; only a refusal is looked at one by one.
     if set(map(len, rows)) != {len(rows[0])} or not rows[0]:
         sizes = [len(row) for row in rows]
-        refuse(function, name, "have as many segments (at least one) in each sample", sizes[:16])
+        raise refusal(
+            function, name, "have as many segments (at least one) in each sample", sizes[:16]
+        )
     kinds = set(map(type, chain.from_iterable(rows)))
     if kinds != {int}:
         _refuse_kinds(function, name, kinds)
         rows = tuple([tuple(map(index, row)) for row in rows])
     if not signed and min(map(min, rows)) < 0:
         i = [min(row) < 0 for row in rows].index(True)
-        refuse(function, name, "not be negative", f"{min(rows[i])} in sample {i}")
+        raise refusal(function, name, "not be negative", f"{min(rows[i])} in sample {i}")
     return rows
 
 
@@ -162,9 +164,9 @@ def shape_of(function, name, shape):
     sizes = tuple(listed(function, name, sizes, "an int or a list of ints"))
     for size in sizes:
         if isinstance(size, bool) or not is_number(size):
-            refuse(function, name, "hold ints", type(size).__name__, TypeError)
+            raise refusal(function, name, "hold ints", type(size).__name__, TypeError)
         if size < 0:
-            refuse(function, name, "not be negative", size)
+            raise refusal(function, name, "not be negative", size)
     return tuple([index(size) for size in sizes])
 
 
@@ -183,7 +185,7 @@ def is_readable(tensor):
 def refuse_negative(function, name, tensor):
     """For tensors that are on the CPU; on a device negative entries count as 0."""
     if is_readable(tensor) and tensor.numel() and tensor.min() < 0:
-        refuse(function, name, "not be negative", int(tensor.min()))
+        raise refusal(function, name, "not be negative", int(tensor.min()))
 
 
 def device_of(values, given=None):
@@ -221,7 +223,7 @@ def integers(function, name, values):
     if values and isinstance(values[0], int) and not _is_tracing():
         for value in (min(values), max(values)):
             if not -(2**63) <= value < 2**63:
-                refuse(function, name, "fit int64", value)
+                raise refusal(function, name, "fit int64", value)
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
@@ -232,17 +234,17 @@ def per_sample(function, name, values, samples, device):
         if values.dim() == 0:
             values = values.expand(samples)
         if tuple(values.shape) != (samples,):
-            refuse(function, name, f"be [{samples}]", shape_text(values))
+            raise refusal(function, name, f"be [{samples}]", shape_text(values))
         refuse_negative(function, name, values)
         return values.to(device, torch.int64, non_blocking=True)
     if is_number(values):
         values = [values] * samples
     values = listed(function, name, values, "an int, a list of ints or a tensor")
     if len(values) != samples:
-        refuse(function, name, f"have one entry per sample ({samples})", len(values))
+        raise refusal(function, name, f"have one entry per sample ({samples})", len(values))
     for value in values:
         if not is_number(value) or isinstance(value, bool) or value < 0:
-            refuse(function, name, "hold ints of at least 0", f"{value!r}")
+            raise refusal(function, name, "hold ints of at least 0", f"{value!r}")
     return to_device([min(index(v), LONGEST) for v in values], device)
 
 
@@ -257,7 +259,7 @@ def per_batch(function, name, value, device):
     device = device_of(value, device)
     value = integers(function, name, value)
     if value.dim() > 1:
-        refuse(function, name, "be an int or [B]", shape_text(value))
+        raise refusal(function, name, "be an int or [B]", shape_text(value))
     # Beyond what positions may be, so that no sum with one can overflow.
     value = value.to(device, torch.int64).clamp(-LONGEST, LONGEST)
     return value if value.dim() == 0 else value.view(-1, 1, 1), device
@@ -274,7 +276,7 @@ def keep_rows(function, keep_k, samples, groups):
     if isinstance(keep_k, torch.Tensor):
         check_integers(function, "keep_k", keep_k)
         if keep_k.dim() not in (1, 2):
-            refuse(function, "keep_k", "be [N] or [N, G]", shape_text(keep_k))
+            raise refusal(function, "keep_k", "be [N] or [N, G]", shape_text(keep_k))
         _check_keep_shape(function, keep_k.shape, samples, groups)
         if not is_readable(keep_k):
             return None, keep_k
@@ -285,7 +287,7 @@ def keep_rows(function, keep_k, samples, groups):
     nested = not kinds.isdisjoint((list, tuple))
     if nested:
         if kinds - {list, tuple}:
-            refuse(function, "keep_k", "be [N] or [N, G]", "a mixture of both")
+            raise refusal(function, "keep_k", "be [N] or [N, G]", "a mixture of both")
         for row in keep_k:
             _check_keep_shape(function, (samples, len(row)), samples, groups)
         kinds = set(map(type, chain.from_iterable(keep_k)))
@@ -295,15 +297,17 @@ def keep_rows(function, keep_k, samples, groups):
     least = min(map(min, keep_k)) if nested else min(keep_k)
     if least < 0:
         i = [(min(k) if nested else k) < 0 for k in keep_k].index(True)
-        refuse(function, "keep_k", "not be negative", f"{least} for sample {i}")
+        raise refusal(function, "keep_k", "not be negative", f"{least} for sample {i}")
     return keep_k, None
 
 
 def _check_keep_shape(function, shape, samples, groups):
     if shape[0] != samples:
-        refuse(function, "keep_k", f"have one entry per sample ({samples})", shape[0])
+        raise refusal(function, "keep_k", f"have one entry per sample ({samples})", shape[0])
     if len(shape) == 2 and shape[1] != groups:
-        refuse(function, "keep_k [N, G]", f"have one column per segment ({groups})", shape[1])
+        raise refusal(
+            function, "keep_k [N, G]", f"have one column per segment ({groups})", shape[1]
+        )
 
 
 def keep_of_all(function, name, keep_k, samples):
@@ -327,7 +331,7 @@ def keep_of_some(function, name, keep_k, samples):
     if isinstance(keep_k, torch.Tensor):
         check_integers(function, name, keep_k)
         if keep_k.dim() > 1:
-            refuse(function, name, "have one entry per sample", shape_text(keep_k))
+            raise refusal(function, name, "have one entry per sample", shape_text(keep_k))
         keep_k = keep_k.expand(samples) if keep_k.dim() == 0 else keep_k
         refuse_negative(function, name, keep_k)
     else:
@@ -335,11 +339,11 @@ def keep_of_some(function, name, keep_k, samples):
         keep_k = [keep_k] * samples if is_one else list(listed(function, name, keep_k))
         if not all(is_number(k) and not isinstance(k, bool) for k in keep_k):
             rule = "be an int, a list of ints or an integer tensor"
-            refuse(function, name, rule, f"{keep_k!r}", TypeError)
+            raise refusal(function, name, rule, f"{keep_k!r}", TypeError)
         if any(k < 0 for k in keep_k):
-            refuse(function, name, "not be negative", keep_k)
+            raise refusal(function, name, "not be negative", keep_k)
     if len(keep_k) > samples:
-        refuse(function, name, f"have at most one entry per sample, {samples}", len(keep_k))
+        raise refusal(function, name, f"have at most one entry per sample, {samples}", len(keep_k))
     if isinstance(keep_k, torch.Tensor):
         return keep_k
     return [reach(function, name, k) for k in keep_k]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, check_int, refuse, shape_text
+from .._checks import check_choice, check_int, refusal, shape_text
 from ..ops.block_mask import DROPPED, MODES, nested_dropout_plan, packed_rows
 from . import ints
 from .compaction import CompactPlan, check_fill, check_tokens
@@ -73,7 +73,7 @@ class PackedLayout:
             raise ValueError(f"{name}: Only one of max_seq_len and pad_to_multiple may be given")
         check_int(name, "droppable", droppable)
         if not -segments <= droppable < segments:
-            refuse(name, "droppable", f"be one of {segments} segments", droppable)
+            raise refusal(name, "droppable", f"be one of {segments} segments", droppable)
         keep, tensor = None, None
         if keep_k is not None:
             keep, tensor = ints.keep_rows(name, keep_k, samples, segments)
@@ -265,14 +265,14 @@ class PackedLayout:
         name = "PackedLayout.pack"
         samples = _tensors(name, "samples", samples)
         if len(samples) != self.num_samples:
-            refuse(name, "samples", f"be a list of {self.num_samples} samples", len(samples))
+            raise refusal(name, "samples", f"be a list of {self.num_samples} samples", len(samples))
         pieces, like, end = [], None, 0
         for i, (sample, row) in enumerate(zip(samples, self.segment_lengths, strict=True)):
             if isinstance(sample, torch.Tensor):
                 sample = [sample]
             segments = _tensors(name, f"samples[{i}]", sample)
             if len(segments) != len(row):
-                refuse(name, f"sample {i}", f"have {len(row)} segments", len(segments))
+                raise refusal(name, f"sample {i}", f"have {len(row)} segments", len(segments))
             for j, (tensor, n) in enumerate(zip(segments, row, strict=True)):
                 check_tokens(name, f"samples[{i}][{j}]", tensor, dim, n)
                 like = tensor if like is None else like
@@ -415,13 +415,13 @@ def _padded_len(name, end, pad_to_multiple, max_seq_len):
         return size
     max_seq_len = ints.length(name, "max_seq_len", max_seq_len)
     if max_seq_len < max(1, end):
-        refuse(name, "max_seq_len", f"hold all {end} tokens", max_seq_len)
+        raise refusal(name, "max_seq_len", f"hold all {end} tokens", max_seq_len)
     return max_seq_len
 
 
 def _tensors(name, argument, values):
     if isinstance(values, torch.Tensor) or not hasattr(values, "__iter__"):
-        refuse(name, argument, "be a list", type(values).__name__, TypeError)
+        raise refusal(name, argument, "be a list", type(values).__name__, TypeError)
     return list(values)
 
 
@@ -431,7 +431,7 @@ def _check_like(name, argument, tensor, dim, like):
         expected[dim] = tensor.shape[dim]
     if list(tensor.shape) != expected:
         rule = f"have the shape of samples[0][0] {shape_text(like)} but in dimension {dim}"
-        refuse(name, argument, rule, shape_text(tensor))
+        raise refusal(name, argument, rule, shape_text(tensor))
 
 
 def _zeros(like, dim, count):

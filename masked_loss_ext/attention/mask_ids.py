@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from .._checks import ArgumentError, check_flags, check_int, refuse
+from .._checks import ArgumentError, check_flags, check_int, refusal
 from . import ints
 from .interval_mask import one_interval, opaque
 from .intervals import RowIntervals
@@ -102,18 +102,18 @@ def _layout(function, ps, keep_k_list, max_seq_len, device, masked_id, group):
     check_int(function, "masked_id", masked_id)
     if not -(2**63) <= masked_id < 0:
         rule = "be negative, as ids from 0 on are sub-sequences, and fit int64"
-        refuse(function, "masked_id", rule, masked_id)
+        raise refusal(function, "masked_id", rule, masked_id)
     ps = ints.listed(function, "ps", ps, "a list of shapes")
     lengths = [ints.token_count(function, f"ps[{i}]", shape) for i, shape in enumerate(ps)]
     if len(lengths) % group:
-        refuse(
+        raise refusal(
             function, "ps", f"hold num_sequences_per_sample={group} shapes per sample", len(lengths)
         )
     total = sum(lengths)
     ints.check_total(function, "ps", total)
     size = ints.length(function, "max_seq_len", total if max_seq_len is None else max_seq_len)
     if size < total:
-        refuse(function, "max_seq_len", f"hold all {total} tokens", size, ArgumentError)
+        raise refusal(function, "max_seq_len", f"hold all {total} tokens", size, ArgumentError)
     keep_k = ints.keep_of_all(function, "keep_k_list", keep_k_list, len(lengths) // group)
     if device is None:
         device = keep_k.device if isinstance(keep_k, torch.Tensor) else "cpu"

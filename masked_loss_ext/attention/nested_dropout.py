@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, refuse
+from .._checks import check_choice, refusal
 from . import ints
 from .layout import PackedLayout
 
@@ -123,7 +123,7 @@ def sample_keep_k(
     check_choice(name, "mode", mode, SAMPLING)
     batch = ints.length(name, "batch", batch)
     if generator is not None and not isinstance(generator, torch.Generator):
-        refuse(
+        raise refusal(
             name, "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
         )
     if device is None:
@@ -150,7 +150,7 @@ def _sizes(name, n, batch, mode, device):
     for value in values:
         value = ints.length(name, "n", value, 1)
         if mode == "pow2" and value & (value - 1):
-            refuse(name, "n", "be a power of two for mode 'pow2'", value)
+            raise refusal(name, "n", "be a power of two for mode 'pow2'", value)
     return ints.per_sample(name, "n", n, batch, device)
 
 

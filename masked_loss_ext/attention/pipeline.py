@@ -16,7 +16,7 @@ from .._checks import (
     check_flags,
     check_rank,
     check_tensor,
-    refuse,
+    refusal,
     shape_text,
 )
 from . import ints
@@ -52,7 +52,7 @@ class _NestedDropout(torch.nn.Module):
         kinds = generator is None or isinstance(generator, torch.Generator) or generator == "numpy"
         if not kinds and not hasattr(generator, "integers") and not hasattr(generator, "randint"):
             rule = "be a torch.Generator, a numpy generator or 'numpy'"
-            refuse(name, "generator", rule, f"{generator!r}", TypeError)
+            raise refusal(name, "generator", rule, f"{generator!r}", TypeError)
         self.read_key = self.read_write_key = read_key
         self.eval_keep_k_read_key = eval_key
         self.train_keep_k_write_key = train_key
@@ -383,13 +383,13 @@ class NestedDropoutSequencePacker(torch.nn.Module):
                 f"{dict(zip(self.input_list_read_keys, counts, strict=True))}"
             )
         if not counts[0]:
-            refuse(_PACKER, "the lists", "hold at least one sample", "none")
+            raise refusal(_PACKER, "the lists", "hold at least one sample", "none")
         width = lists[0][0].shape[-1]
         for key, tensors in zip(self.input_list_read_keys, lists, strict=True):
             for i, tensor in enumerate(tensors):
                 if tensor.shape[-1] != width:
                     rule = f"have D = {width} as the first tensor has"
-                    refuse(_PACKER, f"{key}[{i}]", rule, shape_text(tensor))
+                    raise refusal(_PACKER, f"{key}[{i}]", rule, shape_text(tensor))
         return [list(parts) for parts in zip(*lists, strict=True)]
 
     def _padded_length(self, total):
@@ -399,9 +399,11 @@ class NestedDropoutSequencePacker(torch.nn.Module):
         elif self.pad_to_multiple is not None:
             size = -(-total // self.pad_to_multiple) * self.pad_to_multiple
         if size < total:
-            refuse(_PACKER, "max_seq_len", f"hold all {total} tokens", size, ArgumentError)
+            raise refusal(_PACKER, "max_seq_len", f"hold all {total} tokens", size, ArgumentError)
         if size > ints.LONGEST:
-            refuse(_PACKER, "the packed length", f"be at most {ints.LONGEST}", size, ArgumentError)
+            raise refusal(
+                _PACKER, "the packed length", f"be at most {ints.LONGEST}", size, ArgumentError
+            )
         if size % BLOCK and not self.allow_ragged:
             raise ArgumentError(
                 f"{_PACKER}: the packed length must be a multiple of {BLOCK}, got {size} (give "
@@ -428,13 +430,15 @@ class _EmbeddingPacking:
         check_tensor(_PACKER, "emb", emb)
         check_rank(_PACKER, "emb", emb, 2, "[samples, D]")
         if emb.shape[0] != len(self.lengths):
-            refuse(_PACKER, "emb", f"have one row per sample, {len(self.lengths)}", shape_text(emb))
+            raise refusal(
+                _PACKER, "emb", f"have one row per sample, {len(self.lengths)}", shape_text(emb)
+            )
         rows, counts = emb, [sum(parts) for parts in self.lengths]
         if self.per_subsequence:
             m = len(self.lengths[0])
             if emb.shape[1] % m:
                 rule = f"have {m} chunks of equal width, one per sub-sequence"
-                refuse(_PACKER, "emb", rule, shape_text(emb))
+                raise refusal(_PACKER, "emb", rule, shape_text(emb))
             rows = emb.reshape(len(counts) * m, -1)
             counts = [n for parts in self.lengths for n in parts]
         rows = [row.expand(n, -1) for row, n in zip(rows, counts, strict=True)]
@@ -519,7 +523,7 @@ class SequenceUnpacker(torch.nn.Module):
     def _listed(key, shapes):
         if not isinstance(shapes, (list, tuple)):
             rule = "be a list with an entry per sample"
-            refuse(_UNPACKER, key, rule, type(shapes).__name__, TypeError)
+            raise refusal(_UNPACKER, key, rule, type(shapes).__name__, TypeError)
         return shapes
 
     def _inner_shapes(self, inner):
@@ -537,7 +541,7 @@ class SequenceUnpacker(torch.nn.Module):
         missing = sum(counts) - sample.shape[1]
         if missing < 0 or missing > counts[-1]:
             rule = f"hold its {sample.shape[1]} tokens"
-            refuse(_UNPACKER, f"the inner shapes of sample {i}", rule, counts)
+            raise refusal(_UNPACKER, f"the inner shapes of sample {i}", rule, counts)
         parts = list(sample.split([*counts[:-1], counts[-1] - missing], dim=1))
         parts[-1] = torch.nn.functional.pad(parts[-1], (0, 0, 0, missing))
         if keep_k is not None:
@@ -550,17 +554,21 @@ class SequenceUnpacker(torch.nn.Module):
         check_rank(_UNPACKER, self.packed_seq_read_key, packed, 3, "[1, N, D]")
         if packed.shape[0] != 1:
             rule = "have a batch dimension of 1"
-            refuse(_UNPACKER, self.packed_seq_read_key, rule, shape_text(packed), ArgumentError)
+            raise refusal(
+                _UNPACKER, self.packed_seq_read_key, rule, shape_text(packed), ArgumentError
+            )
         if sum(outer) > packed.shape[1]:
             rule = f"hold all {sum(outer)} tokens of the outer shapes"
-            refuse(_UNPACKER, "the packed sequence", rule, shape_text(packed))
+            raise refusal(_UNPACKER, "the packed sequence", rule, shape_text(packed))
         if len(inner) != len(outer):
             rule = "have the same length"
-            refuse(_UNPACKER, "inner and outer shapes", rule, f"{len(inner)} and {len(outer)}")
+            raise refusal(
+                _UNPACKER, "inner and outer shapes", rule, f"{len(inner)} and {len(outer)}"
+            )
         for i, shapes in enumerate(inner):
             if len(shapes) != len(self.inner_seq_write_keys):
                 rule = f"have one shape per key, {len(self.inner_seq_write_keys)}"
-                refuse(_UNPACKER, f"sample {i}", rule, len(shapes))
+                raise refusal(_UNPACKER, f"sample {i}", rule, len(shapes))
 
     def extra_repr(self) -> str:
         return f"{self.packed_seq_read_key!r} -> {self.inner_seq_write_keys}"
@@ -578,7 +586,7 @@ class MissingEntry(KeyError):
 
 def _check_dict(function, data_dict):
     if not hasattr(data_dict, "keys") or not hasattr(data_dict, "__setitem__"):
-        refuse(function, "data_dict", "be a dict", type(data_dict).__name__, TypeError)
+        raise refusal(function, "data_dict", "be a dict", type(data_dict).__name__, TypeError)
 
 
 def _read_entry(function, argument, data_dict, key):
@@ -595,7 +603,7 @@ def _read_entry(function, argument, data_dict, key):
 def _keys(function, argument, values):
     """A list of keys; a str would be one key per letter."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        refuse(function, argument, "be a list of keys", type(values).__name__, TypeError)
+        raise refusal(function, argument, "be a list of keys", type(values).__name__, TypeError)
     values = list(values)
     if not values:
         raise ValueError(f"{function}: {argument} must hold at least one key")
@@ -606,9 +614,9 @@ def _check_samples(function, name, tensors):
     """A list of [1, ..., D] tensors, one per sample."""
     if not isinstance(tensors, (list, tuple)):
         rule = "be a list of tensors, one per sample"
-        refuse(function, name, rule, type(tensors).__name__, TypeError)
+        raise refusal(function, name, rule, type(tensors).__name__, TypeError)
     for i, tensor in enumerate(tensors):
         check_tensor(function, f"{name}[{i}]", tensor)
         if tensor.dim() < 3 or tensor.shape[0] != 1:
             rule = "be [1, ..., D] with a batch dimension of 1"
-            refuse(function, f"{name}[{i}]", rule, shape_text(tensor), ArgumentError)
+            raise refusal(function, f"{name}[{i}]", rule, shape_text(tensor), ArgumentError)

@@ -17,7 +17,7 @@ from .._checks import (
     check_integers,
     check_length,
     check_tensor,
-    refuse,
+    refusal,
     shape_text,
 )
 
@@ -132,18 +132,18 @@ def _check_fake(function, tokens, valid, ngram_size):
     check_integers(function, "tokens", tokens)
     shape = shape_text(tokens)
     if tokens.dim() != 2:
-        refuse(function, "tokens", "be [B, S]", shape)
+        raise refusal(function, "tokens", "be [B, S]", shape)
     if isinstance(tokens.shape[1], int) and tokens.shape[1] > LONGEST_ROW:
-        refuse(function, "tokens", f"have at most {LONGEST_ROW} positions per row", shape)
+        raise refusal(function, "tokens", f"have at most {LONGEST_ROW} positions per row", shape)
     if valid is not None:
         if valid.is_complex():
-            refuse(function, "valid", "be bool, integer or floating", valid.dtype)
+            raise refusal(function, "valid", "be bool, integer or floating", valid.dtype)
         differs = [m != n for m, n in zip(valid.shape, tokens.shape, strict=False)]
         if valid.dim() != 2 or any(differ is True for differ in differs):
-            refuse(function, "valid", f"have the shape of tokens {shape}", shape_text(valid))
+            raise refusal(function, "valid", f"have the shape of tokens {shape}", shape_text(valid))
         check_device(function, "valid", valid, "tokens", tokens)
     if isinstance(ngram_size, int) and not 1 <= ngram_size <= LONGEST_WINDOW:
-        refuse(function, "ngram_size", f"be in [1, {LONGEST_WINDOW}]", ngram_size)
+        raise refusal(function, "ngram_size", f"be in [1, {LONGEST_WINDOW}]", ngram_size)
 
 
 @torch.library.register_fake("masked_loss_ext::repetition_counts")
