@@ -8,9 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_flags, check_integers, shape_text
-from ..attention._host import _modes, is_readable
-from ..ops.masked_squared_error import _functorch_is_active
+from .._checks import check_device, check_flags, check_integers, is_readable, shape_text
 from ._options import Flag, LossModule, Number, Rule, Share, check_size, one_of, part_of
 from ._rows import attached_zero, check_features, cleaned, distances, masked_mean, row_mask
 from ._state import KeepsState, advances, borrow, give_back, snapshot
@@ -56,7 +54,7 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
 
 def refuse_indices(function, name, indices, size, of="", valid=None):
     """Rows ``[N, k]`` that count and are not in [0, size), where that can be looked at."""
-    if not is_readable(indices) or _modes() or _functorch_is_active():
+    if not is_readable(indices):
         return
     outside = ((indices < 0) | (indices >= size)).any(-1)
     outside = outside if valid is None else outside & valid

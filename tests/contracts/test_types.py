@@ -19,20 +19,11 @@ SPECIAL = ("__init__", "__call__")
 NAMED = ("ops.repetition",)
 # Modules whose functions are not annotated yet.
 NOT_YET = {
-    "attention.attend",
-    "attention.intervals",
-    "attention.layout",
-    "attention.nested_dropout",
-    "attention.pipeline_dropout",
-    "attention.pipeline_ids",
-    "attention.pipeline_packer",
-    "attention.pipeline_unpacker",
     "losses.autoencoder",
     "losses.cross_entropy",
     "losses.element_mse",
     "losses.token_mse",
     "ops.masked_cross_entropy",
-    "ops.repetition",
     "reference.squared_error",
     "unified.adaptive_mtp",
     "unified.anti_repetition",
