@@ -25,20 +25,6 @@ NOT_YET = {
     "losses.token_mse",
     "ops.masked_cross_entropy",
     "reference.squared_error",
-    "unified.adaptive_mtp",
-    "unified.anti_repetition",
-    "unified.auxiliary",
-    "unified.composite",
-    "unified.consistency",
-    "unified.contrastive",
-    "unified.deepseek",
-    "unified.diversity",
-    "unified.hidden_state_mtp",
-    "unified.moe",
-    "unified.repetition",
-    "unified.simple",
-    "unified.temperature",
-    "unified.unified_loss",
 }
 
 
