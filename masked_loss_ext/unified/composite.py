@@ -233,5 +233,5 @@ class CompositeLoss(SyncsState):
             "keyword"
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"weights={self.weights}"

@@ -85,7 +85,7 @@ class FocalLoss(LossModule):
         )
         return loss if weight is not None else self.alpha * loss
 
-    def from_log_prob(self, log_prob, targets, valid):
+    def from_log_prob(self, log_prob: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """As ``forward`` from log p of the targets [...], of rows that are valid (bool [...])."""
         ce = -log_prob
         rows = ce if self.gamma == 0 else ce * focal_factor(ce, self.gamma)

@@ -185,7 +185,7 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
                 self._last_temperature.copy_(temperature)
         return temperature
 
-    def current_temperature(self, like):
+    def current_temperature(self, like: Tensor) -> Tensor:
         """A copy of T as it is now, beside ``like``."""
         return borrow(self, ("temperature",), like)["temperature"].detach().clone()
 
