@@ -15,21 +15,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # As plain files: the import of the package would load its library.
 sys.path.insert(0, str(ROOT / "masked_loss_ext"))
-import _build  # noqa: E402
-import _toolchain  # noqa: E402
+from build import ninja, sources, toolchain  # noqa: E402
 
 sys.path.pop(0)
 
 
 def check_cuda():
-    root, version, torch_cuda = _toolchain.torch_about()
-    if _toolchain.cuda_home(root) is None:
+    root, version, torch_cuda = toolchain.torch_about()
+    if toolchain.cuda_home(root) is None:
         print("NOT DONE: no nvcc here")
         return
     os.environ |= {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
-    tools = _toolchain.find_toolchain()
+    tools = toolchain.find_toolchain()
     # tools/kernels.py, and with it a test, compiles the same into this folder.
-    library = _build.compile_library(tools, ROOT / "build" / "ci-cuda")
+    library = ninja.compile_library(tools, ROOT / "build" / "ci-cuda")
 
     import torch
 
@@ -40,17 +39,17 @@ def check_cuda():
     missing = [name for name in on_cpu if not has_kernel(name, "CUDA")]
     if missing or not on_cpu:
         sys.exit(f"no CUDA kernel for {missing}" if missing else "the library has no CPU kernels")
-    built_for = _build.read_build_info(library)["cuda"]
+    built_for = sources.read_build_info(library)["cuda"]
     print(f"torch {version} (CUDA: {torch_cuda}): {built_for}, {len(on_cpu)} operators:")
     print("  " + "\n  ".join(on_cpu))
 
 
 def check_aarch64():
-    include = _toolchain.torch_about()[0] / "include"
+    include = toolchain.torch_about()[0] / "include"
     folder = ROOT / "build" / "ci-aarch64"
     folder.mkdir(parents=True, exist_ok=True)
-    common = ["aarch64-linux-gnu-g++", *_build.CXX_FLAGS, "-fPIC"]
-    common += [f"-D{define}" for define in _build.DEFINES]
+    common = ["aarch64-linux-gnu-g++", *sources.CXX_FLAGS, "-fPIC"]
+    common += [f"-D{define}" for define in sources.DEFINES]
     common += [f"-I{ROOT / 'csrc'}", "-isystem", str(include), "-c"]
 
     def compile_one(source):
@@ -60,7 +59,7 @@ def check_aarch64():
         return source, done.returncode, done.stderr
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(compile_one, _build.CPU_SOURCES))
+        results = list(pool.map(compile_one, sources.CPU_SOURCES))
     for source, failed, said in results:
         print(f"{'FAIL' if failed else 'ok  '} {source}\n{said if failed else ''}".rstrip())
     sys.exit(any(failed for _, failed, _ in results))

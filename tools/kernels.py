@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # As plain files: the import of the package would load its library.
 sys.path.insert(0, str(ROOT / "masked_loss_ext"))
-import _build  # noqa: E402
-import _toolchain  # noqa: E402
+from build import ninja, sources, toolchain  # noqa: E402
 
 sys.path.pop(0)
 
@@ -78,8 +77,8 @@ def readable(names: Iterable[str]) -> dict[str, str]:
 def compiled(architectures: str = ARCHITECTURES, folder: Path = FOLDER) -> list[Kernel]:
     """Of every kernel of the library; compiles what is new."""
     os.environ |= {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
-    _build.compile_library(_toolchain.find_toolchain(), folder)
-    logs = [folder / f"{source}.o.log" for source in _build.CUDA_SOURCES]
+    ninja.compile_library(toolchain.find_toolchain(), folder)
+    logs = [folder / f"{source}.o.log" for source in sources.CUDA_SOURCES]
     return [kernel for log in logs for kernel in kernels_of(log.read_text())]
 
 
@@ -98,7 +97,7 @@ def main() -> int:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     try:
         kernels = compiled(wanted, FOLDER if wanted == ARCHITECTURES else ROOT / "build/kernels")
-    except _build.BuildError as error:
+    except toolchain.BuildError as error:
         sys.exit(f"masked_loss_ext: {error}")
     print("\n".join(table(kernels)))
     return int(any(one.spills for one in kernels))

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import sources
 
-ROOT = _build.PACKAGE.parent
+ROOT = sources.PACKAGE.parent
 pytestmark = pytest.mark.slow
 
 

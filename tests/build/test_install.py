@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def environment(folder):
     python = folder / "bin" / "python"
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    places.add(str(_build.torch_about()[0].parent))
+    places.add(str(toolchain.torch_about()[0].parent))
     Path(site, "packages_of_the_running_python.pth").write_text("\n".join(sorted(places)))
     return python
 

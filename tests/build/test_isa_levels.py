@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import sources
 
 TESTS = Path(__file__).resolve().parents[1]
 LEVELS = ("default", "avx2", "avx512")  # an upper bound, each contains the one before
@@ -96,7 +96,7 @@ def test_no_function_of_a_wide_file_is_shared():
     compiler, nm = shutil.which(os.environ.get("CXX", "c++")), shutil.which("nm")
     if not compiler or not nm:
         pytest.skip("needs a C++ compiler and nm")
-    root = _build.csrc_dir()
+    root = sources.csrc_dir()
     assert len(wide_sources()) == 6  # three operators
     for source in wide_sources():
         flags = ["-O0", "-std=c++17", "-fopenmp-simd", "-I", str(root)]
@@ -112,13 +112,13 @@ def test_no_function_of_a_wide_file_is_shared():
 
 
 def wide_sources():
-    return [s for s in _build.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
+    return [s for s in sources.CPU_SOURCES if s.endswith(("_avx2.cpp", "_avx512.cpp"))]
 
 
 @pytest.mark.parametrize("source", wide_sources())
 def test_clang_compiles_the_level_that_is_asked_for(source, tmp_path):
     """It ignores gcc's pragma without a word; the levels would all hold the baseline."""
-    root = _build.csrc_dir()
+    root = sources.csrc_dir()
     level = re.search(r"_(avx\w+)\.cpp", source)[1]
     lines = (root / source).read_text().splitlines()
     assert f'#include "common/cpu/target_{level}.inc"' in lines
@@ -127,7 +127,7 @@ def test_clang_compiles_the_level_that_is_asked_for(source, tmp_path):
     if clang is None or platform.machine() != "x86_64":
         pytest.skip("there is no clang++ here, or this is no x86-64")
     output = tmp_path / "assembly.s"
-    command = [clang, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", output, str(root / source)]
+    command = [clang, *sources.CXX_FLAGS, "-I", str(root), "-S", "-o", output, str(root / source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assembly = output.read_text()
@@ -140,9 +140,9 @@ def functions_at(level, operator):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler on x86-64")
-    root = _build.csrc_dir()
+    root = sources.csrc_dir()
     source = str(root / f"{operator}/cpu/kernels_{level}.cpp")
-    command = [compiler, *_build.CXX_FLAGS, "-I", str(root), "-S", "-o", "-", source]
+    command = [compiler, *sources.CXX_FLAGS, "-I", str(root), "-S", "-o", "-", source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bodies = re.findall(r"^(_ZN[\w.]+):$(.*?)\.cfi_endproc", done.stdout, re.MULTILINE | re.DOTALL)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tools import kernels
-from tools.kernels import _build, _toolchain
+from tools.kernels import sources, toolchain
 
 LOG = """
 ptxas info    : Compiling entry function '_Z1av' for 'sm_80'
@@ -24,9 +24,9 @@ ptxas info    : Used 18 registers, used 0 barriers, 416 bytes cmem[0]
 OTHER_ARCHITECTURES = "7.5;10.0;12.0+PTX"
 OTHER_SOURCE = "block_mask/cuda/ops.cu"  # the one that compiles fastest
 
-TORCH = _toolchain.torch_about()[0]
+TORCH = toolchain.torch_about()[0]
 needs_nvcc = pytest.mark.skipif(
-    _toolchain.cuda_home(TORCH) is None, reason="there is no nvcc here, so no kernel is compiled"
+    toolchain.cuda_home(TORCH) is None, reason="there is no nvcc here, so no kernel is compiled"
 )
 
 
@@ -72,10 +72,10 @@ def test_two_blocks_fit_a_multiprocessor(compiled):
 def other_command(folder, monkeypatch):
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", OTHER_ARCHITECTURES)
-    tools = _toolchain.find_toolchain()
-    words = [tools.cuda_home / "bin/nvcc", *_build.NVCC_FLAGS, *tools.cuda_flags]
-    words += [f"-D{define}" for define in _build.DEFINES]
-    root = _build.csrc_dir()
+    tools = toolchain.find_toolchain()
+    words = [tools.cuda_home / "bin/nvcc", *sources.NVCC_FLAGS, *tools.cuda_flags]
+    words += [f"-D{define}" for define in sources.DEFINES]
+    root = sources.csrc_dir()
     words += [f"-I{root}", "-isystem", tools.torch_root / "include", "-c", root / OTHER_SOURCE]
     return [str(word) for word in words], tools.architectures
 
@@ -86,7 +86,7 @@ def test_other_architectures_compile(monkeypatch):
     folder = kernels.ROOT / "build" / "ci-cuda-others"
     command, architectures = other_command(folder, monkeypatch)
     assert architectures == ["sm_75", "sm_100", "sm_120", "compute_120"]
-    key = repr(command) + _build.source_fingerprint()
+    key = repr(command) + sources.source_fingerprint()
     done = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.log"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
