@@ -26,6 +26,18 @@ def pytest_report_header(config):
     return f"CUDA: kernels run under the simulator alone, {reason}" if reason else "CUDA: a GPU"
 
 
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several: see `make test`
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several workers each takes file after file: those that take long come first."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Seed the generator and put the number of threads back."""
