@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from quick_compiler import quick_compiler
 
 from masked_loss_ext.build import sources
 
@@ -29,7 +30,9 @@ def build(tmp_path_factory):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is missing: apt-get install cmake")
     folder = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}")
+    quick_compiler(folder)
+    settings = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={folder / 'c++'}")
+    run("cmake", "-S", ROOT, "-B", folder, *settings)
     run("cmake", "--build", folder, "--parallel", "2")
     return folder
 

@@ -15,6 +15,8 @@ import torch
 
 from masked_loss_ext.build import sources
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parents[1]
 LEVELS = ("default", "avx2", "avx512")  # an upper bound, each contains the one before
 VARIABLE = "MASKED_LOSS_EXT_CPU_CAPABILITY"

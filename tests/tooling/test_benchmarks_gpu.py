@@ -24,6 +24,8 @@ from benchmarks import (
 )
 from benchmarks import __main__ as command
 
+pytestmark = pytest.mark.slow
+
 NAMES = {
     "squared_error": ["tokens_c64", "tokens_c16"],
     "block_mask": ["plan_64k"],
