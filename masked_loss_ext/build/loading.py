@@ -4,6 +4,7 @@
 MASKED_LOSS_EXT_JIT=1 ignores a built library; MASKED_LOSS_EXT_BUILD=aot refuses to compile one.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -27,6 +28,7 @@ from .toolchain import (
     wants_cuda,
 )
 
+TORCH_ROOT = Path(torch.__file__).parent
 # What compilers read by themselves; CXX is looked at apart.
 CUDA_VARIABLES = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -91,7 +93,7 @@ def _usable(library):
         say(f"{library.name} is older than csrc, so it is not used; `make build` renews it")
         return False
     only_cpu = torch.version.cuda and info["cuda"] == "none"
-    if only_cpu and wants_cuda(torch.version.cuda) and _cuda_home():
+    if only_cpu and wants_cuda(torch.version.cuda) and cuda_home(TORCH_ROOT):
         say(
             "WARNING: the library has only CPU kernels, but PyTorch is built for CUDA "
             f"{torch.version.cuda} and nvcc is here; to use CUDA tensors build it again: "
@@ -100,30 +102,21 @@ def _usable(library):
     return True
 
 
-def _cuda_home():
-    return cuda_home(Path(torch.__file__).parent)
-
-
 def cache_root():
     """Where torch's own extensions are cached too."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named:
         return Path(named).absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
-    home = os.environ.get("HOME") or _home_of_record()
-    if not cache and not os.path.isabs(home):
+    home = os.environ.get("HOME")
+    with contextlib.suppress(KeyError):  # a number without a name, as containers give them
+        home = home or pwd.getpwuid(os.getuid()).pw_dir
+    if not cache and not os.path.isabs(home or ""):
         raise BuildError(
             f"user {os.geteuid()} has no home folder to keep the compiled kernels in; set "
             "TORCH_EXTENSIONS_DIR to a folder that only you can write to"
         )
     return Path(cache or Path(home, ".cache")).absolute() / "torch_extensions"
-
-
-def _home_of_record():
-    try:
-        return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:  # a number without a name, as containers give them
-        return ""
 
 
 def compile_at_import():
@@ -137,24 +130,24 @@ def compile_at_import():
     advice = "set TORCH_EXTENSIONS_DIR to a folder with room that only you can write to"
     with files.told_in_a_sentence(root, advice):
         files.make_folder(root)
-        _refuse(files.distrust_around(root), advice)
+        _trust(files.distrust_around, root, advice)
         fingerprint = sources.source_fingerprint()
         folders = _cache_folders(root, fingerprint)
         for folder in filter(os.path.lexists, folders):
-            _refuse(files.distrust(folder), advice)
+            _trust(files.distrust, folder, advice)
             library = folder / sources.LIBRARY
             if os.path.lexists(library):
-                _refuse(files.distrust(library), advice)
+                _trust(files.distrust, library, advice)
                 if _is_sound(library, fingerprint):
                     return library
         tools, folder = find_toolchain(), folders[0]
         files.make_folder(folder)
-        _refuse(files.distrust(folder), advice)
+        _trust(files.distrust, folder, advice)
         return ninja.compile_library(tools, folder, f", once (kept in {folder})", advice)
 
 
-def _refuse(distrusted, advice):
-    if distrusted is not None:
+def _trust(look, path, advice):
+    if distrusted := look(path):
         raise BuildError(f"{distrusted}, so no kernels are taken from it; remove it, or {advice}")
 
 
@@ -173,7 +166,7 @@ def _cache_folders(root, fingerprint):
     if wants_cuda(torch.version.cuda):
         # Installing nvcc later must not leave the CPU-only library in use, nor a node with other
         # GPUs and the same home a library without their code.
-        home = _cuda_home()
+        home = cuda_home(TORCH_ROOT)
         parts += [setting("MASKED_LOSS_EXT_CUDA"), *map(os.environ.get, CUDA_VARIABLES)]
         parts.append(home and [identity(home / "bin/nvcc"), find_architectures()])
     name, compiler = f"masked_loss_ext-{_short_hash(parts)}", cxx_identity()
