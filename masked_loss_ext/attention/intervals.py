@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RowIntervals: an attention mask as a few intervals of keys per query, O(S) memory."""
+"""RowIntervals: an attention mask as a few intervals of keys per query, O(S) memory.
+
+Here are the masks that are intervals by nature, and what batches carry: document ids, positions,
+cumulative lengths, padding. What can be asked of a mask: ``IntervalMask``.
+"""
+
+from itertools import accumulate
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_flags, check_int, check_tensor, shape_text
-from ..ops.block_mask import interval_block_lists
-from . import _algebra, _documents, _host, _pictures, _sources
+from .._checks import as_mask, check_choice, check_flags, check_int, check_rank, refusal, shape_text
+from ..ops.block_mask import packed_rows
+from . import ints
+from .interval_mask import IntervalMask
 
 
-class RowIntervals:
+class RowIntervals(IntervalMask):
     r"""An attention mask: query q may see key k where ``lo[r][q] <= k < hi[r][q]`` for any r.
 
     >>> documents = RowIntervals.from_document_ids(torch.tensor([7, 7, 7, 2, 2, 2, 2, 2]))
@@ -40,244 +46,365 @@ class RowIntervals:
         kv_len: number of keys; intervals are cut to ``[0, kv_len)``.
     """
 
-    MAX_INTERVALS = 8
+    @staticmethod
+    def full(
+        q_len: int, kv_len: int | None = None, *, device: ints.Device = None
+    ) -> "RowIntervals":
+        """Every query sees every key."""
+        t, kv_len = _query_positions("RowIntervals.full", q_len, kv_len, 0, device)
+        return RowIntervals._where_any(torch.zeros_like(t), torch.full_like(t, kv_len), kv_len)
 
-    def __init__(self, lo, hi, kv_len):
-        name = "RowIntervals"
-        for argument, tensor in (("lo", lo), ("hi", hi)):
-            check_tensor(name, argument, tensor)
-            if tensor.dtype != torch.int32:
-                raise ValueError(f"{name}: {argument} must be torch.int32, got {tensor.dtype}")
-        if lo.shape != hi.shape or not 1 <= lo.dim() <= 3:
-            raise ValueError(
-                f"{name}: lo and hi must be [R, Sq] or [B, R, Sq] of one shape, got "
-                f"{shape_text(lo)} and {shape_text(hi)}"
-            )
-        kv_len = _host.length(name, "kv_len", kv_len)
-        if lo.dim() == 1:
-            lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
-        if not 1 <= lo.shape[-2] <= self.MAX_INTERVALS:
-            raise ValueError(
-                f"{name}: lo must have 1 to {self.MAX_INTERVALS} intervals per row, got "
-                f"{lo.shape[-2]}"
-            )
-        self.lo, self.hi, self.kv_len = lo, hi, kv_len
-
-    @property
-    def q_len(self):
-        return self.lo.shape[-1]
-
-    @property
-    def device(self):
-        return self.lo.device
-
-    def __repr__(self):
-        rows = "" if self.lo.dim() == 2 else f"{self.lo.shape[0]} x "
-        return (
-            f"RowIntervals({rows}{self.q_len} queries, {self.kv_len} keys, "
-            f"{self.lo.shape[-2]} per row, {self.device})"
-        )
-
-    def to(self, device):
-        if self.lo.device == device:
-            return self
-        return RowIntervals(self.lo.to(device), self.hi.to(device), self.kv_len)
-
-    def rows(self, q0, q1):
-        """The mask of queries q0 to q1 - 1, all keys: for decoding and chunked prefill.
-
-        >>> RowIntervals.causal(8).rows(5, 7).dense().int()
-        tensor([[1, 1, 1, 1, 1, 1, 0, 0],
-                [1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.int32)
-
-        A sliced ``BlockMask`` keeps its old lengths and is refused by ``flex_attention``; the block
-        mask of sliced rows is one of its own.
-        """
-        for argument, bound in (("q0", q0), ("q1", q1)):
-            check_int("RowIntervals.rows", argument, bound)
-        if not 0 <= q0 <= q1 <= self.q_len:
-            raise ValueError(
-                f"RowIntervals.rows: q0 and q1 must be within the {self.q_len} queries, got {q0} "
-                f"and {q1}"
-            )
-        return RowIntervals(self.lo[..., q0:q1], self.hi[..., q0:q1], self.kv_len)
-
-    def __and__(self, other):
-        return _algebra.combine(self, other, _algebra.intersection, "&")
-
-    def __or__(self, other):
-        return _algebra.combine(self, other, _algebra.union, "|")
-
-    def merged(self, slots=None):
-        """The same mask with sorted intervals that neither overlap nor touch.
-
-        ``slots``: so many per row, the last ones empty. None keeps their number; 0 takes as many as
-        are needed, which waits for the device. Too few are refused, where the mask is on the CPU.
-        """
-        if slots is not None:
-            slots = _host.length("RowIntervals.merged", "slots", slots, 0, self.MAX_INTERVALS)
-        return RowIntervals(*_algebra.merge_into(self.lo, self.hi, slots), self.kv_len)
-
-    def block_mask(self, block_size=128, with_q=True):
-        """A BlockMask for ``flex_attention``, equal in every index to ``create_block_mask``'s.
+    @staticmethod
+    def causal(
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        offset: int | ints.Lengths = 0,
+        device: ints.Device = None,
+    ) -> "RowIntervals":
+        """Keys up to the query's own position, which is its index + ``offset``.
 
         Args:
-            block_size: int, or (query block, key block).
-            with_q: False leaves out what only the backward reads.
+            offset: of queries that continue a cache of so many keys: an int or a 0-d tensor for
+                all, or ``[B]``. Queries before the first key (a negative offset) see nothing.
         """
-        q_block, kv_block = block_pair("RowIntervals.block_mask", block_size)
-        check_flags("RowIntervals.block_mask", {"with_q": with_q})
-        lo, hi = self.lo, self.hi
-        if lo.dim() == 2:
-            lo, hi = lo.unsqueeze(0), hi.unsqueeze(0)
-        lists = interval_block_lists(lo, hi, self.kv_len, q_block, kv_block, with_q)
-        if not with_q:
-            lists = (*lists[:4], None, None, None, None)
-        return BlockMask(
-            (self.q_len, self.kv_len),
-            *lists,
-            BLOCK_SIZE=(q_block, kv_block),
-            mask_mod=self.mask_mod(),
-        )
+        t, kv_len = _query_positions("RowIntervals.causal", q_len, kv_len, offset, device)
+        return RowIntervals._where_any(torch.zeros_like(t), (t + 1).clamp_max(kv_len), kv_len)
 
-    def mask_mod(self):
-        """``mask_mod(b, h, q, kv)`` that looks up the query's row alone.
-
-        Closures of one code object over fresh tensors: a new mask in each step does not recompile,
-        as long as the number of intervals per row stays. Made inside a compiled function on the CPU
-        it reads a copy of them: inductor's FlexAttention takes none that it has computed itself.
-        """
-        return interval_mask_mod(self.lo, self.hi, opaque)
-
-    def dense(self):
-        """``[Sq, kv_len]`` bool, or ``[B, 1, Sq, kv_len]``: broadcasts over batch and heads.
-
-        For ``F.scaled_dot_product_attention`` and for tests; takes O(Sq * kv_len) memory.
-        """
-        kv = torch.arange(self.kv_len, dtype=torch.int32, device=self.device)
-        mask = None
-        for lo, hi in zip(self.lo.unbind(-2), self.hi.unbind(-2), strict=True):
-            inside = (kv >= lo.unsqueeze(-1)) & (kv < hi.unsqueeze(-1))
-            mask = inside if mask is None else mask | inside
-        return mask if self.lo.dim() == 2 else mask.unsqueeze(1)
-
-    def stats(self, block_size=128):
-        """MaskStats: allowed pairs and blocks by kind. Waits for the device."""
-        return _pictures.stats(self, block_pair("RowIntervals.stats", block_size))
-
-    def ascii(self, width=64, batch=0):
-        """Picture of one character per cell: # all pairs allowed, + some, . none."""
-        return _pictures.ascii(self, width, batch)
-
-    def png(self, path, *, size=768, block_size=128, batch=0):
-        """Writes a picture of the mask: dark = allowed, light = partly, with lines between blocks.
-
-        Needs Pillow or matplotlib.
+    @staticmethod
+    def sliding_window(
+        q_len: int,
+        window: ints.Window | None,
+        kv_len: int | None = None,
+        *,
+        offset: int | ints.Lengths = 0,
+        device: ints.Device = None,
+    ) -> "RowIntervals":
+        """Keys with ``q - left <= k <= q + right``, q being index + ``offset``.
 
         Args:
-            path: file name.
-            size: the longer side in pixels, about.
-            block_size: distance of the lines; None draws none.
-            batch: which mask of ``[B, ...]``; 0 where there is no B.
+            window: ``(left, right)``, None for no limit; or one int for both. Longer than the
+                sequence is all of it.
+            offset: as in ``causal``.
         """
-        return _pictures.png(self, path, size, block_size, batch)
+        name = "RowIntervals.sliding_window"
+        left, right = ints.window_pair(name, window)
+        t, kv_len = _query_positions(name, q_len, kv_len, offset, device)
+        lo = torch.zeros_like(t) if left is None else (t - left).clamp_min(0)
+        hi = torch.full_like(t, kv_len) if right is None else (t + right + 1).clamp_max(kv_len)
+        return RowIntervals._where_any(lo, hi, kv_len)
 
-    full = staticmethod(_sources.full)
-    causal = staticmethod(_sources.causal)
-    sliding_window = staticmethod(_sources.sliding_window)
-    prefix_lm = staticmethod(_sources.prefix_lm)
-    sinks = staticmethod(_sources.sinks)
-    from_document_ids = staticmethod(_documents.from_document_ids)
-    from_position_ids = staticmethod(_documents.from_position_ids)
-    from_cu_seqlens = staticmethod(_documents.from_cu_seqlens)
-    from_padding = staticmethod(_documents.from_padding)
-    cross = staticmethod(_sources.cross)
-    shared_prefix = staticmethod(_sources.shared_prefix)
-    block_diffusion = staticmethod(_sources.block_diffusion)
+    @staticmethod
+    def prefix_lm(
+        q_len: int, prefix: int | ints.Lengths, *, device: ints.Device = None
+    ) -> "RowIntervals":
+        """The first ``prefix`` keys (int, 0-d tensor, or ``[B]``), and the causal ones.
+
+        A prefix longer than the sequence is all of it.
+        """
+        name = "RowIntervals.prefix_lm"
+        prefix, device = ints.per_batch(name, "prefix", prefix, device)
+        if isinstance(prefix, torch.Tensor):
+            ints.refuse_negative(name, "prefix", prefix)
+        else:
+            prefix = ints.reach(name, "prefix", prefix)
+        t, kv_len = _query_positions(name, q_len, None, 0, device)
+        hi = (t + 1).clamp_min(prefix).clamp_max(kv_len)
+        return RowIntervals._where_any(torch.zeros_like(hi), hi, kv_len)
+
+    @staticmethod
+    def sinks(
+        q_len: int, count: int, kv_len: int | None = None, *, device: ints.Device = None
+    ) -> "RowIntervals":
+        """The first ``count`` keys (more than there are: all): ``causal & (window | sinks)``."""
+        name = "RowIntervals.sinks"
+        count = ints.reach(name, "count", count)
+        t, kv_len = _query_positions(name, q_len, kv_len, 0, device)
+        hi = torch.full_like(t, min(count, kv_len))
+        return RowIntervals._where_any(torch.zeros_like(t), hi, kv_len)
+
+    @staticmethod
+    def from_document_ids(
+        ids: ints.Lengths, pad_id: int | None = None, *, check: bool | None = None
+    ) -> "RowIntervals":
+        """Queries see the keys of their own document. Equal ids must be contiguous.
+
+        Args:
+            ids: ``[S]``, or ``[B, S]`` (B = 1: for any batch), integers.
+            pad_id: id of padding, which sees nothing and is not seen.
+            check: whether to look for ids that come again after another, and raise ValueError.
+                None: on the CPU alone, as it waits for a device. Unchecked, such runs are documents
+                apart.
+        """
+        name = "RowIntervals.from_document_ids"
+        device, one = ints.device_of(ids), _checked_ids(name, "ids", ids)
+        begins = torch.ones_like(one, dtype=torch.bool)
+        begins[..., 1:] = one[..., 1:] != one[..., :-1]
+        padding = None
+        if pad_id is not None:
+            check_int(name, "pad_id", pad_id)
+            # Compared with uint8, say, -1 would be 255.
+            limits = torch.iinfo(one.dtype)
+            fits = limits.min <= pad_id <= limits.max
+            padding = one == pad_id if fits else torch.zeros_like(begins)
+        if check is not None:
+            check_flags(name, {"check": check})
+        if check or (check is None and ints.is_readable(one)):
+            _refuse_returning_ids(name, one, begins, padding)
+        return _runs(begins, padding).to(device)
+
+    @staticmethod
+    def from_position_ids(position_ids: ints.Lengths) -> "RowIntervals":
+        """Documents by their positions, ``[S]`` or ``[B, S]`` (B = 1: for any batch).
+
+        For packed batches without an attention mask. A document begins at each position 0 and
+        wherever positions do not rise by one, so a sequence may begin in the middle of a document,
+        and a jump (0, 1, 7, 8) parts two. Padding whose positions do not rise is a document per
+        token: it sees itself alone.
+        """
+        device = ints.device_of(position_ids)
+        at = _checked_ids("RowIntervals.from_position_ids", "position_ids", position_ids)
+        at = at.to(torch.int64)  # the 127 of an int8 is followed by 128, not by -128
+        rises = torch.zeros_like(at, dtype=torch.bool)
+        rises[..., 1:] = at[..., 1:] == at[..., :-1] + 1
+        return _runs(~rises | (at == 0), None).to(device)
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: ints.Lengths, total_len: int | None = None) -> "RowIntervals":
+        """Documents by cumulative lengths ``[N + 1]``, as kernels for variable lengths take them.
+
+        Args:
+            cu_seqlens: integer tensor, list or array, from 0 upwards. On a GPU it is not read.
+            total_len: S; tokens beyond the last entry are padding. None: the last entry, which must
+                be on the host for that.
+        """
+        name = "RowIntervals.from_cu_seqlens"
+        device = ints.device_of(cu_seqlens)
+        bounds = ints.integers(name, "cu_seqlens", cu_seqlens)
+        check_rank(name, "cu_seqlens", bounds, 1, "[N + 1]")
+        entries = bounds.shape[0]
+        if entries < 2:
+            raise refusal(name, "cu_seqlens", "have N + 1 entries", entries)
+        if total_len is not None:
+            total_len = ints.length(name, "total_len", total_len)
+        if ints.is_readable(bounds):
+            values = bounds.tolist()
+            if values[0] != 0 or sorted(values) != values:
+                raise refusal(name, "cu_seqlens", "rise from 0", values[:8])
+            ints.check_total(name, "cu_seqlens", 0 if total_len is not None else values[-1])
+            total_len = ints.length_from(name, "total_len", total_len, values[-1])
+        elif total_len is None:
+            raise ValueError(f"{name}: total_len must be given where cu_seqlens cannot be read")
+        kept = bounds.new_full((entries - 1, 1), ints.LONGEST, dtype=torch.int64)
+        lo, hi = packed_rows(bounds.to(torch.int64), kept, total_len)
+        return RowIntervals._of(lo, hi, total_len).to(device)
+
+    @staticmethod
+    def from_padding(
+        valid: ints.Lengths, seq_len: int | None = None, *, side: str = "right"
+    ) -> "RowIntervals":
+        """Rows of a padded batch: padding sees nothing and is not seen.
+
+        Args:
+            valid: ``[B]`` lengths (list, range, array or tensor; on a GPU one that is out of range
+                counts as 0 or seq_len), or the mask ``[B, S]`` of a tokenizer (B = 1: for any
+                batch), on where it is not 0, padding on either side or both.
+            seq_len: S, for lengths.
+            side: on which side the padding is, for lengths: "right" or "left". A mask says itself.
+        """
+        name = "RowIntervals.from_padding"
+        check_choice(name, "side", side, ("right", "left"))
+        device, given = ints.device_of(valid), valid
+        if not isinstance(valid, torch.Tensor):
+            given = ints.listed(name, "valid", valid, "a tensor, a list of lengths or a mask")
+            if len(given) > 0 and hasattr(given[0], "__len__"):
+                given = torch.as_tensor(given, device="cpu")
+        if isinstance(given, torch.Tensor) and given.dim() == 2:
+            if seq_len is not None and seq_len != given.shape[1]:
+                raise refusal(
+                    name, "seq_len", f"be S of the mask {shape_text(given)} or None", seq_len
+                )
+            return _from_mask(name, as_mask(name, "valid", given) != 0).to(device)
+        used = ints.integers(name, "valid", given)
+        check_rank(name, "valid", used, 1, "[B]")
+        if seq_len is None:
+            raise ValueError(f"{name}: seq_len must be given with lengths")
+        seq_len = ints.length(name, "seq_len", seq_len)
+        if ints.is_readable(used) and used.numel():
+            least, most = int(used.min()), int(used.max())
+            if least < 0 or most > seq_len:
+                rule = f"be lengths from 0 to seq_len ({seq_len})"
+                raise refusal(name, "valid", rule, least if least < 0 else most)
+        used = used.to(torch.int64).clamp(0, seq_len).view(-1, 1, 1)
+        t = torch.arange(seq_len, device=used.device)
+        begin = seq_len - used if side == "left" else torch.zeros_like(used)
+        return _within(t, begin, begin + used, seq_len).to(device)
+
+    @staticmethod
+    def cross(
+        q_lengths: ints.Lengths,
+        kv_lengths: ints.Lengths,
+        keep_k: ints.Lengths | None = None,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        device: ints.Device = None,
+    ) -> "RowIntervals":
+        """Packed cross attention: the queries of a sample see its first ``keep_k`` keys.
+
+        Args:
+            q_lengths, kv_lengths: ``[N]`` ints on the host.
+            keep_k: ``[N]`` list or tensor (not read on a device); None keeps all keys.
+            q_len, kv_len: lengths of both sequences; what is beyond the samples is padding.
+        """
+        name = "RowIntervals.cross"
+        queries = ints.lengths(name, "q_lengths", q_lengths)
+        keys = ints.lengths(name, "kv_lengths", kv_lengths)
+        if len(queries) != len(keys):
+            raise refusal(
+                name, "kv_lengths", f"have one entry per sample ({len(queries)})", len(keys)
+            )
+        q_len = ints.length_from(name, "q_len", q_len, sum(queries))
+        kv_len = ints.length_from(name, "kv_len", kv_len, sum(keys))
+        device = ints.device_of(keep_k, device)
+        kept = ints.to_device([*keys, 0], device)  # a last sample for the padding
+        if keep_k is not None:
+            host, tensor = ints.keep_rows(name, keep_k, len(keys), 1)
+            most = host if tensor is None else tensor
+            most = ints.per_sample(name, "keep_k", most, len(keys), device)
+            kept[:-1] = torch.minimum(kept[:-1], most.clamp_min(0))
+        begin = ints.to_device([*accumulate(keys[:-1], initial=0), 0], device)
+        repeats = ints.to_device([*queries, q_len - sum(queries)], device)
+        bounds = torch.stack([begin, begin + kept])
+        lo, hi = bounds.repeat_interleave(repeats, 1, output_size=q_len).unsqueeze(1)
+        return RowIntervals._where_any(lo, hi, kv_len)
+
+    @staticmethod
+    def shared_prefix(
+        prefix_len: int,
+        branch_lengths: ints.Lengths,
+        *,
+        seq_len: int | None = None,
+        device: ints.Device = None,
+    ) -> "RowIntervals":
+        """One prompt, several continuations: each sees the prompt and itself, causally.
+
+        Args:
+            prefix_len: tokens of the prompt, at the front.
+            branch_lengths: ``[N]`` ints, the continuations after it.
+            seq_len: S; the rest is padding.
+        """
+        name = "RowIntervals.shared_prefix"
+        prefix_len = ints.length(name, "prefix_len", prefix_len)
+        branches = ints.lengths(name, "branch_lengths", branch_lengths)
+        used = prefix_len + sum(branches)
+        seq_len = ints.length_from(name, "seq_len", seq_len, used)
+        device = ints.device_of(None, device)
+        t = torch.arange(seq_len, device=device)
+        # The prompt is a branch that begins at 0, and so is the padding, until it is cut off below.
+        begin = ints.to_device([0, *accumulate(branches[:-1], initial=prefix_len), 0], device)
+        repeats = ints.to_device([prefix_len, *branches, seq_len - used], device)
+        begin = begin.repeat_interleave(repeats, output_size=seq_len)
+        end = torch.where(t < used, t + 1, 0)
+        prompt = torch.where((t >= prefix_len) & (t < used), prefix_len, 0)
+        lo, hi = torch.stack([torch.zeros_like(t), begin]), torch.stack([prompt, end])
+        return RowIntervals._where_any(lo, hi, seq_len)
+
+    @staticmethod
+    def block_diffusion(seq_len: int, block: int, *, device: ints.Device = None) -> "RowIntervals":
+        """Block diffusion's training mask over ``[noisy ; clean]``, ``2 * seq_len`` tokens.
+
+        A noisy token sees its own noisy block and the clean blocks before it, a clean one the clean
+        blocks up to its own. A block longer than the sequence is all of it.
+        """
+        name = "RowIntervals.block_diffusion"
+        seq_len = ints.length(name, "seq_len", seq_len, most=ints.LONGEST // 2)
+        block = min(ints.length(name, "block", block, 1, None), max(seq_len, 1))
+        t = torch.arange(2 * seq_len, device=device)
+        noisy = t < seq_len
+        begin = (t % max(seq_len, 1)) // block * block
+        end = (begin + block).clamp_max(seq_len)
+        lo = torch.stack([torch.where(noisy, begin, seq_len), torch.full_like(t, seq_len)])
+        clean = torch.where(noisy, seq_len + begin, 0)
+        hi = torch.stack([torch.where(noisy, end, seq_len + end), clean])
+        return RowIntervals._where_any(lo, hi, 2 * seq_len)
 
 
-def opaque(tensor):
-    """What a mask_mod may capture: inductor's CPU template takes only inputs of the graph and
-    results of operators that it does not know. Elsewhere the tensor itself."""
-    if tensor.device.type == "cpu" and torch.compiler.is_compiling():
-        return torch.ops.masked_loss_ext._snapshot(tensor)
-    return tensor
+def _query_positions(name, q_len, kv_len, offset, device):
+    """Positions of the queries among the keys, ``[1, Sq]`` or ``[B, 1, Sq]``, and kv_len."""
+    q_len = ints.length(name, "q_len", q_len)
+    offset, device = ints.per_batch(name, "offset", offset, device)
+    if not isinstance(offset, torch.Tensor):
+        offset = ints.length(name, "offset", offset, -ints.LONGEST)
+    kv_len = q_len if kv_len is None else ints.length(name, "kv_len", kv_len)
+    return torch.arange(q_len, device=device).unsqueeze(0) + offset, kv_len
 
 
-def interval_mask_mod(lo, hi, through=lambda tensor: tensor):
-    # Separate 1-D tensors, not one stacked: kernels that turn a mask_mod into intervals of their
-    # own understand only these, and 2-D indexing is slow in others.
-    if lo.dim() == 3 and lo.shape[0] == 1:  # the same for every batch row
-        lo, hi = lo.squeeze(0), hi.squeeze(0)
-    if lo.dim() == 2 and lo.shape[0] == 1:  # most masks; two unbinds cost three times as much
-        return _one(through(lo.squeeze(0)), through(hi.squeeze(0)))
-    los, his = ([through(x) for x in bounds.unbind(-2)] for bounds in (lo, hi))
-    if lo.dim() == 3:
-        return _batched(los, his)
-    if len(los) == 2:
-        return _two(*los, *his)
-    return _several(los, his)
+def _checked_ids(name, argument, ids):
+    ids = ints.integers(name, argument, ids)
+    if ids.dim() not in (1, 2) or ids.shape[-1] == 0:
+        raise refusal(name, argument, "be [S] or [B, S] with S of at least 1", shape_text(ids))
+    return ids
 
 
-def _one(lo, hi):
-    def mask_mod(b, h, q, kv):
-        return (kv >= lo[q]) & (kv < hi[q])
-
-    return mask_mod
-
-
-def _two(lo0, lo1, hi0, hi1):
-    def mask_mod(b, h, q, kv):
-        return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
-
-    return mask_mod
-
-
-def _several(los, his):
-    def mask_mod(b, h, q, kv):
-        allowed = (kv >= los[0][q]) & (kv < his[0][q])
-        for lo, hi in zip(los[1:], his[1:], strict=True):
-            allowed = allowed | ((kv >= lo[q]) & (kv < hi[q]))
-        return allowed
-
-    return mask_mod
-
-
-def _batched(los, his):
-    def mask_mod(b, h, q, kv):
-        allowed = (kv >= los[0][b, q]) & (kv < his[0][b, q])
-        for lo, hi in zip(los[1:], his[1:], strict=True):
-            allowed = allowed | ((kv >= lo[b, q]) & (kv < hi[b, q]))
-        return allowed
-
-    return mask_mod
+def _refuse_returning_ids(name, ids, begins, padding):
+    """Looks at the first token of each run alone, and sorts them only where they do not rise."""
+    if padding is not None:
+        begins = begins & ~padding
+    where = begins.nonzero(as_tuple=True)
+    value, at, row = ids[begins].to(torch.int64), where[-1], None
+    rises = value[1:] > value[:-1]
+    if ids.dim() == 2:
+        row = where[0]
+        rises |= row[1:] != row[:-1]
+    if rises.all():
+        return
+    order = value.sort(stable=True).indices
+    if row is not None:  # by row, then by value, then by place
+        order = order[row[order].sort(stable=True).indices]
+    again = value[order[1:]] == value[order[:-1]]
+    if row is not None:
+        again &= row[order[1:]] == row[order[:-1]]
+    if again.any():
+        first = int(order[1:][again].min())
+        place = f"index {int(at[first])}"
+        if row is not None:
+            place += f" of row {int(row[first])}"
+        raise ValueError(
+            f"{name}: ids must be contiguous, but id {int(value[first])} comes again at {place}; "
+            "for such masks use torch.nn.attention.flex_attention.create_block_mask"
+        )
 
 
-def block_pair(function, block_size):
-    """block_size -> (query block, key block)."""
-    if type(block_size) is int:
-        return (_host.length(function, "block_size", block_size, 1),) * 2
-    pair = _pair(function, "block_size", block_size)
-    if len(pair) != 2:
-        raise ValueError(f"{function}: block_size must be an int or a pair, got {block_size!r}")
-    return tuple([_host.length(function, "block_size", size, 1) for size in pair])
+def _runs(begins, padding):
+    """Intervals of the runs that start where ``begins`` is on."""
+    size = begins.shape[-1]
+    # int32: half the memory, of which long sequences take much.
+    t = torch.arange(size, device=begins.device, dtype=torch.int32).expand(begins.shape)
+    lo = torch.where(begins, t, 0).cummax(-1).values
+    following = torch.full_like(t, size)
+    following[..., :-1] = torch.where(begins, t, size)[..., 1:]
+    hi = following.flip(-1).cummin(-1).values.flip(-1)
+    if padding is not None:
+        lo, hi = lo.masked_fill(padding, 0), hi.masked_fill(padding, 0)
+    return RowIntervals._of(lo.unsqueeze(-2), hi.unsqueeze(-2), size)
 
 
-def window_pair(function, window):
-    """window -> (left, right), None for no limit."""
-    if window is None:
-        return None, None
-    pair = _pair(function, "window", window)
-    if len(pair) != 2:
-        raise ValueError(f"{function}: window must be an int or (left, right), got {window!r}")
-    return tuple([side if side is None else _host.reach(function, "window", side) for side in pair])
+def _within(t, begin, end, kv_len):
+    live = (t >= begin) & (t < end)
+    lo, hi = torch.where(live, begin, 0), torch.where(live, end, 0)
+    return RowIntervals._of(lo.to(torch.int32), hi.to(torch.int32), kv_len)
 
 
-def _pair(function, name, value):
-    if isinstance(value, (list, tuple)):
-        return value
-    if value is None or type(value) is int:
-        return value, value
-    if not hasattr(value, "__iter__") or _host.is_number(value) or isinstance(value, str):
-        return value, value
-    return _host.listed(function, name, value, "an int or a pair of ints")
+def _from_mask(name, on):
+    size = on.shape[1]
+    t = torch.arange(size, device=on.device)
+    begin = torch.where(on, t, size).amin(1) if size else t.sum().expand(on.shape[0])
+    end = torch.where(on, t + 1, 0).amax(1) if size else begin
+    if ints.is_readable(on) and not torch.equal(on.sum(1), (end - begin).clamp_min(0)):
+        row = int((on.sum(1) != (end - begin).clamp_min(0)).nonzero()[0])
+        raise ValueError(
+            f"{name}: valid must be one run in each row, got a hole in row {row}; for such masks "
+            "use torch.nn.attention.flex_attention.create_block_mask"
+        )
+    return _within(t, begin.view(-1, 1, 1), end.view(-1, 1, 1), size)

@@ -5,20 +5,19 @@ Sizes are known on the host, keep_k may live on the device: nothing here waits f
 ``compact``, whose result has the size of what is kept.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .._checks import check_choice, check_int
-from ..ops.block_mask import nested_dropout_plan, packed_rows
-from . import _host, _tokens
-from ._compact import CompactPlan
-from ._cut import Cut
-from .intervals import RowIntervals, block_pair, interval_mask_mod, window_pair
-
-MODES = ("full", "causal", "causal_last", "prefix")
-DROPPED = ("none", "self", "attend")
+from .._checks import check_choice, check_int, refusal, shape_text
+from ..ops.block_mask import DROPPED, MODES, nested_dropout_plan, packed_rows
+from . import ints
+from .compaction import CompactPlan, check_fill, check_tokens
+from .interval_mask import block_mask_of, interval_mask_mod
+from .intervals import RowIntervals
 
 
 class PackedLayout:
@@ -58,38 +57,86 @@ class PackedLayout:
 
     def __init__(
         self,
-        segment_lengths,
-        keep_k=None,
+        segment_lengths: ints.Lengths,
+        keep_k: ints.Lengths | None = None,
         *,
-        droppable=-1,
-        pad_to_multiple=None,
-        max_seq_len=None,
-        align_samples=None,
-        device=None,
-    ):
+        droppable: int = -1,
+        pad_to_multiple: int | None = None,
+        max_seq_len: int | None = None,
+        align_samples: int | None = None,
+        device: ints.Device = None,
+    ) -> None:
         name = "PackedLayout"
-        rows = _host.length_rows(name, "segment_lengths", segment_lengths)
+        rows = ints.length_rows(name, "segment_lengths", segment_lengths)
         samples, segments = len(rows), len(rows[0])
         if max_seq_len is not None and pad_to_multiple is not None:
             raise ValueError(f"{name}: Only one of max_seq_len and pad_to_multiple may be given")
         check_int(name, "droppable", droppable)
         if not -segments <= droppable < segments:
-            raise ValueError(
-                f"{name}: droppable must be one of {segments} segments, got {droppable}"
-            )
+            raise refusal(name, "droppable", f"be one of {segments} segments", droppable)
         keep, tensor = None, None
         if keep_k is not None:
-            keep, tensor = _host.keep_rows(name, keep_k, samples, segments)
+            keep, tensor = ints.keep_rows(name, keep_k, samples, segments)
+        totals = list(map(sum, rows))
         self.segment_lengths, self.num_samples, self.num_segments = rows, samples, segments
-        self.device = _host.device_of(keep_k, device)
+        self.device = ints.device_of(keep_k, device)
         self.align_samples = _positive(name, "align_samples", align_samples, 1)
-        self.sample_starts = _starts(rows, self.align_samples)
-        _host.check_total(name, "segment_lengths", self.sample_starts[-1])
-        self.total_len = sum(map(sum, rows))
-        self.padded_len = _padded_len(name, self.sample_starts[-1], pad_to_multiple, max_seq_len)
+        self.sample_starts = starts = _starts(totals, self.align_samples)
+        ints.check_total(name, "segment_lengths", starts[-1])
+        self.total_len = starts[-1] if self.align_samples == 1 else sum(totals)
+        self.padded_len = _padded_len(name, starts[-1], pad_to_multiple, max_seq_len)
         self._droppable, self._keep, self._keep_tensor = droppable % segments, keep, tensor
-        self._cut = Cut(rows, self.sample_starts, self._droppable, keep, tensor, self.device)
-        self._cache = {}
+        self._offsets, self._kept_of_runs = self._runs(totals)
+        self._cache: dict[str, Any] = {}
+
+    def _runs(self, totals):
+        """Segments and keep_k as the operators take them, runs of tokens kept from their front:
+        offsets ``[N * runs + 1]`` and kept ``[N, runs]``, int64.
+
+        A run is some tokens that always stay, then tokens of which keep_k stay. Segments that are
+        never cut join the run of their neighbour, so patches + registers are one run, and their
+        mask one interval per row. All of it is on the critical path of a small mask, hence the
+        comprehensions.
+        """
+        rows, keep, tensor, d = self.segment_lengths, self._keep, self._keep_tensor, self._droppable
+        if tensor is not None:
+            per_segment = tensor.dim() == 2
+        else:
+            per_segment = keep is not None and isinstance(keep[0], (list, tuple))
+        if keep is None and tensor is None:
+            always, limits = totals, None
+        elif per_segment:
+            limits = [n for row in rows for n in row]
+            always = [0] * len(limits)
+            keep = None if keep is None else [k for row in keep for k in row]
+        elif d + 1 == self.num_segments:
+            limits = [row[-1] for row in rows]
+            always = [total - n for total, n in zip(totals, limits, strict=True)]
+        else:  # two runs, of which the second has nothing to cut
+            always = [n for row in rows for n in (sum(row[:d]), sum(row[d + 1 :]))]
+            limits = [n for row in rows for n in (row[d], 0)]
+            keep = None if keep is None else [k for k in keep for _ in range(2)]
+        runs = len(always) // self.num_samples
+        offsets = self.sample_starts
+        if runs > 1:
+            # A gap before the next sample makes the last run longer; kept never reaches it.
+            offsets, end = [], 0
+            for i, (a, n) in enumerate(zip(always, limits, strict=True)):
+                end = end if i % runs else self.sample_starts[i // runs]
+                offsets.append(end)
+                end += a + n
+            offsets.append(end)
+        offsets = ints.to_device(offsets, self.device)
+        if tensor is not None:
+            shape = 2, self.num_samples, runs
+            always, limits = ints.to_device(always + limits, self.device).view(shape)
+            keep_k = tensor.to(self.device, torch.int64, non_blocking=True)
+            keep_k = keep_k if per_segment else keep_k.unsqueeze(1)
+            return offsets, always + torch.minimum(keep_k.clamp_min(0), limits)
+        if keep is not None:
+            numbers = zip(always, keep, limits, strict=True)
+            always = [a + (k if k < n else n) for a, k, n in numbers]
+        return offsets, ints.to_device(always, self.device).view(self.num_samples, runs)
 
     def __repr__(self):
         kept = "on the device" if self.kept_lengths is None else sum(map(sum, self.kept_lengths))
@@ -98,7 +145,16 @@ class PackedLayout:
             f"{self.total_len} tokens in {self.padded_len}, kept: {kept})"
         )
 
-    def intervals(self, mode="full", window=None, prefix=None, sinks=0, dropped="none"):
+    # --- masks -----------------------------------------------------------------------------------
+
+    def intervals(
+        self,
+        mode: str = "full",
+        window: ints.Window | None = None,
+        prefix: int | ints.Lengths | None = None,
+        sinks: int = 0,
+        dropped: str = "none",
+    ) -> RowIntervals:
         """The mask as ``RowIntervals``, to combine, look at, slice or make dense.
 
         With p the position in the sample, of visible q and k of one sample:
@@ -117,66 +173,65 @@ class PackedLayout:
             dropped: what a query that is dropped attends to: "none" (its output is exactly 0),
                 "self" (itself alone), or "attend" (what it would see if it were visible).
         """
-        arguments = self._arguments("intervals", mode, window, prefix, sinks, dropped)
-        lo, hi = packed_rows(*arguments)
+        relation = self._relation("intervals", mode, window, prefix, sinks, dropped)
+        lo, hi = packed_rows(self._offsets, self._kept_of_runs, self.padded_len, *relation)
         if self._gap_rows_attend(dropped):
-            lo, hi = self._without_gaps(lo, hi)
-        return RowIntervals(lo, hi, self.padded_len)
+            real = self.sample_ids >= 0
+            lo, hi = torch.where(real, lo, 0), torch.where(real, hi, 0)
+        return RowIntervals._of(lo, hi, self.padded_len)
 
     def block_mask(
         self,
-        mode="full",
-        window=None,
-        prefix=None,
-        sinks=0,
-        dropped="none",
+        mode: str = "full",
+        window: ints.Window | None = None,
+        prefix: int | ints.Lengths | None = None,
+        sinks: int = 0,
+        dropped: str = "none",
         *,
-        block_size=128,
-    ):
+        block_size: int | tuple[int, int] = 128,
+    ) -> BlockMask:
         """A BlockMask for ``flex_attention``, in O(S + blocks): arguments as in ``intervals``.
 
         Equal in every index to ``create_block_mask`` of the same mask. ``block_size`` is an int or
         (query block, key block). Rows and blocks come from one operator, so it can be built inside
         ``torch.compile(fullgraph=True)``.
         """
-        q_block, kv_block = block_pair("PackedLayout.block_mask", block_size)
+        block = ints.block_pair("PackedLayout.block_mask", block_size)
         if self._gap_rows_attend(dropped):
             return self.intervals(mode, window, prefix, sinks, dropped).block_mask(block_size)
-        arguments = self._arguments("block_mask", mode, window, prefix, sinks, dropped)
-        lo, hi, *lists = nested_dropout_plan(*arguments, q_block, kv_block)
-        length = self.padded_len
-        return BlockMask(
-            (length, length),
-            *lists,
-            BLOCK_SIZE=(q_block, kv_block),
-            mask_mod=interval_mask_mod(lo, hi),
-        )
+        relation = self._relation("block_mask", mode, window, prefix, sinks, dropped)
+        size = self.padded_len
+        given = self._offsets, self._kept_of_runs, size, *relation, *block
+        lo, hi, *lists = nested_dropout_plan(*given)
+        return block_mask_of((size, size), lists, block, interval_mask_mod(lo, hi))
 
-    def _arguments(self, function, mode, window, prefix, sinks, dropped):
+    def _relation(self, function, mode, window, prefix, sinks, dropped):
+        """What the operators take from mode on."""
         name = f"PackedLayout.{function}"
         check_choice(name, "mode", mode, MODES)
         check_choice(name, "dropped", dropped, DROPPED)
-        sinks = _host.reach(name, "sinks", sinks)
+        sinks = ints.reach(name, "sinks", sinks)
         if (prefix is not None) != (mode == "prefix"):
             wrong = "must be given for" if prefix is None else "is for"
             raise ValueError(f"{name}: prefix {wrong} mode 'prefix', got mode {mode!r}")
-        left, right = window_pair(name, window)
+        left, right = ints.window_pair(name, window)
         if mode == "prefix":
-            prefix = _host.per_sample(name, "prefix", prefix, self.num_samples, self.device)
+            prefix = ints.per_sample(name, "prefix", prefix, self.num_samples, self.device)
         elif mode == "causal_last":  # the operator sees joined segments
-            mode, prefix = "prefix", self._cached("_before_last")
-        cut = self._cut
-        return cut.offsets, cut.kept, self.padded_len, mode, left, right, prefix, sinks, dropped
+            mode, prefix = "prefix", self._cached("before last", self._before_last)
+        return mode, left, right, prefix, sinks, dropped
+
+    def _before_last(self):
+        """``[N]``: tokens of each sample before its last segment."""
+        return ints.to_device([sum(row) - row[-1] for row in self.segment_lengths], self.device)
 
     def _gap_rows_attend(self, dropped):
         # To the operator a gap is a dropped end of the last segment.
         return dropped != "none" and self.sample_starts[-1] != self.total_len
 
-    def _without_gaps(self, lo, hi):
-        real = self.sample_ids >= 0
-        return torch.where(real, lo, 0), torch.where(real, hi, 0)
+    # --- tensors in and out of this order --------------------------------------------------------
 
-    def compact(self, align=None, bucket=None):
+    def compact(self, align: int | None = None, bucket: int | None = None) -> CompactPlan:
         """A plan that drops the tokens for good: see ``CompactPlan``. What it saves beside masking:
         ``python -m benchmarks compaction``.
 
@@ -188,7 +243,13 @@ class PackedLayout:
         bucket = _positive("PackedLayout.compact", "bucket", bucket, None)
         return CompactPlan(self, align, bucket)
 
-    def pack(self, samples, *, dim=-2, fill=None):
+    def pack(
+        self,
+        samples: Sequence[torch.Tensor | Sequence[torch.Tensor]],
+        *,
+        dim: int = -2,
+        fill: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """``[[patches, registers], ...]`` -> one sequence, zeros in the padding. Differentiable.
 
         Args:
@@ -201,79 +262,180 @@ class PackedLayout:
         Returns:
             ``[..., S, D]``, dtype and device of the first.
         """
-        return _tokens.pack(self, samples, dim, fill)
+        name = "PackedLayout.pack"
+        samples = _tensors(name, "samples", samples)
+        if len(samples) != self.num_samples:
+            raise refusal(name, "samples", f"be a list of {self.num_samples} samples", len(samples))
+        pieces, like, end = [], None, 0
+        for i, (sample, row) in enumerate(zip(samples, self.segment_lengths, strict=True)):
+            if isinstance(sample, torch.Tensor):
+                sample = [sample]
+            segments = _tensors(name, f"samples[{i}]", sample)
+            if len(segments) != len(row):
+                raise refusal(name, f"sample {i}", f"have {len(row)} segments", len(segments))
+            for j, (tensor, n) in enumerate(zip(segments, row, strict=True)):
+                check_tokens(name, f"samples[{i}][{j}]", tensor, dim, n)
+                like = tensor if like is None else like
+                _check_like(name, f"samples[{i}][{j}]", tensor, dim, like)
+            pieces += [*_zeros(like, dim, self.sample_starts[i] - end), *segments]
+            end = self.sample_starts[i] + sum(row)
+        pieces += _zeros(like, dim, self.padded_len - end)
+        packed = torch.cat([piece.to(like) for piece in pieces], dim)
+        return packed if fill is None else self._fill_dropped(name, packed, dim, fill)
 
-    def unpack(self, packed, *, dim=-2, fill=0):
+    def unpack(
+        self, packed: torch.Tensor, *, dim: int = -2, fill: float | torch.Tensor | None = 0
+    ) -> list[list[torch.Tensor]]:
         """One sequence ``[..., S, D]`` -> per sample a list of G tensors ``[..., n, D]``.
 
         Dropped tokens become ``fill`` (None leaves them): attention gives 0 there, but what follows
         it in a network does not.
         """
-        return _tokens.unpack(self, packed, dim, fill)
+        name = "PackedLayout.unpack"
+        check_tokens(name, "packed", packed, dim, self.padded_len)
+        if fill is not None:
+            packed = self._fill_dropped(name, packed, dim, fill)
+        samples = []
+        for row, start in zip(self.segment_lengths, self.sample_starts, strict=False):
+            begins = accumulate(row[:-1], initial=start)
+            samples.append([packed.narrow(dim, s, n) for s, n in zip(begins, row, strict=True)])
+        return samples
+
+    def _fill_dropped(self, name, packed, dim, fill):
+        check_fill(name, fill)
+        shape = [1] * packed.dim()
+        shape[dim] = self.padded_len
+        # Padding too: it holds no token of anybody.
+        return torch.where(self.visible.view(shape), packed, fill)
+
+    # --- what is known of samples and tokens -----------------------------------------------------
 
     @property
-    def max_seqlen(self):
+    def max_seqlen(self) -> int:
         return max(map(sum, self.segment_lengths))
 
     @property
-    def kept_lengths(self):
+    def kept_lengths(self) -> tuple[tuple[int, ...], ...] | None:
         if self._keep_tensor is not None:
             return None
-        return _tokens.kept_lengths(self.segment_lengths, self._keep, self._droppable)
+        if self._keep is None:
+            return self.segment_lengths
+        kept, d = [], self._droppable
+        for row, k in zip(self.segment_lengths, self._keep, strict=True):
+            k = k if isinstance(k, (list, tuple)) else (*row[:d], k, *row[d + 1 :])
+            kept.append(tuple(map(min, k, row)))
+        return tuple(kept)
 
     @property
-    def kept(self):
-        return self._cached("kept")
+    def kept(self) -> torch.Tensor:
+        return self._cached("kept", self._kept)
 
     @property
-    def cu_seqlens(self):
-        return self._cached("cu_seqlens")
+    def cu_seqlens(self) -> torch.Tensor:
+        starts = self.sample_starts
+        return self._cached("starts", lambda: ints.to_device(starts, self.device, torch.int32))
 
     @property
-    def sample_ids(self):
-        return self._cached("sample_ids")
+    def sample_ids(self) -> torch.Tensor:
+        return self._cached("tokens", self._tokens)[0]
 
     @property
-    def positions(self):
-        return self._cached("positions")
+    def positions(self) -> torch.Tensor:
+        return self._cached("tokens", self._tokens)[1]
 
     @property
-    def segment_ids(self):
-        return self._cached("segment_ids")
+    def segment_ids(self) -> torch.Tensor:
+        return self._cached("tokens", self._tokens)[2]
 
     @property
-    def visible(self):
-        return self._cached("visible")
+    def visible(self) -> torch.Tensor:
+        return self._cached("tokens", self._tokens)[3]
 
-    def _cached(self, name):
+    def _cached(self, name, make):
         if name not in self._cache:
-            self._cache.update(_tokens.attributes(self, name))
+            self._cache[name] = make()
         return self._cache[name]
+
+    def _kept(self):
+        known = self.kept_lengths
+        rows = self.segment_lengths if known is None else known
+        kept = ints.to_device([n for row in rows for n in row], self.device)
+        kept = kept.view(self.num_samples, self.num_segments)
+        if known is None:
+            keep_k = self._keep_tensor.to(self.device, torch.int64).clamp_min(0)
+            if keep_k.dim() == 2:
+                return torch.minimum(kept, keep_k)
+            kept[:, self._droppable] = torch.minimum(kept[:, self._droppable], keep_k)
+        return kept
+
+    def _tokens(self):
+        """sample_ids, positions, segment_ids and visible, which come from the same work."""
+        # Segments, and the gap after each sample: sample, segment, where both begin; and lengths.
+        pieces, counts = [], []
+        bounds = zip(self.sample_starts, (*self.sample_starts[1:-1], self.padded_len), strict=False)
+        for i, (row, (start, stop)) in enumerate(zip(self.segment_lengths, bounds, strict=True)):
+            *begins, end = accumulate(row, initial=start)
+            for j, begin in enumerate(begins):
+                pieces += (i, j, start, begin)
+            pieces += (-1, -1, 0, end)
+            counts += (*row, stop - end)
+        pieces = ints.to_device(pieces, self.device, torch.int32).view(-1, 4)
+        kept = torch.nn.functional.pad(self.kept.to(torch.int32), (0, 1)).flatten()
+        sample, segment, start, begin = pieces.unbind(1)
+        columns = sample, segment, start, begin + kept
+        counts = ints.to_device(counts, self.device)
+        piece = torch.arange(len(counts), device=self.device)
+        piece = piece.repeat_interleave(counts, output_size=self.padded_len)
+        sample, segment, start, end = (column.index_select(0, piece) for column in columns)
+        token = torch.arange(self.padded_len, dtype=torch.int32, device=self.device)
+        return sample, torch.where(segment < 0, 0, token - start), segment, token < end
 
 
 def _positive(name, argument, value, default):
-    return default if value is None else _host.length(name, argument, value, 1)
+    return default if value is None else ints.length(name, argument, value, 1)
 
 
-def _starts(rows, align):
+def _starts(totals, align):
     """Where each sample begins, and where the last one ends."""
     if align == 1:
-        return tuple(accumulate(map(sum, rows), initial=0))
+        return tuple(accumulate(totals, initial=0))
     starts, end = [], 0
-    for row in rows:
+    for total in totals:
         start = -(-end // align) * align
         starts.append(start)
-        end = start + sum(row)
+        end = start + total
     return (*starts, end)
 
 
 def _padded_len(name, end, pad_to_multiple, max_seq_len):
     if max_seq_len is None:
         multiple = _positive(name, "pad_to_multiple", pad_to_multiple, 128)
-        length = max(1, -(-end // multiple)) * multiple
-        _host.check_total(name, "segment_lengths, padded,", length)
-        return length
-    max_seq_len = _host.length(name, "max_seq_len", max_seq_len)
+        size = max(1, -(-end // multiple)) * multiple
+        ints.check_total(name, "segment_lengths, padded,", size)
+        return size
+    max_seq_len = ints.length(name, "max_seq_len", max_seq_len)
     if max_seq_len < max(1, end):
-        raise ValueError(f"{name}: max_seq_len must hold all {end} tokens, got {max_seq_len}")
+        raise refusal(name, "max_seq_len", f"hold all {end} tokens", max_seq_len)
     return max_seq_len
+
+
+def _tensors(name, argument, values):
+    if isinstance(values, torch.Tensor) or not hasattr(values, "__iter__"):
+        raise refusal(name, argument, "be a list", type(values).__name__, TypeError)
+    return list(values)
+
+
+def _check_like(name, argument, tensor, dim, like):
+    expected = list(like.shape)
+    if tensor.dim() == like.dim():
+        expected[dim] = tensor.shape[dim]
+    if list(tensor.shape) != expected:
+        rule = f"have the shape of samples[0][0] {shape_text(like)} but in dimension {dim}"
+        raise refusal(name, argument, rule, shape_text(tensor))
+
+
+def _zeros(like, dim, count):
+    """A list of ``count`` tokens of zeros in one tensor; of none where there are none."""
+    shape = list(like.shape)
+    shape[dim] = count
+    return [like.new_zeros(shape)] if count > 0 else []

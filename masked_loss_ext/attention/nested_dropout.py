@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Nested dropout: a block mask in one call, and random keep_k."""
 
-import torch
+from collections.abc import Iterable
 
-from .._checks import check_choice, shape_text
-from . import _host
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from .._checks import check_choice, refusal
+from . import ints
 from .layout import PackedLayout
 
 SAMPLING = ("uniform", "pow2", "uniform_pow2")
 
 
 def nested_dropout_block_mask(
-    segment_lengths,
-    keep_k,
-    mask_mode="full",
-    pad_to_multiple=None,
-    device=None,
+    segment_lengths: ints.Lengths,
+    keep_k: ints.Lengths | None,
+    mask_mode: str = "full",
+    pad_to_multiple: int | None = None,
+    device: ints.Device = None,
     *,
-    droppable=-1,
-    max_seq_len=None,
-    align_samples=None,
-    window=None,
-    prefix=None,
-    sinks=0,
-    dropped="none",
-    block_size=128,
-):
+    droppable: int = -1,
+    max_seq_len: int | None = None,
+    align_samples: int | None = None,
+    window: ints.Window | None = None,
+    prefix: int | ints.Lengths | None = None,
+    sinks: int = 0,
+    dropped: str = "none",
+    block_size: int | tuple[int, int] = 128,
+) -> BlockMask:
     """BlockMask of packed samples whose last segment is cut to its first ``keep_k`` tokens.
 
     >>> lengths = [[1024, 256], [1024, 256]]  # image patches, registers
@@ -74,7 +77,25 @@ def nested_dropout_block_mask(
     return layout.block_mask(mask_mode, window, prefix, sinks, dropped, block_size=block_size)
 
 
-def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
+def draw_keep_k(n, mode, below, exponent, least):
+    """keep_k of n, ints or tensors of them alike.
+
+    ``below(m)`` draws from [0, m), ``exponent(m)`` is the least e with ``2 ** e >= m``, and
+    ``least`` the lesser of two.
+    """
+    if mode == "pow2":
+        return 1 << below(exponent(n) + 1)
+    k = below(n) + 1
+    return least(1 << exponent(k), n) if mode == "uniform_pow2" else k
+
+
+def sample_keep_k(
+    n: int | Iterable[int] | torch.Tensor,
+    batch: int,
+    mode: str = "uniform",
+    generator: torch.Generator | None = None,
+    device: ints.Device = None,
+) -> torch.Tensor:
     """Random keep_k of nested dropout: how many of n tokens stay, for each sample.
 
     >>> keep_k = sample_keep_k(256, 4, generator=torch.Generator().manual_seed(0))
@@ -100,50 +121,40 @@ def sample_keep_k(n, batch, mode="uniform", generator=None, device=None):
     """
     name = "sample_keep_k"
     check_choice(name, "mode", mode, SAMPLING)
-    batch = _host.length(name, "batch", batch)
+    batch = ints.length(name, "batch", batch)
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        raise refusal(
+            name, "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
         )
     if device is None:
         device = n.device if isinstance(n, torch.Tensor) else "cpu"
     device = torch.device(device)
     sizes = _sizes(name, n, batch, mode, device)
     uniform = torch.rand(batch, dtype=torch.float64, generator=generator, device=device)
-    if mode == "pow2":
-        exponents = _log2_ceil(sizes) + 1
-        return 1 << _below(uniform, exponents)
-    keep_k = _below(uniform, sizes) + 1
-    if mode == "uniform_pow2":
-        keep_k = torch.minimum(1 << _log2_ceil(keep_k), sizes)
-    return torch.minimum(keep_k, sizes)
+
+    def below(limits):
+        # A product that rounds up to its limit is the last one.
+        return torch.minimum((uniform * limits).to(torch.int64), limits - 1)
+
+    return draw_keep_k(sizes, mode, below, _log2_ceil, torch.minimum)
 
 
 def _sizes(name, n, batch, mode, device):
     if isinstance(n, torch.Tensor):
-        n = _host.integers(name, "n", n)
-        if tuple(n.shape) not in ((), (batch,)):
-            raise ValueError(f"{name}: n must be an int or [{batch}], got {shape_text(n)}")
-        values = n.reshape(-1).tolist() if _host.is_readable(n) else []
-        sizes = n.to(device, torch.int64, non_blocking=True).expand(batch)
+        values = ints.integers(name, "n", n)
+        values = values.reshape(-1).tolist() if ints.is_readable(n) else []
+    elif ints.is_number(n) or not hasattr(n, "__iter__") or isinstance(n, str):
+        values = [n]
     else:
-        is_one = _host.is_number(n) or not hasattr(n, "__iter__") or isinstance(n, str)
-        n = [n] if is_one else _host.listed(name, "n", n)
-        values = [_host.length(name, "n", value, 1) for value in n]
-        sizes = _host.per_sample(name, "n", values[0] if is_one else values, batch, device)
+        values = n = ints.listed(name, "n", n)
     for value in values:
-        _host.length(name, "n", value, 1)
+        value = ints.length(name, "n", value, 1)
         if mode == "pow2" and value & (value - 1):
-            raise ValueError(f"{name}: n must be a power of two for mode 'pow2', got {value}")
-    return sizes
-
-
-def _below(uniform, limits):
-    """Integers in [0, limits); a product that rounds up to its limit is the last one."""
-    return torch.minimum((uniform * limits).to(torch.int64), limits - 1)
+            raise refusal(name, "n", "be a power of two for mode 'pow2'", value)
+    return ints.per_sample(name, "n", n, batch, device)
 
 
 def _log2_ceil(x):
-    """The least e with ``2 ** e >= x``, exact: a float logarithm is not, near powers of two."""
+    """Exact: a float logarithm is not, near powers of two."""
     powers = 1 << torch.arange(62, device=x.device)
     return (powers < x.unsqueeze(-1)).sum(-1)

@@ -17,6 +17,7 @@ from .._checks import (
     check_integers,
     check_length,
     check_tensor,
+    refusal,
     shape_text,
 )
 
@@ -36,7 +37,9 @@ class RepetitionCounts(NamedTuple):
     longest_run: torch.Tensor
 
 
-def repetition_counts(tokens, valid=None, ngram_size=4):
+def repetition_counts(
+    tokens: torch.Tensor, valid: torch.Tensor | None = None, ngram_size: int = 4
+) -> RepetitionCounts:
     r"""How often n-grams recur in each row, and how long its longest run of one token is.
 
     With :math:`W` the windows of n consecutive positions that are all valid,
@@ -76,7 +79,9 @@ def repetition_counts(tokens, valid=None, ngram_size=4):
     return RepetitionCounts(*_counts_op(tokens, valid, ngram_size))
 
 
-def repetition_links(tokens, valid=None, ngram_size=4):
+def repetition_links(
+    tokens: torch.Tensor, valid: torch.Tensor | None = None, ngram_size: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token, where its context stood before and where its n-gram stands next.
 
     The windows are those of :func:`repetition_counts`. Following ``context_before`` from t
@@ -125,30 +130,20 @@ def _operands(function, tokens, valid, ngram_size):
 def _check_fake(function, tokens, valid, ngram_size):
     """As token_rows() of csrc/repetition/call.h; sizes that are kept symbolic are not looked at."""
     check_integers(function, "tokens", tokens)
+    shape = shape_text(tokens)
     if tokens.dim() != 2:
-        raise ValueError(f"{function}: tokens must be [B, S], got {shape_text(tokens)}")
+        raise refusal(function, "tokens", "be [B, S]", shape)
     if isinstance(tokens.shape[1], int) and tokens.shape[1] > LONGEST_ROW:
-        raise ValueError(
-            f"{function}: tokens must have at most {LONGEST_ROW} positions per row, got "
-            f"{shape_text(tokens)}"
-        )
+        raise refusal(function, "tokens", f"have at most {LONGEST_ROW} positions per row", shape)
     if valid is not None:
         if valid.is_complex():
-            raise ValueError(
-                f"{function}: valid must be bool, integer or floating, got {valid.dtype}"
-            )
-        sizes = zip(valid.shape, tokens.shape, strict=False)
-        known = [(m, n) for m, n in sizes if isinstance(m, int) and isinstance(n, int)]
-        if valid.dim() != 2 or any(m != n for m, n in known):
-            raise ValueError(
-                f"{function}: valid must have the shape of tokens {shape_text(tokens)}, got "
-                f"{shape_text(valid)}"
-            )
+            raise refusal(function, "valid", "be bool, integer or floating", valid.dtype)
+        differs = [m != n for m, n in zip(valid.shape, tokens.shape, strict=False)]
+        if valid.dim() != 2 or any(differ is True for differ in differs):
+            raise refusal(function, "valid", f"have the shape of tokens {shape}", shape_text(valid))
         check_device(function, "valid", valid, "tokens", tokens)
     if isinstance(ngram_size, int) and not 1 <= ngram_size <= LONGEST_WINDOW:
-        raise ValueError(
-            f"{function}: ngram_size must be in [1, {LONGEST_WINDOW}], got {ngram_size}"
-        )
+        raise refusal(function, "ngram_size", f"be in [1, {LONGEST_WINDOW}]", ngram_size)
 
 
 @torch.library.register_fake("masked_loss_ext::repetition_counts")

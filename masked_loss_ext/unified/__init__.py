@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The unified loss and its parts, each of them usable alone."""
 
-from .adaptive_mtp import AdaptiveMTPLoss
-from .anti_repetition import AdaptiveAntiRepetitionLoss, AntiRepetitionLoss
-from .auxiliary import AuxiliaryLoss
 from .composite import AdaptiveLossScaling, CompositeLoss
 from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
 from .deepseek import DeepSeekLoss
-from .diversity import DiversityLoss
-from .hidden_state_mtp import MultiTokenPredictionLoss
-from .moe import AuxiliaryFreeMoEBalancer
-from .repetition import NGramRepetitionPenalty, SequenceRepetitionDetector
+from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
+from .multi_token import AdaptiveMTPLoss, MultiTokenPredictionLoss
+from .penalties import (
+    AdaptiveAntiRepetitionLoss,
+    AntiRepetitionLoss,
+    NGramRepetitionPenalty,
+    SequenceRepetitionDetector,
+)
 from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
 from .temperature import TemperatureScaledCrossEntropy
 from .unified_loss import UnifiedLoss, create_unified_loss

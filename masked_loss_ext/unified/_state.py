@@ -2,11 +2,13 @@
 """When a module's own state moves on, where it lives, and how ranks come to the same."""
 
 import warnings
+from typing import Any
 
 import torch
 
 from .._checks import check_flags
 from ..ops.masked_squared_error import _functorch_is_active
+from ._options import LossModule
 
 # private, but what torch.utils.checkpoint itself asks: -1 unless a backward pass is running
 _running_backward = torch._C._current_graph_task_id
@@ -25,15 +27,15 @@ def is_transformed():
 def advances(module, update_state):
     """Whether this forward may change buffers: training, wanted, not a recomputation, and not of
     a function that torch.func transforms, which may change nothing."""
-    check_flags(type(module).__name__, {"update_state": update_state})
+    check_flags(module.function, {"update_state": update_state})
     moves = bool(update_state) and module.training
     return moves and not is_recomputing() and not is_transformed()
 
 
-class SyncsState(torch.nn.Module):
+class SyncsState(LossModule):
     """A module that has state, or contains modules that have."""
 
-    def sync_state(self, group=None):
+    def sync_state(self, group: Any = None) -> None:
         """Make the state equal on all ranks, by one all-reduce of one vector of float64.
 
         What each number becomes is said where the buffers are described; parameters and the number
@@ -129,16 +131,15 @@ def _beside(module, name, buffer, like):
         return mode.from_tensor(buffer)
     if buffer.device == like.device:
         return buffer
-    module_name = type(module).__name__
-    where = f"{module_name}: {name} must be on the device of the inputs ({like.device}), got"
+    where = f"{module.function}: {name} must be on the device of the inputs ({like.device}), got"
     if buffer.device.type == "meta":
         raise ValueError(f"{where} meta: to_empty() and a checkpoint give it data")
     if torch.compiler.is_compiling():
         raise ValueError(f"{where} {buffer.device}: move the loss with .to() before compiling")
     if like.device.type != "meta":
         warnings.warn(
-            f"{module_name}: its state is on {buffer.device} and its inputs on {like.device}, so "
-            "that every call waits for both: move the loss with .to()",
+            f"{module.function}: its state is on {buffer.device} and its inputs on {like.device}, "
+            "so that every call waits for both: move the loss with .to()",
             stacklevel=5,
         )
     return buffer.to(like.device)

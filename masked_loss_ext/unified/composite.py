@@ -3,27 +3,29 @@
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from .._checks import check_device, check_number, check_rank, refuse_unknown
-from ._arguments import check_list, check_size
-from ._rows import check_floating
+from ._options import LossModule, Rule, check_size
+from ._rows import check_features, check_list
 from ._state import SyncsState
-from .anti_repetition import AntiRepetitionLoss
-from .auxiliary import AuxiliaryLoss
 from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
-from .diversity import DiversityLoss
-from .hidden_state_mtp import MultiTokenPredictionLoss
-from .moe import AuxiliaryFreeMoEBalancer
+from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
+from .multi_token import HiddenStateMTPLoss
+from .penalties import AntiRepetitionLoss
 from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
 
-_SCALING = "AdaptiveLossScaling"
 _NAME = "CompositeLoss"
 
 
-class AdaptiveLossScaling(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class AdaptiveLossScaling(LossModule):
     r"""A sum of losses with positive weights that are learnt and add up to 1.
 
     .. math:: L = \sum_i w_i L_i, \qquad w = \mathrm{softmax}(\text{log\_weights})
@@ -40,54 +42,54 @@ class AdaptiveLossScaling(torch.nn.Module):
         init_weights: as many positive numbers, their ratios. None: even.
     """
 
-    def __init__(self, num_losses, init_weights=None):
-        super().__init__()
-        check_size(_SCALING, "num_losses", num_losses, 1, 2**20)
-        weights = [1.0] * num_losses if init_weights is None else _numbers(init_weights)
-        if len(weights) != num_losses or not all(0 < w < math.inf for w in weights):
+    num_losses: Annotated[int, Rule("1 to 2^20", check_size, most=2**20)]
+    init_weights: InitVar[Sequence[float] | Tensor | None] = None
+
+    def __post_init__(self, init_weights: Sequence[float] | Tensor | None) -> None:
+        super().__post_init__()
+        weights = self._numbers(init_weights)
+        if len(weights) != self.num_losses or not all(0 < w < math.inf for w in weights):
             raise ValueError(
-                f"AdaptiveLossScaling: init_weights must be {num_losses} positive numbers, got "
+                f"{self.function}: init_weights must be {self.num_losses} positive numbers, got "
                 f"{weights}"
             )
-        self.num_losses = num_losses
         self.log_weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float32).log())
 
-    def forward(self, losses):
+    def forward(self, losses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
         """(total ``[]``, weights ``[n]``) of ``losses``, n 0-d tensors or one tensor ``[n]``."""
         self._check(losses)
         if len(losses) != self.num_losses:
             raise ValueError(
-                f"AdaptiveLossScaling: losses must have num_losses {self.num_losses} entries, got "
+                f"{self.function}: losses must have num_losses {self.num_losses} entries, got "
                 f"{len(losses)}"
             )
         weights = self.log_weights.softmax(0)
-        values = losses if isinstance(losses, torch.Tensor) else torch.stack(list(losses))
+        values = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         return (weights * values).sum(), weights
 
     def _check(self, losses):
-        if not isinstance(losses, torch.Tensor):
-            check_list(_SCALING, "losses", losses)
-        whole = isinstance(losses, torch.Tensor)
+        whole = isinstance(losses, Tensor)
+        if not whole:
+            check_list(self.function, "losses", losses)
         for i, loss in enumerate([losses] if whole else losses):
             where, rank, layout = ("losses", 1, "[n]") if whole else (f"losses[{i}]", 0, "[]")
-            check_floating(_SCALING, where, loss)
-            check_rank(_SCALING, where, loss, rank, layout)
-            check_device(_SCALING, where, loss, "log_weights", self.log_weights)
+            check_features(self.function, where, loss)
+            check_rank(self.function, where, loss, rank, layout)
+            check_device(self.function, where, loss, "log_weights", self.log_weights)
 
-    def extra_repr(self):
-        return f"num_losses={self.num_losses}"
-
-
-def _numbers(weights):
-    if isinstance(weights, torch.Tensor):
-        weights = weights.tolist()
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(
-            f"{_SCALING}: init_weights must be a list of numbers, got {type(weights).__name__}"
-        )
-    for i, weight in enumerate(weights):
-        check_number(_SCALING, f"init_weights[{i}]", weight, above=0)
-    return [float(weight) for weight in weights]
+    def _numbers(self, weights):
+        if weights is None:
+            return [1.0] * self.num_losses
+        if isinstance(weights, Tensor):
+            weights = weights.tolist()
+        if not isinstance(weights, (list, tuple)):
+            raise TypeError(
+                f"{self.function}: init_weights must be a list of numbers, got "
+                f"{type(weights).__name__}"
+            )
+        for i, weight in enumerate(weights):
+            check_number(self.function, f"init_weights[{i}]", weight, above=0)
+        return [float(weight) for weight in weights]
 
 
 def _whole(result):
@@ -95,7 +97,7 @@ def _whole(result):
 
 
 # type: (class, what of its result is the loss)
-TYPES = {
+TYPES: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
     "focal": (FocalLoss, _whole),
     "label_smoothing": (LabelSmoothingLoss, _whole),
     "perplexity": (PerplexityLoss, lambda result: result["loss"]),
@@ -107,7 +109,7 @@ TYPES = {
         AuxiliaryFreeMoEBalancer,
         lambda result: result["balancing_term"] + result["balance_loss"],
     ),
-    "multi_token_prediction": (MultiTokenPredictionLoss, lambda result: result["mtp_loss"]),
+    "multi_token_prediction": (HiddenStateMTPLoss, lambda result: result["mtp_loss"]),
     "anti_repetition": (AntiRepetitionLoss, lambda result: result[0]),
 }
 # The same thing by another name, for inputs that must be there.
@@ -146,7 +148,7 @@ class CompositeLoss(SyncsState):
         TypeError: an argument that the loss does not know.
     """
 
-    def __init__(self, loss_config):
+    def __init__(self, loss_config: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.losses = torch.nn.ModuleDict()
         self.weights, self._types, self._inputs = {}, {}, {}
@@ -173,7 +175,7 @@ class CompositeLoss(SyncsState):
             parameters = inspect.signature(self.losses[name].forward).parameters.values()
             self._inputs[name] = [(p.name, p.default is p.empty) for p in parameters]
 
-    def forward(self, **kwargs):
+    def forward(self, **kwargs: Any) -> dict[str, Tensor]:
         """dict of each loss ``[]`` by name, without its weight, and ``total``.
 
         ``sync_state`` does for each loss what is said there.

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ConsistencyLoss: a loss between two outputs for one input."""
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
+
 import torch
+from torch import Tensor
 
-from .._checks import check_choice, check_device, check_flags, check_number, shape_text
+from .._checks import check_prediction
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._rows import check_floating, cleaned, masked_mean, row_mask
+from ._options import Flag, LossModule, Positive, Share, one_of
+from ._rows import cleaned, masked_mean, row_mask
 
-_NAME = "ConsistencyLoss"
 
-
-class ConsistencyLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class ConsistencyLoss(LossModule):
     r"""How far the output for an augmented input is from that for the original.
 
     With :math:`p` of the original logits over T, :math:`q` of the augmented ones, per row
@@ -27,9 +31,8 @@ class ConsistencyLoss(torch.nn.Module):
     >>> kl = F.kl_div(p.log(), q, reduction="batchmean")
     >>> torch.testing.assert_close(ConsistencyLoss("kl")(x, y), kl)
 
-    With no row left it is 0, attached to the graph. Rows that are left out are selected away: their
-    NaN reaches neither value nor gradient, and their gradient is 0. They are read, though: "never
-    read" is what the row operators promise.
+    With no row left it is 0, attached to the graph. Rows that are left out are selected away, with
+    a gradient of 0; they are read, though.
 
     Args:
         consistency_type: "mse", "kl" or "ce".
@@ -39,51 +42,32 @@ class ConsistencyLoss(torch.nn.Module):
         mean_over_all: divide by the number of all rows, not of those that are kept.
     """
 
-    def __init__(
-        self,
-        consistency_type="mse",
-        temperature=1.0,
-        threshold=0.95,
-        *,
-        use_threshold=False,
-        mean_over_all=False,
-    ):
-        super().__init__()
-        known = ("mse", "kl", "ce")
-        check_choice(
-            _NAME, "consistency_type", consistency_type, known, "Unknown consistency type: "
-        )
-        check_number(_NAME, "temperature", temperature, above=0)
-        check_number(_NAME, "threshold", threshold, least=0, most=1)
-        check_flags(_NAME, {"use_threshold": use_threshold, "mean_over_all": mean_over_all})
-        self.consistency_type = consistency_type
-        self.temperature = temperature
-        self.threshold = threshold
-        self.use_threshold = use_threshold
-        self.mean_over_all = mean_over_all
+    consistency_type: Annotated[
+        str, one_of("mse", "kl", "ce", label="Unknown consistency type: ")
+    ] = "mse"
+    temperature: Positive = 1.0
+    threshold: Share = 0.95
+    _: KW_ONLY
+    use_threshold: Flag = False
+    mean_over_all: Flag = False
 
-    def forward(self, outputs_original, outputs_augmented, confidence_mask=None):
+    def forward(
+        self,
+        outputs_original: Tensor,
+        outputs_augmented: Tensor,
+        confidence_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss ``[]``, float32 (float64 for float64 outputs).
 
         Args:
             outputs_original, outputs_augmented: logits ``[..., V]``, one shape.
             confidence_mask: ``[...]``, rows count where it is not 0. None: all.
         """
-        check_floating(_NAME, "outputs_original", outputs_original)
-        check_floating(_NAME, "outputs_augmented", outputs_augmented)
+        name, first, second = self.function, "outputs_original", "outputs_augmented"
+        check_prediction(name, first, outputs_original, second, outputs_augmented)
         if outputs_original.dim() == 0:
-            raise ValueError(f"{_NAME}: outputs_original must be logits [..., V], got []")
-        if outputs_augmented.shape != outputs_original.shape:
-            raise ValueError(
-                f"{_NAME}: outputs_augmented must have the shape of outputs_original "
-                f"{shape_text(outputs_original)}, got {shape_text(outputs_augmented)}"
-            )
-        check_device(
-            _NAME, "outputs_augmented", outputs_augmented, "outputs_original", outputs_original
-        )
-        valid = row_mask(
-            _NAME, confidence_mask, "outputs_original", outputs_original, "confidence_mask"
-        )
+            raise ValueError(f"{name}: {first} must be logits [..., V], got []")
+        valid = row_mask(name, confidence_mask, first, outputs_original, "confidence_mask")
         classes = outputs_original.shape[-1]
         original, augmented = (
             cleaned(x.reshape(-1, classes), valid) for x in (outputs_original, outputs_augmented)
@@ -106,9 +90,3 @@ class ConsistencyLoss(torch.nn.Module):
             return ((log_p.exp() - q) ** 2).mean(-1)
         possible = q > 0  # a banned class: 0 * (-inf - -inf) is NaN, its term is 0
         return (q * (torch.where(possible, log_q, 0) - torch.where(possible, log_p, 0))).sum(-1)
-
-    def extra_repr(self):
-        return (
-            f"consistency_type={self.consistency_type!r}, temperature={self.temperature}, "
-            f"threshold={self.threshold}"
-        )

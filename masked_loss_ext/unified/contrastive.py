@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ContrastiveLoss: InfoNCE, pairs with a margin, or triplets, of embeddings."""
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
+
 import torch
+from torch import Tensor
 
-from .._checks import (
-    check_choice,
-    check_device,
-    check_flags,
-    check_integers,
-    check_number,
-    check_rank,
-    shape_text,
-)
+from .._checks import check_device, check_integers, check_rank, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
-from ._arguments import check_ignore_index
-from ._routing import can_be_looked_at
-from ._rows import check_floating, cleaned, masked_mean, row_mask, valid_rows, without_autocast
+from ._options import Flag, LossModule, Number, Positive, Token, one_of
+from ._rows import (
+    check_features,
+    cleaned,
+    distances,
+    masked_mean,
+    row_mask,
+    valid_rows,
+    without_autocast,
+)
+from .experts import refuse_indices
 
-_NAME = "ContrastiveLoss"
-TYPES = ("infonce", "standard", "triplet")
 
-
-class ContrastiveLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class ContrastiveLoss(LossModule):
     r"""Draws embeddings of a kind together and others apart.
 
     With embeddings :math:`x` (of length 1 where ``normalize_embeddings``),
@@ -47,9 +49,8 @@ class ContrastiveLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss, torch.log(1 + 2 * torch.exp(torch.tensor(-1.0))))
 
     Where there is nothing to compare (no pair, no label twice) the loss is 0, attached to the
-    graph. Embeddings that do not count are selected away: their NaN reaches neither value nor
-    gradient, and their gradient is 0. They are read, though: "never read" is what the row operators
-    promise.
+    graph. Embeddings that do not count are selected away, with a gradient of 0; they are read,
+    though.
 
     Args:
         temperature: :math:`\tau > 0`, for infonce.
@@ -59,36 +60,24 @@ class ContrastiveLoss(torch.nn.Module):
         ignore_index: embeddings with this label do not count.
     """
 
-    def __init__(
-        self,
-        temperature=0.07,
-        margin=0.5,
-        loss_type="infonce",
-        normalize_embeddings=True,
-        *,
-        ignore_index=-100,
-    ):
-        super().__init__()
-        check_choice(_NAME, "loss_type", loss_type, TYPES, "Unknown loss type: ")
-        check_number(_NAME, "temperature", temperature, above=0)
-        check_number(_NAME, "margin", margin)
-        check_flags(_NAME, {"normalize_embeddings": normalize_embeddings})
-        check_ignore_index(_NAME, ignore_index)
-        self.temperature = temperature
-        self.margin = margin
-        self.loss_type = loss_type
-        self.normalize_embeddings = normalize_embeddings
-        self.ignore_index = ignore_index
+    temperature: Positive = 0.07
+    margin: Number = 0.5
+    loss_type: Annotated[
+        str, one_of("infonce", "standard", "triplet", label="Unknown loss type: ")
+    ] = "infonce"
+    normalize_embeddings: Flag = True
+    _: KW_ONLY
+    ignore_index: Token = -100
 
     def forward(
         self,
-        embeddings,
-        labels=None,
-        positive_pairs=None,
-        negative_pairs=None,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        positive_pairs: Tensor | None = None,
+        negative_pairs: Tensor | None = None,
         *,
-        embedding_mask=None,
-    ):
+        embedding_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss ``[]``, float32 (float64 for float64 embeddings).
 
         Args:
@@ -103,7 +92,7 @@ class ContrastiveLoss(torch.nn.Module):
             IndexError: a pair of which one is not in [0, N) (CPU).
         """
         self._check(embeddings, labels, positive_pairs, negative_pairs)
-        valid = row_mask(_NAME, embedding_mask, "embeddings", embeddings, "embedding_mask")
+        valid = row_mask(self.function, embedding_mask, "embeddings", embeddings, "embedding_mask")
         if labels is not None:
             valid = valid_rows(labels, valid, self.ignore_index)
         # Under autocast too: bfloat16 similarities divided by 0.07 would be noise.
@@ -152,14 +141,14 @@ class ContrastiveLoss(torch.nn.Module):
 
     def _standard_labels(self, x, labels, valid):
         same, different = _relations(labels, valid)
-        distance = _distances(x)
+        distance = distances(x, x)
         return 0.5 * (
             masked_mean(self._apart(distance), same) + masked_mean(self._near(distance), different)
         )
 
     def _triplet(self, x, labels, valid):
         same, different = _relations(labels, valid)
-        distance = _distances(x)
+        distance = distances(x, x)
         far = torch.finfo(distance.dtype).max
         pad = torch.nn.functional.pad  # so that there is a largest of no embeddings, too
         farthest = pad(torch.where(same, distance, 0), (0, 1)).amax(-1)
@@ -174,51 +163,34 @@ class ContrastiveLoss(torch.nn.Module):
         return (self.margin - distance).relu() ** 2
 
     def _check(self, embeddings, labels, positive_pairs, negative_pairs):
-        check_floating(_NAME, "embeddings", embeddings)
-        check_rank(_NAME, "embeddings", embeddings, 2, "[N, D]")
+        name = self.function
+        check_features(name, "embeddings", embeddings)
+        check_rank(name, "embeddings", embeddings, 2, "[N, D]")
         if labels is not None:
-            check_integers(_NAME, "labels", labels)
-            check_device(_NAME, "labels", labels, "embeddings", embeddings)
+            check_integers(name, "labels", labels)
+            check_device(name, "labels", labels, "embeddings", embeddings)
             if labels.shape != embeddings.shape[:1]:
                 raise ValueError(
-                    f"{_NAME}: labels must have one entry per embedding of "
+                    f"{name}: labels must have one entry per embedding of "
                     f"{shape_text(embeddings)}, got {shape_text(labels)}"
                 )
         pairs = {"positive_pairs": positive_pairs, "negative_pairs": negative_pairs}
-        for name, tensor in pairs.items():
+        for argument, tensor in pairs.items():
             if tensor is not None:
-                check_integers(_NAME, name, tensor)
-                check_device(_NAME, name, tensor, "embeddings", embeddings)
+                check_integers(name, argument, tensor)
+                check_device(name, argument, tensor, "embeddings", embeddings)
                 if tensor.dim() != 2 or tensor.shape[1] != 2:
-                    raise ValueError(f"{_NAME}: {name} must be [P, 2], got {shape_text(tensor)}")
-                _check_pairs(name, tensor, embeddings.shape[0])
+                    raise ValueError(f"{name}: {argument} must be [P, 2], got {shape_text(tensor)}")
+                refuse_indices(name, argument, tensor, embeddings.shape[0], ", the embeddings")
         if labels is not None:
             return
         if self.loss_type == "triplet":
-            raise ValueError(f"{_NAME}: Labels required for triplet, got None")
+            raise ValueError(f"{name}: Labels required for triplet, got None")
         if positive_pairs is None and (negative_pairs is None or self.loss_type == "infonce"):
             raise ValueError(
-                f"{_NAME}: Labels required where positive_pairs are not given. Either pairs or "
+                f"{name}: Labels required where positive_pairs are not given. Either pairs or "
                 f"labels must be there for {self.loss_type}, got neither"
             )
-
-    def extra_repr(self):
-        return (
-            f"temperature={self.temperature}, margin={self.margin}, loss_type={self.loss_type!r}, "
-            f"normalize_embeddings={self.normalize_embeddings}"
-        )
-
-
-def _check_pairs(name, pairs, count):
-    if not can_be_looked_at(pairs):
-        return
-    outside = ((pairs < 0) | (pairs >= count)).any(-1)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"{_NAME}: {name} at row {row} must be in [0, {count}), the embeddings, got "
-            f"{pairs[row].tolist()}"
-        )
 
 
 def _relations(labels, valid):
@@ -227,8 +199,3 @@ def _relations(labels, valid):
     equal = labels[:, None] == labels
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return both & equal & ~itself, both & ~equal
-
-
-def _distances(x):
-    # Not by way of a matrix product, whose rounding keeps equal embeddings apart.
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Token losses that are one call of masked_cross_entropy."""
 
-import torch
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
 
-from .._checks import check_choice, check_number, check_tensor, shape_text
+import torch
+from torch import Tensor
+
+from .._checks import check_number, check_tensor, shape_text
 from ..reference.cross_entropy import focal_factor
-from ._arguments import check_ignore_index, check_size, check_smoothing, check_tokens
-from ._operators import cross_entropy
-from ._rows import check_floating, reduced, torch_smoothing, valid_rows
+from ._options import LossModule, NotNegative, Share, Size, Token, check_smoothing, one_of
+from ._rows import check_features, check_tokens, cross_entropy, reduced, torch_smoothing, valid_rows
 
 _INPUTS = ("inputs", "targets")
 
 
-class FocalLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class FocalLoss(LossModule):
     r"""Cross entropy that turns away from what is predicted well already.
 
     .. math:: \ell = \alpha_y (1 - p)^\gamma\, \mathrm{ce}, \qquad p = e^{-\mathrm{ce}}
@@ -32,42 +36,43 @@ class FocalLoss(torch.nn.Module):
         ignore_index: rows with this target do not count.
     """
 
-    def __init__(self, alpha=1.0, gamma=2.0, reduction="mean", *, ignore_index=-100):
-        super().__init__()
-        check_choice("FocalLoss", "reduction", reduction, ("mean", "sum", "none"))
-        check_number("FocalLoss", "gamma", gamma, least=0)
-        check_ignore_index("FocalLoss", ignore_index)
-        if isinstance(alpha, torch.Tensor):
-            _check_alpha(alpha)
-            self.register_buffer("alpha", alpha)
-        else:
-            check_number("FocalLoss", "alpha", alpha, least=0)
-            self.alpha = alpha
-        self.gamma = gamma
-        self.reduction = reduction
-        self.ignore_index = ignore_index
+    alpha: float | Tensor = 1.0
+    gamma: NotNegative = 2.0
+    reduction: Annotated[str, one_of("mean", "sum", "none")] = "mean"
+    _: KW_ONLY
+    ignore_index: Token = -100
 
-    def forward(self, inputs, targets, attention_mask=None):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.alpha, Tensor):
+            _check_alpha(self.function, self.alpha)
+            self.register_buffer("alpha", self.__dict__.pop("alpha"))
+        else:
+            check_number(self.function, "alpha", self.alpha, least=0)
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The loss, float32 (float64 for float64 inputs): ``[]``, or of targets' shape for "none".
 
         Args:
             inputs: logits ``[N, V]`` or ``[B, S, V]``.
             targets: ``[N]`` or ``[B, S]`` integers.
-            attention_mask: of targets' shape, a row counts where it is not 0. None: all.
+            attention_mask: of targets' shape, a size of 1 standing for any; on where not 0.
         """
         weight = normalizer = None
-        if isinstance(self.alpha, torch.Tensor):
+        if isinstance(self.alpha, Tensor):
             weight = self.alpha
-            check_tokens("FocalLoss", _INPUTS, inputs, targets, attention_mask)
+            check_tokens(self.function, _INPUTS, inputs, targets, attention_mask)
             if inputs.shape[-1] != weight.numel():
                 raise ValueError(
-                    f"FocalLoss: alpha must have one entry per class of inputs "
+                    f"{self.function}: alpha must have one entry per class of inputs "
                     f"{shape_text(inputs)}, got {shape_text(weight)}"
                 )
             if self.reduction == "mean":  # else the classes' weights would be divided by
                 normalizer = valid_rows(targets, attention_mask, self.ignore_index).sum()
         loss = cross_entropy(
-            "FocalLoss",
+            self.function,
             _INPUTS,
             inputs,
             targets,
@@ -84,36 +89,32 @@ class FocalLoss(torch.nn.Module):
         """As ``forward`` from log p of the targets [...], of rows that are valid (bool [...])."""
         ce = -log_prob
         rows = ce if self.gamma == 0 else ce * focal_factor(ce, self.gamma)
-        if isinstance(self.alpha, torch.Tensor):
-            rows = (
-                rows
-                * self.alpha.to(rows.dtype)[
-                    torch.where(valid, targets, 0).clamp(0, self.alpha.numel() - 1)
-                ]
-            )
-            return reduced(rows, valid, self.reduction)
-        return self.alpha * reduced(rows, valid, self.reduction)
-
-    def extra_repr(self):
-        alpha = self.alpha
-        alpha = shape_text(alpha) if isinstance(alpha, torch.Tensor) else alpha
-        return f"alpha={alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+        if not isinstance(self.alpha, Tensor):
+            return self.alpha * reduced(rows, valid, self.reduction)
+        classes = torch.where(valid, targets, 0).clamp(0, self.alpha.numel() - 1)
+        return reduced(rows * self.alpha.to(rows.dtype)[classes], valid, self.reduction)
 
 
-def _check_alpha(alpha):
-    check_tensor("FocalLoss", "alpha", alpha)
+del FocalLoss.alpha  # the default: as an attribute of the class it would hide the buffer
+
+
+def _check_alpha(function, alpha):
+    check_tensor(function, "alpha", alpha)
     if alpha.dim() != 1 or not alpha.is_floating_point():
         raise ValueError(
-            "FocalLoss: alpha must be a number or floating, of one entry per class [V], got "
+            f"{function}: alpha must be a number or floating, of one entry per class [V], got "
             f"{shape_text(alpha)} of {alpha.dtype}"
         )
-    if type(alpha) is torch.Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
+    if type(alpha) is Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
         # NaN fits nothing
         if not ((alpha >= 0) & (alpha < float("inf"))).all():
-            raise ValueError("FocalLoss: alpha must be finite and not negative, got other entries")
+            raise ValueError(
+                f"{function}: alpha must be finite and not negative, got other entries"
+            )
 
 
-class LabelSmoothingLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class LabelSmoothingLoss(LossModule):
     r"""Cross entropy with a target that leaves a little to each other class.
 
     .. math:: \ell = -\sum_j q_j \log p_j, \qquad q_y = 1 - \varepsilon,\quad
@@ -135,40 +136,39 @@ class LabelSmoothingLoss(torch.nn.Module):
         ignore_index: rows with this target do not count.
     """
 
-    def __init__(self, num_classes, smoothing=0.1, *, ignore_index=-100):
-        super().__init__()
-        check_size("LabelSmoothingLoss", "num_classes", num_classes)
-        most = 1 - 1 / num_classes if num_classes > 1 else 1
-        check_smoothing("LabelSmoothingLoss", smoothing, most, "smoothing")
-        check_ignore_index("LabelSmoothingLoss", ignore_index)
-        self.num_classes = num_classes
-        self.smoothing = smoothing
-        self.ignore_index = ignore_index
+    num_classes: Size
+    smoothing: Share = 0.1
+    _: KW_ONLY
+    ignore_index: Token = -100
 
-    def forward(self, inputs, targets, attention_mask=None):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_smoothing(self.function, "smoothing", self.smoothing, self.num_classes)
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The mean ``[]``, float32 (float64 for float64 inputs).
 
         Args:
             inputs: logits ``[N, V]`` or ``[..., V]``.
             targets: ``[N]`` or ``[...]`` integers.
-            attention_mask: of targets' shape, a row counts where it is not 0. None: all.
+            attention_mask: of targets' shape, a size of 1 standing for any; on where not 0.
         """
-        check_floating("LabelSmoothingLoss", "inputs", inputs, self.num_classes, "num_classes")
+        check_features(self.function, "inputs", inputs, self.num_classes, "num_classes")
         return cross_entropy(
-            "LabelSmoothingLoss",
+            self.function,
             _INPUTS,
             inputs,
             targets,
             attention_mask,
             ignore_index=self.ignore_index,
-            label_smoothing=min(torch_smoothing(self.smoothing, self.num_classes), 1.0),
+            label_smoothing=torch_smoothing(self.smoothing, self.num_classes),
         )
 
-    def extra_repr(self):
-        return f"num_classes={self.num_classes}, smoothing={self.smoothing}"
 
-
-class PerplexityLoss(torch.nn.Module):
+@dataclass(eq=False, repr=False)
+class PerplexityLoss(LossModule):
     r"""Cross entropy and its exponential.
 
     .. math:: L = -\frac{1}{K} \sum_n \log p_{n, y_n}, \qquad \text{perplexity} = e^L
@@ -184,21 +184,20 @@ class PerplexityLoss(torch.nn.Module):
         ignore_index: rows with this target do not count.
     """
 
-    def __init__(self, ignore_index=-100):
-        super().__init__()
-        check_ignore_index("PerplexityLoss", ignore_index)
-        self.ignore_index = ignore_index
+    ignore_index: Token = -100
 
-    def forward(self, logits, targets, attention_mask=None):
+    def forward(
+        self, logits: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """dict of ``loss`` and ``perplexity``, ``[]``, float32 (float64 for float64 logits).
 
         Args:
             logits: ``[..., V]`` floating.
             targets: ``[...]`` integers.
-            attention_mask: of targets' shape, a row counts where it is not 0. None: all.
+            attention_mask: of targets' shape, a size of 1 standing for any; on where not 0.
         """
         loss = cross_entropy(
-            "PerplexityLoss",
+            self.function,
             ("logits", "targets"),
             logits,
             targets,
@@ -206,6 +205,3 @@ class PerplexityLoss(torch.nn.Module):
             ignore_index=self.ignore_index,
         )
         return {"loss": loss, "perplexity": loss.exp()}
-
-    def extra_repr(self):
-        return f"ignore_index={self.ignore_index}"

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Cross entropy at a temperature that follows the spread of its own recent values."""
 
-import torch
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from .._checks import check_choice, check_flags, check_number
-from ._arguments import (
-    check_ignore_index,
-    check_logits,
-    check_segments,
-    check_size,
-    check_smoothing,
-    check_targets,
-    check_token_id,
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_number
+from ._options import (
+    Flag,
+    Length,
+    NotNegative,
+    Number,
+    PenaltyOn,
+    Positive,
+    Share,
+    Size,
+    Token,
+    check_class,
 )
-from ._documents import document_starts
-from ._operators import terms as terms_of
-from ._penalties import check_penalty_on, eos_classes, eos_penalty
-from ._rows import masked_sum, reduced, smoothed_loss, valid_rows
+from ._rows import Needs, Rows, check_logits, masked_sum, read, reduced, rows_of, smoothed_loss
 from ._state import (
     KeepsState,
     advances,
@@ -27,15 +31,15 @@ from ._state import (
     is_transformed,
     snapshot,
 )
+from .penalties import PenalisesEnds
 
-REDUCTIONS = ("mean", "sum", "none")
 _SLOTS = 100  # losses remembered
 _ENOUGH = 10  # of them before the temperature moves
-_NAME = "TemperatureScaledCrossEntropy"
 _HISTORY = ("loss_history", "history_ptr", "history_size")
 
 
-class TemperatureScaledCrossEntropy(KeepsState):
+@dataclass(eq=False, repr=False)
+class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
     r"""Smoothed cross entropy of logits / T, with T adapted during training.
 
     .. math::
@@ -94,118 +98,83 @@ class TemperatureScaledCrossEntropy(KeepsState):
     losses, which is that of larger batches nowhere.
     """
 
-    def __init__(
-        self,
-        initial_temperature=1.0,
-        adaptive_temperature=True,
-        label_smoothing=0.1,
-        vocab_size=None,
-        temperature_bounds=(0.5, 2.0),
-        adaptation_rate=0.01,
-        eos_token_id=None,
-        min_sequence_length=20,
-        eos_penalty_weight=5.0,
-        *,
-        ignore_index=-100,
-        penalty_on="targets",
-    ):
-        super().__init__()
-        check_smoothing(_NAME, label_smoothing)
-        if vocab_size is not None:
-            check_size(_NAME, "vocab_size", vocab_size)
-        elif label_smoothing > 0:
-            raise ValueError(f"{_NAME}: vocab_size must be provided when label_smoothing > 0")
-        check_flags(_NAME, {"adaptive_temperature": adaptive_temperature})
-        check_number(_NAME, "initial_temperature", initial_temperature, above=0)
-        low, high = _bounds(temperature_bounds)
-        check_number(_NAME, "adaptation_rate", adaptation_rate)
-        check_number(_NAME, "eos_penalty_weight", eos_penalty_weight, least=0)
-        check_ignore_index(_NAME, ignore_index)
-        check_size(_NAME, "min_sequence_length", min_sequence_length, 0)
-        check_penalty_on(_NAME, penalty_on)
-        check_token_id(_NAME, "eos_token_id", eos_token_id, vocab_size)
-        self.initial_temperature = initial_temperature
-        self.adaptive_temperature = adaptive_temperature
-        self.label_smoothing = label_smoothing
-        self.vocab_size = vocab_size
-        self.temperature_bounds = (low, high)
-        self.adaptation_rate = adaptation_rate
-        self.eos_token_id = eos_token_id
-        self.min_sequence_length = min_sequence_length
-        self.eos_penalty_weight = eos_penalty_weight
-        self.ignore_index = ignore_index
-        self.penalty_on = penalty_on
-        self.add_state("temperature", (), float(initial_temperature))
+    initial_temperature: Positive = 1.0
+    adaptive_temperature: Flag = True
+    label_smoothing: Share = 0.1
+    vocab_size: Size | None = None
+    temperature_bounds: tuple[float, float] = (0.5, 2.0)
+    adaptation_rate: Number = 0.01
+    eos_token_id: Token | None = None
+    min_sequence_length: Length = 20
+    eos_penalty_weight: NotNegative = 5.0
+    _: KW_ONLY
+    ignore_index: Token = -100
+    penalty_on: PenaltyOn = "targets"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size is None and self.label_smoothing > 0:
+            raise ValueError(
+                f"{self.function}: vocab_size must be provided when label_smoothing > 0"
+            )
+        check_class(self.function, "eos_token_id", self.eos_token_id, self.vocab_size)
+        bounds = self.temperature_bounds
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise TypeError(
+                f"{self.function}: temperature_bounds must be (lowest, highest), got {bounds!r}"
+            )
+        check_number(self.function, "temperature_bounds[0]", bounds[0], above=0)
+        check_number(self.function, "temperature_bounds[1]", bounds[1], least=bounds[0])
+        self.temperature_bounds = bounds[0], bounds[1]
+        self.add_state("temperature", (), float(self.initial_temperature))
         self.add_state("loss_history", (_SLOTS,))
         self.add_state("history_ptr", (), 0, dtype=torch.int64)
         self.add_state("history_size", (), 0, dtype=torch.int64)
         # of the last forward, for its recomputation in the backward pass; in no checkpoint
-        self.add_state("_last_temperature", (), float(initial_temperature), persistent=False)
+        self.add_state("_last_temperature", (), float(self.initial_temperature), persistent=False)
 
     def forward(
         self,
-        logits,
-        targets,
-        attention_mask=None,
-        reduction="mean",
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        reduction: str = "mean",
         *,
-        segment_ids=None,
-        update_state=True,
-    ):
+        segment_ids: Tensor | None = None,
+        update_state: bool = True,
+    ) -> dict[str, Any]:
         """The loss and what it was made with.
 
         Args:
-            logits: ``[B, S, V]`` floating; position s is scored against targets[:, s].
-            targets: ``[B, S]`` integers.
-            attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
+            logits, targets, attention_mask, update_state: as in ``UnifiedLoss``.
             reduction: "mean" over the rows that count, "sum", or "none" (``[B * S]``).
-            segment_ids: ``[B, S]`` (or ``[1, S]``) integers, for packed documents: a change begins
-                one, and its columns are counted anew for min_sequence_length.
-            update_state: let a training call move the temperature.
+            segment_ids: as there; columns are counted anew in each document.
 
         Returns:
             dict: "loss" float32 (float64 for float64 logits), "temperature" [] after the update,
             "label_smoothing".
         """
-        check_choice(_NAME, "reduction", reduction, REDUCTIONS)
-        check_targets(_NAME, targets, attention_mask)
-        check_logits(_NAME, logits, targets, self.vocab_size)
-        check_segments(_NAME, segment_ids, targets)
-        starts = document_starts(segment_ids, targets)
-        targets = targets.long()
-        valid = valid_rows(targets, attention_mask, self.ignore_index)
-        classes = eos_classes(self, targets, valid, starts)
-        terms = terms_of(
-            _NAME,
-            "targets",
-            logits,
-            targets,
-            valid,
-            temperature=self.temperature_for(logits),
-            classes=None if classes is None else classes.unsqueeze(-1),
-            ignore_index=self.ignore_index,
-            unscaled=classes is not None,
-        )
-        loss = smoothed_loss(
-            terms.scaled_log_prob,
-            terms.scaled_mean_log_prob,
-            self.label_smoothing,
-            logits.shape[-1],
-        )
-        asked = classes, None if classes is None else terms.class_log_prob[..., 0]
-        loss = reduced(loss, valid, reduction)
-        loss = loss + eos_penalty(self, targets, valid, starts, asked, loss.dtype, reduction)
+        check_choice(self.function, "reduction", reduction, ("mean", "sum", "none"))
+        rows = rows_of(self, targets, attention_mask, segment_ids)
+        check_logits(self.function, logits, targets, self.vocab_size)
+        rows = rows._replace(logits=logits)
+        [found] = read(self, rows, [self.needs(rows)])
+        loss = smoothed_loss(found.terms, self.label_smoothing, logits.shape[-1])
+        loss = reduced(loss, rows.valid, reduction)
+        loss = loss + self.end_penalty(rows, found, loss, reduction)
         if reduction == "mean" and advances(self, update_state):
-            self.record(loss, valid)
+            self.record(loss, rows.valid)
         return {
             "loss": loss.reshape(-1) if reduction == "none" else loss,
             "temperature": self.current_temperature(loss),
             "label_smoothing": self.label_smoothing,
         }
 
-    # --- what UnifiedLoss, which reads the logits itself, calls --------------------------------
+    def needs(self, rows: Rows) -> Needs:
+        temperature = self._temperature_for(rows.logits)
+        return Needs(scaled=True, temperature=temperature, classes=self.end_classes(rows))
 
-    def temperature_for(self, logits):
+    def _temperature_for(self, logits):
         """The T of this forward, a copy: the buffer moves on before backward runs."""
         moves = self.training and self.adaptive_temperature
         if moves and is_recomputing():
@@ -268,18 +237,3 @@ class TemperatureScaledCrossEntropy(KeepsState):
         self.loss_history.copy_(torch.where(slot < size, oldest_first, 0))
         self.history_ptr.copy_(size % _SLOTS)
         self.history_size.copy_(size)
-
-    def extra_repr(self):
-        text = f"label_smoothing={self.label_smoothing}, vocab_size={self.vocab_size}"
-        if self.eos_token_id is not None:
-            text += f", eos_token_id={self.eos_token_id}, penalty_on={self.penalty_on!r}"
-        return text
-
-
-def _bounds(bounds):
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"{_NAME}: temperature_bounds must be (lowest, highest), got {bounds!r}")
-    low, high = bounds
-    check_number(_NAME, "temperature_bounds[0]", low, above=0)
-    check_number(_NAME, "temperature_bounds[1]", high, least=low)
-    return low, high

@@ -2,19 +2,39 @@
 """UnifiedLoss: every component of a language-model loss, from one read of the logits."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
-from .._checks import check_flags
-from . import _build, _components
-from ._arguments import check_logits, check_segments, check_targets
-from ._read import read
+import torch
+from torch import Tensor
+
+from .._checks import check_flags, check_number, check_rank, check_tensor, shape_text
+from ._components import COMPONENTS, Call, Component, of_options, put_option
+from ._options import (
+    Flag,
+    Length,
+    NotNegative,
+    Number,
+    PenaltyOn,
+    Positive,
+    Share,
+    Size,
+    Token,
+    check_class,
+    check_smoothing,
+    one_of,
+)
+from ._rows import Rows, check_logits, of_one_document, read, rows_of
 from ._state import SyncsState
-from .adaptive_mtp import AdaptiveMTPLoss
+from .experts import AuxiliaryFreeMoEBalancer
+from .multi_token import AdaptiveMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
-_NAME = "UnifiedLoss"
+_PLACES = tuple(dict.fromkeys(cls.at for cls in COMPONENTS))
 
 
+@dataclass(eq=False, repr=False)
 class UnifiedLoss(SyncsState):
     r"""Every component of a language-model loss, from one read of the logits.
 
@@ -71,9 +91,10 @@ class UnifiedLoss(SyncsState):
     of all, averages those over all, counts those of an average rank, as is said at
     ``TemperatureScaledCrossEntropy``, ``AdaptiveMTPLoss`` and ``AuxiliaryFreeMoEBalancer``.
 
-    A number that a schedule moves (a weight, ``label_smoothing``, ``focal_loss.gamma``) costs
-    torch.compile a second graph at its second value, and none after that. A weight may be put there
-    as a 0-d tensor instead and filled between steps: one graph.
+    A number that a schedule moves is set here by its name, or at its component
+    (``focal_loss.gamma``). It costs torch.compile a second graph at its second value, and none
+    after that. A weight may be put there as a 0-d tensor instead and filled between steps: one
+    graph.
 
     Args:
         vocab_size: V, the logits' last dimension.
@@ -113,81 +134,110 @@ class UnifiedLoss(SyncsState):
             an enabled component without its inputs (but hidden_states: mtp_warning).
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        hidden_size=None,
-        primary_loss_type="deepseek",
-        ignore_index=-100,
-        initial_temperature=1.0,
-        adaptive_temperature=True,
-        label_smoothing=0.1,
-        use_mtp=False,
-        num_future_tokens=3,
-        mtp_weight=0.1,
-        mtp_type="deepseek",
-        use_confidence_weighting=True,
-        confidence_reg_strength=0.01,
-        use_ngram_penalty=True,
-        ngram_size=4,
-        ngram_penalty_weight=0.1,
-        use_immediate_repetition_penalty=True,
-        immediate_repetition_weight=0.5,
-        eos_token_id=None,
-        pad_token_id=None,
-        min_sequence_length=20,
-        eos_penalty_weight=0.05,
-        num_experts=None,
-        use_moe_balancing=False,
-        gradient_balance_weight=0.1,
-        use_focal_loss=False,
-        focal_alpha=1.0,
-        focal_gamma=2.0,
-        use_diversity_loss=False,
-        diversity_weight=0.01,
-        use_auxiliary_loss=False,
-        load_balancing_weight=0.0001,
-        router_z_weight=0.001,
-        *,
-        focal_mode="replace",
-        penalty_on="targets",
-        shift_labels=False,
-        clamp_router_z=False,
-        normalize_topk=False,
-        detach_confidence=False,
-    ):
-        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        super().__init__()
-        for name, value in options.items():
-            setattr(self, name, value)
-        _build.check_options(_NAME, self)
-        self.main_loss = _build.main_loss(self)
-        self.mtp_loss = _build.mtp_loss(self)
-        self.ngram_penalty = _build.ngram_penalty(self)
-        self.immediate_repetition_detector = _build.repetition_detector(self)
-        self.moe_balancer = _build.moe_balancer(self)
-        self.focal_loss = _build.focal_loss(self)
-        self.diversity_loss = _build.diversity_loss(self)
-        self.auxiliary_loss = _build.auxiliary_loss(self)
+    vocab_size: Size
+    hidden_size: Size | None = None
+    primary_loss_type: Annotated[
+        str, one_of("standard", "deepseek", "adaptive_mtp", label="unknown primary_loss_type: ")
+    ] = "deepseek"
+    ignore_index: Token = -100
+    initial_temperature: Positive = 1.0
+    adaptive_temperature: Flag = True
+    label_smoothing: Share = 0.1
+    use_mtp: Flag = False
+    num_future_tokens: Size = 3
+    mtp_weight: Number = 0.1
+    mtp_type: Annotated[str, one_of("deepseek", "adaptive", label="unknown mtp_type: ")] = (
+        "deepseek"
+    )
+    use_confidence_weighting: Flag = True
+    confidence_reg_strength: NotNegative = 0.01
+    use_ngram_penalty: Flag = True
+    ngram_size: Size = 4
+    ngram_penalty_weight: Number = 0.1
+    use_immediate_repetition_penalty: Flag = True
+    immediate_repetition_weight: Number = 0.5
+    eos_token_id: Token | None = None
+    pad_token_id: Token | None = None
+    min_sequence_length: Length = 20
+    eos_penalty_weight: NotNegative = 0.05
+    num_experts: Size | None = None
+    use_moe_balancing: Flag = False
+    gradient_balance_weight: Number = 0.1
+    use_focal_loss: Flag = False
+    focal_alpha: float | Tensor = 1.0
+    focal_gamma: NotNegative = 2.0
+    use_diversity_loss: Flag = False
+    diversity_weight: Number = 0.01
+    use_auxiliary_loss: Flag = False
+    load_balancing_weight: Number = 0.0001
+    router_z_weight: Number = 0.001
+    _: KW_ONLY
+    focal_mode: Annotated[str, one_of("replace", "add", "report")] = "replace"
+    penalty_on: PenaltyOn = "targets"
+    shift_labels: Flag = False
+    clamp_router_z: Flag = False
+    normalize_topk: Flag = False
+    detach_confidence: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_options()
+        for cls in COMPONENTS:
+            if cls.applies(self):
+                setattr(self, cls.at, of_options(self, cls))
+            elif not hasattr(self, cls.at):
+                setattr(self, cls.at, None)
+
+    def _check_options(self) -> None:
+        """What no rule of one option says."""
+        name = self.function
+        if self.primary_loss_type != "deepseek":
+            check_smoothing(name, "label_smoothing", self.label_smoothing, max(self.vocab_size, 2))
+        check_class(name, "eos_token_id", self.eos_token_id, self.vocab_size)
+        for option, for_what, needed in (
+            ("hidden_size", "multi-token prediction", self.use_mtp),
+            ("hidden_size", "adaptive_mtp loss", self.primary_loss_type == "adaptive_mtp"),
+            ("num_experts", "MoE balancing", self.use_moe_balancing),
+        ):
+            if needed and getattr(self, option) is None:
+                raise ValueError(f"{name}: {option} required for {for_what}: pass {option}")
+        if not isinstance(self.focal_alpha, Tensor):
+            check_number(name, "focal_alpha", self.focal_alpha, least=0)
+        elif self.focal_alpha.numel() != self.vocab_size:
+            raise ValueError(
+                f"{name}: focal_alpha must be a number or [vocab_size] = [{self.vocab_size}], got "
+                f"{shape_text(self.focal_alpha)}"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An option that a schedule moves here is its component's, too."""
+        super().__setattr__(name, value)
+        for component in self.__dict__.get("_modules", {}).values():
+            if isinstance(component, Component) and component is not value:
+                put_option(component, name, value)
+
+    def components(self) -> list[Any]:
+        """Those that are on, in the order of COMPONENTS."""
+        return [component for component in map(self._modules.get, _PLACES) if component is not None]
 
     def forward(
         self,
-        logits,
-        targets,
-        attention_mask=None,
-        hidden_states=None,
-        primary_logits=None,
-        additional_logits=None,
-        confidence_scores=None,
-        mtp_active=False,
-        gate_logits=None,
-        expert_indices=None,
-        expert_outputs=None,
-        return_detailed=False,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        primary_logits: Tensor | None = None,
+        additional_logits: Sequence[Tensor] | None = None,
+        confidence_scores: Tensor | None = None,
+        mtp_active: bool | Tensor = False,
+        gate_logits: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        expert_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_detailed: bool = False,
         *,
-        segment_ids=None,
-        update_state=True,
-    ):
+        segment_ids: Tensor | None = None,
+        update_state: bool = True,
+    ) -> Tensor | dict[str, Any]:
         """The total loss [], float32 (float64 for float64 logits), or a dict (see above).
 
         Args:
@@ -210,25 +260,77 @@ class UnifiedLoss(SyncsState):
             update_state: let a training call change temperature and statistics: False for all
                 micro-batches of a step but one.
         """
-        check_flags(_NAME, {"return_detailed": return_detailed, "update_state": update_state})
-        heads = _components.Heads(additional_logits, confidence_scores, mtp_active)
-        experts = _components.Experts(gate_logits, expert_indices, expert_outputs)
-        _components.check_inputs(self, heads, experts)
-        check_targets(_NAME, targets, attention_mask)
-        check_logits(_NAME, logits, targets, self.vocab_size)
-        check_segments(_NAME, segment_ids, targets)
+        name, components = self.function, self.components()
+        check_flags(name, {"return_detailed": return_detailed, "update_state": update_state})
+        rows = rows_of(self, targets, attention_mask, segment_ids)
+        check_logits(name, logits, targets, self.vocab_size)
         if self.primary_loss_type != "adaptive_mtp" or primary_logits is logits:
             primary_logits = None  # one read gives everything
-        batch = read(_NAME, self, logits, targets, attention_mask, segment_ids, primary_logits)
-        out = {"total_loss": None, "main_loss": None}
-        total = _components.main(self, out, batch, primary_logits, heads, update_state)
-        total = total + _components.mtp(self, out, batch, hidden_states, heads, update_state)
-        total = total + _components.repetition(self, out, batch)
-        total = total + _components.experts(self, out, batch, experts, update_state)
+        call = Call(
+            self._aligned(rows)._replace(logits=logits),
+            None,
+            primary_logits,
+            hidden_states,
+            additional_logits,
+            confidence_scores,
+            mtp_active,
+            gate_logits,
+            expert_indices,
+            expert_outputs,
+            update_state,
+            any(component.replaces_cross_entropy for component in components),
+            {},
+        )
+        self._check_inputs(call)
+        needs = [component.needs(call.rows) for component in components]
+        if primary_logits is not None:
+            needs[0] = needs[0]._replace(scaled=False)
+        total: Any = None
+        out: dict[str, Any] = {"total_loss": None, "main_loss": None}
+        for component, found in zip(components, read(self, call.rows, needs), strict=True):
+            term, report = component.term(call._replace(found=found))
+            out.update(report)
+            if term is not None:
+                total = term if total is None else total + term
         out["total_loss"] = total
         return out if return_detailed else total
 
-    def get_loss_statistics(self):
+    def _aligned(self, rows: Rows) -> Rows:
+        """Moved one position back if labels are unshifted: the first of a document is then nobody's
+        target. Padding takes no part in repetition."""
+        targets, valid, starts = rows.targets, rows.valid, rows.starts
+        if self.shift_labels:
+            end = torch.full_like(targets[:, :1], self.ignore_index)
+            targets = torch.cat([targets[:, 1:], end], 1)
+            following = valid[:, 1:]
+            if starts is not None:
+                following = following & of_one_document(starts, 1)
+            valid = torch.cat([following, torch.zeros_like(valid[:, :1])], 1)
+        said = valid
+        if self.pad_token_id is not None and self.pad_token_id != self.eos_token_id:
+            said = valid & (targets != self.pad_token_id)
+        return Rows(targets, valid, said, starts)
+
+    def _check_inputs(self, call: Call) -> None:
+        """What enabled components cannot do without, and that it is of the right kind."""
+        name = self.function
+        for component in self.components():
+            missing = component.missing(call)
+            if missing is not None:
+                raise ValueError(
+                    f"{name}: {missing[0]} must be passed to forward for {missing[1]}, got None"
+                )
+        for argument in ("gate_logits", "expert_indices", "expert_outputs"):
+            value = getattr(call, argument)
+            if argument == "expert_outputs" and isinstance(value, (list, tuple)):
+                for i, output in enumerate(value):
+                    check_tensor(name, f"{argument}[{i}]", output)
+            elif value is not None:
+                check_tensor(name, argument, value)
+                if argument == "expert_outputs":
+                    check_rank(name, argument, value, 3, "[E, N, H]")
+
+    def get_loss_statistics(self) -> dict[str, Any]:
         """What was counted so far, as numbers; it waits for the device.
 
         Returns:
@@ -236,33 +338,35 @@ class UnifiedLoss(SyncsState):
             "moe_balancing", lists "expert_counts" and "expert_scores" ``[E]`` and the number
             "total_tokens", where experts are balanced.
         """
-        statistics = {}
-        for part in (self.main_loss, self.mtp_loss):
-            if isinstance(part, AdaptiveMTPLoss):
-                statistics["adaptive_mtp"] = part.get_statistics()
-        if self.moe_balancer is not None:
-            statistics["moe_balancing"] = self.moe_balancer.get_statistics()
-        return statistics
+        names: dict[Any, str] = {
+            AdaptiveMTPLoss: "adaptive_mtp",
+            AuxiliaryFreeMoEBalancer: "moe_balancing",
+        }
+        return {
+            name: component.get_statistics()
+            for component in self.components()
+            for cls, name in names.items()
+            if isinstance(component, cls)
+        }
 
-    def reset_statistics(self, *, experts=True, history=True):
+    def reset_statistics(self, *, experts: bool = True, history: bool = True) -> None:
         """Forget what was counted: adaptive MTP's sums, the experts' counts, the loss history. The
         temperature itself stays, and so does what ``experts`` or ``history`` is False for."""
-        for part in (self.main_loss, self.mtp_loss):
-            if isinstance(part, AdaptiveMTPLoss):
-                part.reset_statistics()
-        if experts and self.moe_balancer is not None:
-            self.moe_balancer.reset_statistics()
-        if history and isinstance(self.main_loss, TemperatureScaledCrossEntropy):
-            self.main_loss.reset_history()
+        for component in self.components():
+            counts = experts and isinstance(component, AuxiliaryFreeMoEBalancer)
+            if counts or isinstance(component, AdaptiveMTPLoss):
+                component.reset_statistics()
+            if history and isinstance(component, TemperatureScaledCrossEntropy):
+                component.reset_history()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"vocab_size={self.vocab_size}, primary_loss_type={self.primary_loss_type!r}, "
             f"penalty_on={self.penalty_on!r}"
         )
 
 
-def create_unified_loss(config):
+def create_unified_loss(config: Mapping[str, Any]) -> UnifiedLoss:
     """A ``UnifiedLoss`` of a dict of its arguments, which is left as it is.
 
     >>> loss_fn = create_unified_loss({"vocab_size": 7, "primary_loss_type": "standard"})

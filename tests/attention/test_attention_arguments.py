@@ -34,7 +34,7 @@ FORMS = [list, tuple, np.array, torch.tensor, iter, lambda x: np.array(x, dtype=
 @pytest.mark.parametrize("form", FORMS)
 def test_lists_arrays_and_tensors_are_lengths(form):
     assert P(form([2, 3])).segment_lengths == ((2,), (3,))
-    same(I.cross(form([1, 2]), form([2, 2]), [1, 5]), I.cross([1, 2], [2, 2], [1, 5]))
+    same(I.cross(form([1, 2]), form([2, 2]), form([1, 5])), I.cross([1, 2], [2, 2], [1, 5]))
     same(I.shared_prefix(1, form([2, 1])), I.shared_prefix(1, [2, 1]))
     same(I.from_cu_seqlens(form([0, 1, 3])), I.from_cu_seqlens([0, 1, 3]))
     same(I.from_padding(form([1, 3]), 3), I.from_padding([1, 3], 3))

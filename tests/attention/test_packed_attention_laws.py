@@ -17,7 +17,7 @@ from packed_cases import (
 )
 
 import masked_loss_ext as mle
-from masked_loss_ext.attention.attend_varlen import on_compacted
+from masked_loss_ext.attention.attend import on_compacted
 
 attend = mle.packed_attention
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import masked_loss_ext as mle
+from masked_loss_ext.unified._components import COMPONENTS
 
 PACKAGE = Path(mle.__file__).parent
 TREES = {
@@ -24,6 +25,9 @@ UNUSED = {
     )},
     ("gradients", "count"): "the backward operator's signature; plain PyTorch counts again",
     ("AuxiliaryFreeMoEBalancer.forward", "expert_outputs"): "said so in the docstring",
+    ("Component.needs", "rows"): "a component that needs nothing of the read",
+    ("Component.term", "call"): "each component has its own",
+    ("Focal.needs", "rows"): "whatever they are",
 }  # fmt: skip
 # Class, argument of its constructor: kept as an attribute that nobody reads, and why.
 UNREAD = {
@@ -48,6 +52,16 @@ FUNCTIONS = [
     for file, tree in TREES.items()
     for name, node in functions(tree)
 ]
+
+
+def fields(tree):
+    """Classes and the arguments of their constructors, of those that are dataclasses."""
+    for node in tree.body:
+        decorators = [ast.dump(one) for one in getattr(node, "decorator_list", ())]
+        if isinstance(node, ast.ClassDef) and any("'dataclass'" in one for one in decorators):
+            for one in node.body:
+                if isinstance(one, ast.AnnAssign) and "InitVar" not in ast.dump(one.annotation):
+                    yield node.name, one.target.id
 
 
 def parameters(node):
@@ -95,7 +109,10 @@ def test_what_is_kept_is_read():
         if isinstance(one.ctx, ast.Load)
     }
     read -= {"eps"}  # of a LayerNorm, say
-    unread = set()
+    read |= {"_"}  # what follows is by keyword
+    # By a component of UnifiedLoss, of its own or another name.
+    read |= {name for cls in COMPONENTS for name in (cls.switch, *cls.renamed.values())}
+    unread = {(owner, n) for tree in TREES.values() for owner, n in fields(tree) if n not in read}
     for p in FUNCTIONS:
         owner, _, method = p.values[0].partition(".")
         if method == "__init__":

@@ -142,7 +142,11 @@ BAD = [
     (lambda f: f(pad=None), TypeError, "pad_token_id must be an int, got NoneType"),
     (lambda f: f()(LOGITS[..., :5], LABELS), ValueError, "must have vocab_size = 12 classes"),
     (lambda f: f()(LOGITS, LABELS[0]), ValueError, "labels must have 2 dimensions [B, S]"),
-    (lambda f: f()(LOGITS, LABELS, LABELS[:1]), ValueError, "attention_mask shape must be [2, 3]"),
+    (
+        lambda f: f()(LOGITS, LABELS, LABELS[:, :2]),
+        ValueError,
+        "attention_mask shape must be [2, 3]",
+    ),
 ]
 
 

@@ -118,7 +118,7 @@ ARGUMENTS = [
     ((X, None), TypeError, "targets must be a torch.Tensor, got NoneType"),
     ((X, Y.float()), ValueError, "targets must be integers, got torch.float32"),
     ((X, Y[0]), ValueError, "targets must have 2 dimensions [B, S], got [4]"),
-    ((X, Y, Y[:1]), ValueError, "attention_mask shape must be [2, 4]"),
+    ((X, Y, Y[:, :3]), ValueError, "attention_mask shape must be [2, 4]"),
     ((X, Y, torch.zeros(B, 1, S, S)), ValueError, "attention_mask must have 2 dimensions [B, S]"),
     ((X, Y, -torch.ones(B, S)), ValueError, "an additive mask?"),
     ((X, Y, META), ValueError, "attention_mask must be on the device of targets (cpu), got meta"),

@@ -224,4 +224,4 @@ BAD = [
 def test_errors(function, text):
     with pytest.raises(ValueError) as caught:
         function()
-    assert str(caught.value).startswith("MultiTokenPredictionLoss: ") and text in str(caught.value)
+    assert str(caught.value).startswith("HiddenStateMTPLoss: ") and text in str(caught.value)

@@ -150,6 +150,26 @@ def test_repr(case):
     assert type(module).__name__ in repr(module) and repr(module) == repr(copy.deepcopy(module))
 
 
+# Of those whose rows lie as [B, S, ...].
+ONE_ROW = [c for c in MASKED if c.mask == "attention_mask" and "expert_outputs" not in c.masked]
+ONE_ROW += [c for c in MASKED if c.name.startswith("unified") and c not in ONE_ROW]
+
+
+@pytest.mark.parametrize("case", ONE_ROW, ids=[case.name for case in ONE_ROW])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 1), (1, 1)], ids=str)
+def test_a_size_of_1_of_the_mask_stands_for_any(case, shape):
+    """As the operators and the token losses take it."""
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[..., 5:] = mask[2:] = 0
+    found = []
+    for given in (mask, mask.expand(3, 7).clone()):
+        torch.manual_seed(0)
+        found.append(evaluate(case, batch(mask=given)))
+    (loss, grads, _), (expected, expected_grads, _) = found
+    assert torch.equal(loss, expected) and loss != 0
+    assert all(same(x, y) for x, y in zip(grads, expected_grads, strict=True))
+
+
 # --- parts that select but read ------------------------------------------------------------------
 
 ROWS = torch.tensor([True, True, False, True, True, False, True])

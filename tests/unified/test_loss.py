@@ -10,7 +10,7 @@ from plain_unified import Plain, balancing_term, load_balance, similarity
 
 from masked_loss_ext import UnifiedLoss
 from masked_loss_ext.reference import cross_entropy_terms as terms_of_reference
-from masked_loss_ext.unified import _operators
+from masked_loss_ext.unified import _rows
 
 BARE = {"use_ngram_penalty": False, "use_immediate_repetition_penalty": False}
 
@@ -177,6 +177,24 @@ def test_a_masked_row_is_as_if_it_were_not_there(penalty_on):
     torch.testing.assert_close(with_row, without)
 
 
+MOVED = [
+    ("label_smoothing", "main_loss.label_smoothing"),
+    ("ngram_penalty_weight", "ngram_penalty.penalty_weight"),
+    ("focal_gamma", "focal_loss.gamma"),
+    ("eos_penalty_weight", "main_loss.eos_penalty_weight"),
+]
+
+
+@pytest.mark.parametrize("option,at", MOVED)
+def test_an_option_that_a_schedule_moves_reaches_its_component(option, at):
+    part, name = at.split(".")
+    loss_fn = UnifiedLoss(V, H, use_focal_loss=True, focal_mode="add", eos_token_id=EOS)
+    before = loss_fn(**inputs(), update_state=False)
+    setattr(loss_fn, option, 0.75)
+    assert getattr(getattr(loss_fn, part), name) == 0.75
+    assert loss_fn(**inputs(), update_state=False) != before
+
+
 # --- one read, and what is asked of it -----------------------------------------------------------
 
 
@@ -199,7 +217,7 @@ def test_the_logits_are_read_once(options, reads, unscaled, monkeypatch):
         calls.append(keywords["unscaled"])
         return terms_of_reference(*args, **keywords)
 
-    monkeypatch.setattr(_operators, "cross_entropy_terms", counted)
+    monkeypatch.setattr(_rows, "cross_entropy_terms", counted)
     given = inputs()
     loss_fn = UnifiedLoss(V, H, **options)
     loss_fn(**given, primary_logits=given["logits"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from masked_loss_ext import UnifiedLoss
-from masked_loss_ext.unified._penalties import unlikelihood
+from masked_loss_ext.unified.penalties import unlikelihood
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 CE = math.log(4 / 3)  # of logits [ln 3, 0] and target 0: p = 3/4 and 1/4

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """CompactPlan: the kept tokens alone, gathered into a shorter sequence and scattered back."""
 
+import numbers
 from itertools import chain
+from typing import Any
 
 import torch
 
-from .._checks import check_tensor
-from . import _host, _tokens
+from .._checks import check_int, check_tensor, refusal, shape_text
+from . import ints
 
 
 class CompactPlan:
@@ -39,7 +41,7 @@ class CompactPlan:
     sample: ``plan.gather(layout.positions, dim=0)``. Windows count kept tokens only.
     """
 
-    def __init__(self, layout, align=None, bucket=None):
+    def __init__(self, layout: Any, align: int | None = None, bucket: int | None = None) -> None:
         lengths = layout.kept_lengths
         if lengths is None:
             lengths = tuple(tuple(row) for row in layout.kept.tolist())
@@ -69,51 +71,61 @@ class CompactPlan:
         self._source = source.to(layout.device)
 
     @property
-    def cu_seqlens(self):
+    def cu_seqlens(self) -> torch.Tensor:
         return self.layout.cu_seqlens
 
     @property
-    def max_seqlen(self):
+    def max_seqlen(self) -> int:
         return self.layout.max_seqlen
 
-    def gather(self, x, dim=-2):
+    def gather(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """``[..., S, D]`` -> ``[..., S', D]``, zeros in the padding. Differentiable, any dtype."""
-        self._check("gather", "x", x, dim, self.source_len)
+        check_tokens("CompactPlan.gather", "x", x, dim, self.source_len)
         kept = x.index_select(dim, self._source)
         if self.layout.padded_len == self._source.numel():
             return kept
-        return self._spread(kept, dim, self._target, self.layout.padded_len, 0)
+        return _spread(kept, dim, self._target, self.layout.padded_len, 0)
 
-    def scatter(self, y, fill=0, dim=-2):
+    def scatter(
+        self, y: torch.Tensor, fill: float | torch.Tensor = 0, dim: int = -2
+    ) -> torch.Tensor:
         """``[..., S', D]`` -> ``[..., S, D]``, ``fill`` where tokens are dropped or padding.
 
         Differentiable; the gradient of padding in y is exactly 0, whatever is stored there.
         """
-        self._check("scatter", "y", y, dim, self.layout.padded_len)
-        _tokens.check_fill("CompactPlan.scatter", fill)
+        check_tokens("CompactPlan.scatter", "y", y, dim, self.layout.padded_len)
+        check_fill("CompactPlan.scatter", fill)
         if self._is_front:
             kept = y.narrow(dim, 0, self._source.numel())
         else:
             kept = y.index_select(dim, self._target)
-        return self._spread(kept, dim, self._source, self.source_len, fill)
-
-    @staticmethod
-    def _spread(kept, dim, index, length, fill):
-        shape = list(kept.shape)
-        shape[dim] = length
-        return kept.new_full(shape, fill).index_copy(dim, index, kept)
-
-    def _check(self, function, name, x, dim, length):
-        function = f"CompactPlan.{function}"
-        check_tensor(function, name, x)
-        _tokens.check_tokens(function, name, x, dim, length)
+        return _spread(kept, dim, self._source, self.source_len, fill)
 
     def __repr__(self):
         return f"CompactPlan({self.source_len} -> {self.layout.padded_len} tokens)"
 
 
+def check_tokens(function, name, x, dim, length):
+    check_tensor(function, name, x)
+    check_int(function, "dim", dim)
+    if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
+        raise refusal(function, name, f"have {length} tokens in dimension {dim}", shape_text(x))
+
+
+def check_fill(function, fill):
+    is_number = isinstance(fill, (numbers.Number, torch.SymInt, torch.SymFloat))
+    if not is_number and not (isinstance(fill, torch.Tensor) and fill.dim() == 0):
+        raise refusal(function, "fill", "be a number", type(fill).__name__, TypeError)
+
+
+def _spread(kept, dim, index, length, fill):
+    shape = list(kept.shape)
+    shape[dim] = length
+    return kept.new_full(shape, fill).index_copy(dim, index, kept)
+
+
 def _on_host(numbers):
-    return _host.to_device(list(numbers), torch.device("cpu"))
+    return ints.to_device(list(numbers), torch.device("cpu"))
 
 
 def _segment_starts(sample_starts, lengths):
