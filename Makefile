@@ -6,21 +6,23 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+# The tests run in so many processes, each with one thread.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
-	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 10 min"
+	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 7 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 16 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
-	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 1 min"
+	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 30 s"
 	@echo "make wheel   dist/*.whl (abi3, compiled) and the source archive                    ~ 1 min"
 	@echo "make clean   remove all that these made, .venv too"
 	@echo "The first one also makes .venv from requirements.txt: 1 to 10 minutes of installing."
-	@echo "Variables: PYTHON=python3.12 (the interpreter of .venv), ARGS (passed on), MAX_JOBS."
+	@echo "Variables: PYTHON=python3.12 (the interpreter of .venv), ARGS (passed on), MAX_JOBS, WORKERS."
 
 $(PY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
@@ -50,7 +52,7 @@ demo: build
 	@$(PY) examples/demo.py $(ARGS)
 
 test: build
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build

@@ -17,9 +17,15 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "masked_loss_ext"))
-import _build  # noqa: E402
-import _files  # noqa: E402
-from _toolchain import BuildError, check_settings, find_toolchain, say, setting  # noqa: E402
+from build.files import copy_whole, sentence  # noqa: E402
+from build.ninja import compile_library  # noqa: E402
+from build.toolchain import (  # noqa: E402
+    BuildError,
+    check_settings,
+    find_toolchain,
+    say,
+    setting,
+)
 
 sys.path.pop(0)
 
@@ -42,14 +48,14 @@ class BuildLibrary(build_ext):
             # A folder that outlives the command: only what changed is compiled the next time.
             kind = "cuda" if tools.cuda_home else "cpu"
             folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"
-            library = _build.compile_library(tools, folder)
+            library = compile_library(tools, folder)
             if not target.is_file() or not filecmp.cmp(library, target, shallow=False):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _files.copy_whole(library, target)
+                copy_whole(library, target)
         except BuildError as error:
             raise CompileError(f"masked_loss_ext: {error}") from None
         except OSError as error:
-            raise CompileError(f"masked_loss_ext: {_files.sentence(error, target)}") from None
+            raise CompileError(f"masked_loss_ext: {sentence(error, target)}") from None
 
 
 def ahead_of_time():
@@ -77,7 +83,11 @@ if ahead_of_time():
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 # The sources travel inside the package, for the builds that are made at the first import.
-csrc = ["masked_loss_ext.csrc", "masked_loss_ext.csrc.cpu", "masked_loss_ext.csrc.cuda"]
+csrc = [
+    ".".join(("masked_loss_ext.csrc", *folder.relative_to(ROOT / "csrc").parts))
+    for folder in (ROOT / "csrc", *sorted((ROOT / "csrc").rglob("*")))
+    if folder.is_dir()
+]
 setup(
     packages=find_packages(include=["masked_loss_ext", "masked_loss_ext.*"]) + csrc,
     package_dir={"masked_loss_ext.csrc": "csrc"},

@@ -2,8 +2,9 @@
 """Builds for machines that this one is not.
 
 cuda     every .cu for sm_80 and sm_90, also against a CPU-only torch; the library is loaded, and
-         every operator with a CPU kernel must have a CUDA one
-aarch64  every CPU source, compiled by a cross compiler (not linked: there is no such torch here)
+         every operator with a CPU kernel must have a CUDA one; one .cu for other architectures
+aarch64  every CPU source, compiled by a cross compiler (not optimised, and not linked: there is no
+         such torch here)
 """
 
 import os
@@ -13,23 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# As plain files: the import of the package would load its library.
-sys.path.insert(0, str(ROOT / "masked_loss_ext"))
-import _build  # noqa: E402
-import _toolchain  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tools import kernels  # noqa: E402
+from tools.kernels import ninja, sources, toolchain  # noqa: E402
 
 sys.path.pop(0)
 
 
 def check_cuda():
-    root, version, torch_cuda = _toolchain.torch_about()
-    if _toolchain.cuda_home(root) is None:
+    root, version, torch_cuda = toolchain.torch_about()
+    if toolchain.cuda_home(root) is None:
         print("NOT DONE: no nvcc here")
         return
-    os.environ |= {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
-    tools = _toolchain.find_toolchain()
-    # tools/kernels.py, and with it a test, compiles the same into this folder.
-    library = _build.compile_library(tools, ROOT / "build" / "ci-cuda")
+    # tests/cuda/test_resources.py reads what ptxas said of it.
+    tools = kernels.tools_for(kernels.ARCHITECTURES)
+    library = ninja.compile_library(tools, kernels.FOLDER)
 
     import torch
 
@@ -40,27 +39,33 @@ def check_cuda():
     missing = [name for name in on_cpu if not has_kernel(name, "CUDA")]
     if missing or not on_cpu:
         sys.exit(f"no CUDA kernel for {missing}" if missing else "the library has no CPU kernels")
-    built_for = _build.read_build_info(library)["cuda"]
+    built_for = sources.read_build_info(library)["cuda"]
     print(f"torch {version} (CUDA: {torch_cuda}): {built_for}, {len(on_cpu)} operators:")
     print("  " + "\n  ".join(on_cpu))
+    others = kernels.compiled_for_others()
+    spilling = [one for one in others if one.spills]
+    found = sorted({one.architecture for one in others})
+    if spilling or found != ["sm_100", "sm_120", "sm_75"]:
+        sys.exit("\n".join(kernels.table(spilling or others)))
+    print(f"{kernels.OTHER_SOURCE} for {', '.join(found)}: ok")
 
 
 def check_aarch64():
-    include = _toolchain.torch_about()[0] / "include"
+    include = toolchain.torch_about()[0] / "include"
     folder = ROOT / "build" / "ci-aarch64"
     folder.mkdir(parents=True, exist_ok=True)
-    common = ["aarch64-linux-gnu-g++", *_build.CXX_FLAGS, "-fPIC"]
-    common += [f"-D{define}" for define in _build.DEFINES]
+    common = ["aarch64-linux-gnu-g++", *sources.CXX_FLAGS, "-fPIC", "-O0"]
+    common += [f"-D{define}" for define in sources.DEFINES]
     common += [f"-I{ROOT / 'csrc'}", "-isystem", str(include), "-c"]
 
-    def compile_one(source):
-        target = folder / (source.replace("/", "_") + ".o")
-        command = [*common, str(ROOT / "csrc" / source), "-o", str(target)]
+    def compile_one(unit):
+        target = folder / unit.object.replace("/", "_")
+        command = [*common, *unit.flags, str(ROOT / "csrc" / unit.source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
-        return source, done.returncode, done.stderr
+        return unit.source, done.returncode, done.stderr
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(compile_one, _build.CPU_SOURCES))
+        results = list(pool.map(compile_one, sources.units("aarch64")))
     for source, failed, said in results:
         print(f"{'FAIL' if failed else 'ok  '} {source}\n{said if failed else ''}".rstrip())
     sys.exit(any(failed for _, failed, _ in results))

@@ -4,10 +4,10 @@
 What a mask excludes is never read, never touched and never counted.
 """
 
-from . import _library
 from ._version import __version__
+from .build import loading as _loading
 
-_library_kind = _library.load()  # the operators must exist before what is built on them
+_library_kind = _loading.load()  # the operators must exist before what is built on them
 
 from . import reference  # noqa: E402
 from ._aggregate import aggregate_tokens  # noqa: E402

@@ -9,6 +9,10 @@ import tempfile
 # Idle threads sleep instead of spinning: several test processes may share two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes, see `make test`
+if WORKER:  # inductor's own processes, each of which imports torch, would only stand in the way
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # A cache of its own: inductor's common one would hand out graphs that were compiled for operators
 # of another version, which it knows by name alone.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
@@ -24,6 +28,18 @@ def pytest_report_header(config):
 
     reason = missing()
     return f"CUDA: kernels run under the simulator alone, {reason}" if reason else "CUDA: a GPU"
+
+
+def pytest_configure(config):
+    if WORKER:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several workers each takes file after file: those that take long come first."""
+    if WORKER:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,20 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 # As plain files: the import of the package would load its library.
 sys.path.insert(0, str(ROOT / "masked_loss_ext"))
-import _build  # noqa: E402
-import _toolchain  # noqa: E402
+from build import ninja, sources, toolchain  # noqa: E402
 
 sys.path.pop(0)
 
 ARCHITECTURES = "8.0;9.0"
 FOLDER = ROOT / "build" / "ci-cuda"  # .ci/check_build.py compiles the same into it
+# Compiled from one source each time it changes: the oldest and the newest that are meant to work.
+OTHER_ARCHITECTURES = "7.5;10.0;12.0+PTX"
+OTHER_SOURCE = "block_mask/cuda/ops.cu"  # the one that compiles fastest
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -75,12 +78,29 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     return {name: one.partition("(")[0] for name, one in zip(names, plain, strict=False)}
 
 
+def tools_for(architectures: str) -> toolchain.Toolchain:
+    asked = {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    with mock.patch.dict(os.environ, asked):
+        return toolchain.find_toolchain()
+
+
 def compiled(architectures: str = ARCHITECTURES, folder: Path = FOLDER) -> list[Kernel]:
     """Of every kernel of the library; compiles what is new."""
-    os.environ |= {"MASKED_LOSS_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
-    _build.compile_library(_toolchain.find_toolchain(), folder)
-    logs = [folder / f"{source}.o.log" for source in _build.CUDA_SOURCES]
+    ninja.compile_library(tools_for(architectures), folder)
+    logs = [folder / f"{source}.o.log" for source in sources.CUDA_SOURCES]
     return [kernel for log in logs for kernel in kernels_of(log.read_text())]
+
+
+def compiled_for_others() -> list[Kernel]:
+    """Of one source, for the architectures that the library is not compiled for elsewhere."""
+    tools, root = tools_for(OTHER_ARCHITECTURES), sources.csrc_dir()
+    words = [tools.cuda_home / "bin/nvcc", *sources.NVCC_FLAGS, *tools.cuda_flags]
+    words += [f"-D{define}" for define in sources.DEFINES]
+    words += [f"-I{root}", "-isystem", tools.torch_root / "include", "-c", root / OTHER_SOURCE]
+    done = subprocess.run([*map(str, words), "-o", os.devnull], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return kernels_of(done.stdout + done.stderr)
 
 
 def table(kernels: Iterable[Kernel]) -> list[str]:
@@ -98,7 +118,7 @@ def main() -> int:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     try:
         kernels = compiled(wanted, FOLDER if wanted == ARCHITECTURES else ROOT / "build/kernels")
-    except _build.BuildError as error:
+    except toolchain.BuildError as error:
         sys.exit(f"masked_loss_ext: {error}")
     print("\n".join(table(kernels)))
     return int(any(one.spills for one in kernels))

@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import masked_loss_ext as mle
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [[100, 60], [70, 60], [0, 60]]  # S = 350, in a padded 384
 
 

@@ -10,6 +10,8 @@ from torch.nn.attention.flex_attention import flex_attention
 import masked_loss_ext as mle
 from masked_loss_ext.reference import attention
 
+pytestmark = pytest.mark.slow
+
 I = mle.RowIntervals  # noqa: E741
 S, B = 200, 3
 CAUSAL = torch.arange(S) <= torch.arange(S).unsqueeze(1)

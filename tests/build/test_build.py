@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from masked_loss_ext import _build, _library, _ninja, _toolchain
-from masked_loss_ext._toolchain import BuildError
+from masked_loss_ext.build import loading, ninja, sources, toolchain
+from masked_loss_ext.build.toolchain import BuildError
 
 
 @pytest.fixture
@@ -54,43 +54,43 @@ def one_sentence(error):
 
 def test_missing_compiler(bare):
     with pytest.raises(BuildError) as error:
-        _toolchain.find_cxx()
+        toolchain.find_cxx()
     assert "no C++ compiler is found" in one_sentence(error)
     assert "apt-get install g++" in one_sentence(error)
 
 
 def test_compiler_from_the_environment(bare, monkeypatch):
     program(bare / "clang++")
-    assert _toolchain.find_cxx() == [str(bare / "clang++")]
+    assert toolchain.find_cxx() == [str(bare / "clang++")]
     program(bare / "ccache")
     monkeypatch.setenv("CXX", "ccache g++ -pipe")
-    assert _toolchain.find_cxx() == [str(bare / "ccache"), "g++", "-pipe"]
+    assert toolchain.find_cxx() == [str(bare / "ccache"), "g++", "-pipe"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="CXX=no-such-compiler names no program"):
-        _toolchain.find_cxx()
+        toolchain.find_cxx()
 
 
 def test_missing_ninja(bare, monkeypatch):
-    monkeypatch.setattr(_toolchain.sys, "executable", str(bare / "python"))
-    monkeypatch.setattr(_toolchain.sys, "prefix", str(bare))
+    monkeypatch.setattr(toolchain.sys, "executable", str(bare / "python"))
+    monkeypatch.setattr(toolchain.sys, "prefix", str(bare))
     monkeypatch.setitem(sys.modules, "ninja", None)
     with pytest.raises(BuildError, match="ninja is missing; get it with: pip install ninja"):
-        _toolchain.find_ninja()
+        toolchain.find_ninja()
     program(bare / "ninja")
-    assert _toolchain.find_ninja() == str(bare / "ninja")
+    assert toolchain.find_ninja() == str(bare / "ninja")
 
 
 def test_missing_nvcc_is_an_error_where_cuda_was_asked_for(bare, monkeypatch, tmp_path):
-    monkeypatch.setattr(_toolchain, "cuda_home", lambda torch_root: None)
+    monkeypatch.setattr(toolchain, "cuda_home", lambda torch_root: None)
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
     with pytest.raises(BuildError) as error:
-        _toolchain.find_cuda(tmp_path, None)
+        toolchain.find_cuda(tmp_path, None)
     assert "nvcc is missing; install the CUDA toolkit" in one_sentence(error)
 
 
 def test_missing_nvcc_is_said_aloud_where_torch_has_cuda(bare, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_toolchain, "cuda_home", lambda torch_root: None)
-    assert _toolchain.find_cuda(tmp_path, "13.0") is None
+    monkeypatch.setattr(toolchain, "cuda_home", lambda torch_root: None)
+    assert toolchain.find_cuda(tmp_path, "13.0") is None
     said = capsys.readouterr().err
     assert "WARNING: PyTorch is built for CUDA 13.0, but nvcc is missing" in said
     assert "only the CPU kernels are built" in said
@@ -99,43 +99,43 @@ def test_missing_nvcc_is_said_aloud_where_torch_has_cuda(bare, monkeypatch, tmp_
 def test_cuda_torch_with_nvcc_builds_the_cuda_kernels(bare, monkeypatch, tmp_path):
     home = fake_toolkit(tmp_path / "toolkit")
     monkeypatch.setenv("CUDA_HOME", str(home))
-    assert _toolchain.find_cuda(tmp_path, "13.0") == home
-    assert _toolchain.find_cuda(tmp_path, None) is None
+    assert toolchain.find_cuda(tmp_path, "13.0") == home
+    assert toolchain.find_cuda(tmp_path, None) is None
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
-    assert _toolchain.find_cuda(tmp_path, None) == home
+    assert toolchain.find_cuda(tmp_path, None) == home
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "0")
-    assert _toolchain.find_cuda(tmp_path, "13.0") is None
+    assert toolchain.find_cuda(tmp_path, "13.0") is None
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "yes")
     with pytest.raises(BuildError, match="must be auto, 1 or 0, got 'yes'"):
-        _toolchain.find_cuda(tmp_path, None)
+        toolchain.find_cuda(tmp_path, None)
 
 
 def test_nvcc_script_outside_its_toolkit_is_no_toolkit(bare, monkeypatch, tmp_path):
     program(bare / "nvcc")  # its parent folder has no include/cuda_runtime.h
     monkeypatch.setenv("CUDA_PATH", str(fake_toolkit(tmp_path / "toolkit")))
-    assert _toolchain.cuda_home(tmp_path) == tmp_path / "toolkit"
+    assert toolchain.cuda_home(tmp_path) == tmp_path / "toolkit"
 
 
 def test_toolkit_without_the_static_runtime(tmp_path):
     home = fake_toolkit(tmp_path / "toolkit")
     with pytest.raises(BuildError, match="libcudart_static.a is missing"):
-        _toolchain.find_static_cudart(home)
+        toolchain.find_static_cudart(home)
 
 
 def test_architectures(bare, monkeypatch):
-    monkeypatch.setattr(_toolchain, "_visible_gpus", lambda: None)
-    assert _toolchain.find_architectures() == ["sm_80", "sm_90", "compute_90"]
-    monkeypatch.setattr(_toolchain, "_visible_gpus", lambda: "8.6;9.0")
-    assert _toolchain.find_architectures() == ["sm_86", "sm_90"]
+    monkeypatch.setattr(toolchain, "_visible_gpus", lambda: None)
+    assert toolchain.find_architectures() == ["sm_80", "sm_90", "compute_90"]
+    monkeypatch.setattr(toolchain, "_visible_gpus", lambda: "8.6;9.0")
+    assert toolchain.find_architectures() == ["sm_86", "sm_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;10.0+PTX")
-    assert _toolchain.find_architectures() == ["sm_86", "sm_90a", "sm_100", "compute_100"]
+    assert toolchain.find_architectures() == ["sm_86", "sm_90a", "sm_100", "compute_100"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(BuildError, match="TORCH_CUDA_ARCH_LIST must list .* got 'Hopper'"):
-        _toolchain.find_architectures()
+        toolchain.find_architectures()
 
 
 def test_architecture_flags(tmp_path):
-    tools = _toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja")
+    tools = toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja")
     tools.architectures = ["sm_90", "compute_90"]
     assert tools.cuda_flags == [
         "-gencode=arch=compute_90,code=sm_90",
@@ -147,28 +147,28 @@ def test_architecture_flags(tmp_path):
     ("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64"), ("win32", "AMD64")]
 )
 def test_other_platforms_are_refused(monkeypatch, system, machine):
-    monkeypatch.setattr(_toolchain.sys, "platform", system)
+    monkeypatch.setattr(toolchain.sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     with pytest.raises(BuildError, match="only Linux on x86-64 and aarch64 is supported") as error:
-        _toolchain.find_toolchain()
+        toolchain.find_toolchain()
     assert machine in one_sentence(error)
 
 
 def test_missing_and_old_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(_toolchain, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
     with pytest.raises(BuildError, match="PyTorch is missing; get it with: pip install torch"):
-        _toolchain.torch_about()
+        toolchain.torch_about()
     places = type("Spec", (), {"submodule_search_locations": [fake_torch(tmp_path, "2.9.1+cu128")]})
-    monkeypatch.setattr(_toolchain, "find_spec", lambda name: places)
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: places)
     with pytest.raises(BuildError, match=r"PyTorch 2.10 or newer is needed, this is 2\.9\.1"):
-        _toolchain.torch_about()
+        toolchain.torch_about()
 
 
 def test_import_without_a_compiler_ends_in_one_sentence(bare, monkeypatch):
     monkeypatch.setenv("MASKED_LOSS_EXT_JIT", "1")
     done = subprocess.run(
         [sys.executable, "-c", "import masked_loss_ext"],
-        cwd=_build.PACKAGE.parent,
+        cwd=sources.PACKAGE.parent,
         capture_output=True,
         text=True,
     )
@@ -178,11 +178,11 @@ def test_import_without_a_compiler_ends_in_one_sentence(bare, monkeypatch):
 
 
 def test_build_without_a_compiler_ends_in_one_sentence(bare, tmp_path):
-    if not (_build.PACKAGE.parent / "setup.py").is_file():
+    if not (sources.PACKAGE.parent / "setup.py").is_file():
         pytest.skip("the package under test is installed, there is no setup.py to run")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path)],
-        cwd=_build.PACKAGE.parent,
+        cwd=sources.PACKAGE.parent,
         capture_output=True,
         text=True,
     )
@@ -200,32 +200,32 @@ def test_compiler_errors_are_shown_without_the_command(tmp_path):
         "bad.cpp:1:1: error: 'x' does not name a type\n",
         "ninja: build stopped: subcommand failed.\n",
     ]
-    text = _ninja.failure(output, tmp_path)
+    text = ninja.failure(output, tmp_path)
     assert text == "the compiler failed at cpu/bad.cpp.o:\n" + output[3]
 
 
 def test_every_source_is_listed_once():
-    listed = _build.CPU_SOURCES + _build.CUDA_SOURCES
+    listed = sources.LEVEL_SOURCES + sources.CPU_SOURCES + sources.CUDA_SOURCES
     assert len(listed) == len(set(listed))
-    root = _build.csrc_dir()
+    root = sources.csrc_dir()
     on_disk = [p for p in root.rglob("*") if p.suffix in (".cpp", ".cu")]
     assert sorted(p.relative_to(root).as_posix() for p in on_disk) == sorted(listed)
 
 
 def test_fingerprint_follows_every_header(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "csrc_dir", lambda: tmp_path)
+    monkeypatch.setattr(sources, "csrc_dir", lambda: tmp_path)
     header = tmp_path / "checks.h"
     header.write_text("// one\n")
-    first = _build.source_fingerprint()
-    assert first == _build.source_fingerprint()
+    first = sources.source_fingerprint()
+    assert first == sources.source_fingerprint()
     header.write_text("// two\n")
-    assert first != _build.source_fingerprint()
+    assert first != sources.source_fingerprint()
 
 
 def library_of(folder, architectures):
     """A file that a library's build info is read from, and that is whole for who looks at it."""
-    library = folder / _build.LIBRARY
-    text = _build.build_info_source(_build.build_info(architectures, "2.13.0"))
+    library = folder / sources.LIBRARY
+    text = sources.build_info_source(sources.build_info(architectures, "2.13.0"))
     python = Path(os.path.realpath(sys.executable)).read_bytes()
     library.write_bytes(python + re.search('"([^"]*)";$', text)[1].encode() + b"\0more")
     return library
@@ -233,28 +233,28 @@ def library_of(folder, architectures):
 
 def test_build_info_is_read_without_loading(tmp_path):
     library = library_of(tmp_path, ["sm_80", "sm_90"])
-    info = _build.read_build_info(library)
+    info = sources.read_build_info(library)
     assert info == {
-        "version": _build.VERSION,
-        "sources": _build.source_fingerprint(),
+        "version": sources.VERSION,
+        "sources": sources.source_fingerprint(),
         "cuda": "sm_80 sm_90",
         "torch": "2.13.0",
     }
-    assert _library._usable(library)
-    for foreign in (b"", b"\x7fELF\0", _build.INFO_MARKER.encode() + b"\xff\xfe"):
+    assert loading._usable(library)
+    for foreign in (b"", b"\x7fELF\0", sources.INFO_MARKER.encode() + b"\xff\xfe"):
         library.write_bytes(foreign)
-        assert _build.read_build_info(library) == {}
+        assert sources.read_build_info(library) == {}
         with pytest.raises(BuildError, match="is damaged, it is no whole library; reinstall it"):
-            _library._usable(library)
+            loading._usable(library)
     shutil.copy(os.path.realpath(sys.executable), library)
     with pytest.raises(BuildError, match="is of version unknown, this package is"):
-        _library._usable(library)
+        loading._usable(library)
 
 
 def test_cpu_only_library_is_reported_where_cuda_could_be_used(monkeypatch, tmp_path, capsys):
     library = library_of(tmp_path, [])
     monkeypatch.delenv("MASKED_LOSS_EXT_CUDA", raising=False)
-    monkeypatch.setattr(_library.torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_library, "cuda_home", lambda torch_root: tmp_path)
-    assert _library._usable(library)
+    monkeypatch.setattr(loading.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(loading, "cuda_home", lambda torch_root: tmp_path)
+    assert loading._usable(library)
     assert "has only CPU kernels, but PyTorch is built for CUDA 13.0" in capsys.readouterr().err

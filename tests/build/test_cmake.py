@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from quick_compiler import quick_compiler
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import sources
 
-ROOT = _build.PACKAGE.parent
+ROOT = sources.PACKAGE.parent
 pytestmark = pytest.mark.slow
 
 
@@ -29,7 +30,9 @@ def build(tmp_path_factory):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is missing: apt-get install cmake")
     folder = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}")
+    quick_compiler(folder)
+    settings = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={folder / 'c++'}")
+    run("cmake", "-S", ROOT, "-B", folder, *settings)
     run("cmake", "--build", folder, "--parallel", "2")
     return folder
 

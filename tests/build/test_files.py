@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tiny_build
 
-from masked_loss_ext import _build, _files, _toolchain
-from masked_loss_ext._toolchain import BuildError
+from masked_loss_ext.build import files, ninja, sources, toolchain
+from masked_loss_ext.build.toolchain import BuildError
 
 # Slow where it links, and says so; what it leaves meanwhile is half a library.
 SLOW_LINKER = """#!/bin/sh
@@ -36,14 +36,14 @@ exec g++ "$@"
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "0")
-    tiny_build.reduce(_build, tiny_build.make_tree(tmp_path), monkeypatch.setattr)
+    tiny_build.reduce(sources, tiny_build.make_tree(tmp_path), monkeypatch.setattr)
     return tmp_path
 
 
 def compiled(tree, **keywords):
     folder = tree / "built"
-    return _build.compile_library(
-        _toolchain.find_toolchain(), folder, advice=tiny_build.ADVICE, **keywords
+    return ninja.compile_library(
+        toolchain.find_toolchain(), folder, advice=tiny_build.ADVICE, **keywords
     )
 
 
@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_made(tree, place):
         folder = tree / "taken"
         folder.symlink_to(tree / "nowhere") if place.startswith("link") else folder.touch()
     with pytest.raises(BuildError) as error:
-        _build.compile_library(_toolchain.find_toolchain(), folder, advice=tiny_build.ADVICE)
+        ninja.compile_library(toolchain.find_toolchain(), folder, advice=tiny_build.ADVICE)
     text = one_sentence(error)
     assert str(tree / "taken") in text and "Not a directory" in text
     assert text.endswith(tiny_build.ADVICE)
@@ -77,19 +77,19 @@ def test_a_folder_that_cannot_be_made(tree, place):
 @pytest.mark.parametrize("call", ["mkdir", "open", "fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES])
 def test_every_error_of_the_file_system_is_a_sentence(tree, monkeypatch, call, number):
-    tools = _toolchain.find_toolchain()
+    tools = toolchain.find_toolchain()
     folder = tree / "made" / "built"
 
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(_files.os, call, fails)
+    monkeypatch.setattr(files.os, call, fails)
     with pytest.raises(BuildError) as error:
-        _build.compile_library(tools, folder, advice=tiny_build.ADVICE)
+        ninja.compile_library(tools, folder, advice=tiny_build.ADVICE)
     monkeypatch.undo()
     text = one_sentence(error)
     assert str(folder) in text and os.strerror(number) in text and tiny_build.ADVICE in text
-    assert not list(tree.rglob("*.part")) and not list(tree.rglob(_build.LIBRARY))
+    assert not list(tree.rglob("*.part")) and not list(tree.rglob(sources.LIBRARY))
 
 
 def on_tmpfs(folder, options, command):
@@ -126,7 +126,7 @@ def test_a_file_system_without_room(tree, options, reason):
 
 def test_import_on_a_full_file_system(tmp_path):
     command = ["env", "MASKED_LOSS_EXT_JIT=1", f"TORCH_EXTENSIONS_DIR={tmp_path / 'cache'}"]
-    command += [f"PYTHONPATH={_build.PACKAGE.parent}", sys.executable, "-c"]
+    command += [f"PYTHONPATH={sources.PACKAGE.parent}", sys.executable, "-c"]
     done = on_tmpfs(tmp_path / "cache", "size=4k", [*command, "import masked_loss_ext"])
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: masked_loss_ext: the kernels cannot be compiled")
@@ -141,11 +141,11 @@ def test_no_locks_on_the_file_system(tree, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     library = compiled(tree)
-    assert _files.is_whole(library)
+    assert files.is_whole(library)
     said = capsys.readouterr().err
     assert f"WARNING: {library.parent} has no file locks" in said
     # What it compiled alone is gone.
-    assert sorted(p.name for p in library.parent.iterdir()) == [_build.LIBRARY, "lock"]
+    assert sorted(p.name for p in library.parent.iterdir()) == [sources.LIBRARY, "lock"]
 
 
 def test_another_error_of_a_lock_is_not_no_lock(tree, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_killed_builder_leaves_its_lock_to_its_linker(tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     first.stdout.close()
-    library = tmp_path / "built" / _build.LIBRARY
+    library = tmp_path / "built" / sources.LIBRARY
     assert not library.exists()
 
     second = tiny_build.start(tmp_path, **settings)
@@ -184,7 +184,7 @@ def test_a_killed_builder_leaves_its_lock_to_its_linker(tmp_path):
     assert second.returncode == 0, said
     assert "another process is compiling the kernels in" in said
     assert (marks / "ended").exists(), "the second builder did not wait for the first's linker"
-    assert _files.is_whole(library)
+    assert files.is_whole(library)
     assert not list(library.parent.glob("*.part"))
 
 
@@ -206,11 +206,11 @@ def test_a_server_of_the_compiler_does_not_keep_the_lock(tmp_path):
 def test_a_library_that_was_cut_short_is_made_again(tree):
     library = compiled(tree)
     whole = library.read_bytes()
-    linked = library.with_name(_build.LINKED)
+    linked = library.with_name(ninja.LINKED)
     for damaged in [(library,), (linked,), (library, linked)]:
         for path in damaged:
             os.truncate(path, 5000)
-        assert not _files.is_whole(damaged[0])
+        assert not files.is_whole(damaged[0])
         assert compiled(tree) == library
         assert library.read_bytes() == whole, damaged
 
@@ -222,7 +222,7 @@ def test_a_linker_that_makes_no_library_is_an_error(tree, monkeypatch):
     with pytest.raises(BuildError, match="the linker has made no whole library") as error:
         compiled(tree)
     assert str(tree / "built") in one_sentence(error)
-    assert not (tree / "built" / _build.LIBRARY).exists()
+    assert not (tree / "built" / sources.LIBRARY).exists()
 
 
 def test_whole_and_cut_files(tmp_path):
@@ -230,19 +230,19 @@ def test_whole_and_cut_files(tmp_path):
     cut = [python[:size] for size in (0, 10, 63, 64, 4096, len(python) // 2, len(python) - 1)]
     for content in [*cut, bytes(5000), b"text\n" * 1000, b"\x7fELF\2\1" + b"\xff" * 500]:
         (tmp_path / "file").write_bytes(content)
-        assert not _files.is_whole(tmp_path / "file"), len(content)
+        assert not files.is_whole(tmp_path / "file"), len(content)
     (tmp_path / "file").write_bytes(python)
-    assert _files.is_whole(tmp_path / "file")
+    assert files.is_whole(tmp_path / "file")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "name"
     path.write_bytes(b"before")
-    with _files.appearing_whole(path) as one, _files.appearing_whole(path) as other:
+    with files.appearing_whole(path) as one, files.appearing_whole(path) as other:
         assert one.name != other.name
         one.write(b"half")
         assert path.read_bytes() == b"before"
-    with pytest.raises(KeyboardInterrupt), _files.appearing_whole(path) as file:
+    with pytest.raises(KeyboardInterrupt), files.appearing_whole(path) as file:
         file.write(b"more")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["name"]
@@ -253,11 +253,11 @@ def test_others_cannot_write_to_what_is_made(tree):
     try:
         (tree / "home").mkdir()
         folder = tree / "home" / "cache" / "extensions" / "built"
-        _build.compile_library(_toolchain.find_toolchain(), folder)
+        ninja.compile_library(toolchain.find_toolchain(), folder)
     finally:
         os.umask(before)
     made = [p for p in (tree / "home").rglob("*")]
-    assert {_build.LIBRARY, "lock", "cpu", "one.cpp.o", "cache"} <= {p.name for p in made}
+    assert {sources.LIBRARY, "lock", "cpu", "one.cpp.o", "cache"} <= {p.name for p in made}
     open_to_others = stat.S_IWGRP | stat.S_IWOTH
     assert not [p for p in made if p.stat().st_mode & open_to_others]
 

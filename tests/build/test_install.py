@@ -19,8 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from quick_compiler import quick_compiler
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -66,9 +67,17 @@ def environment(folder):
     python = folder / "bin" / "python"
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    places.add(str(_build.torch_about()[0].parent))
+    places.add(str(toolchain.torch_about()[0].parent))
     Path(site, "packages_of_the_running_python.pth").write_text("\n".join(sorted(places)))
     return python
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path(tmp_path_factory):
+    """PATH for all that is compiled here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", quick_compiler(tmp_path_factory.mktemp("bin")))
+        yield os.environ["PATH"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,11 @@ def tree(tmp_path_factory):
     """The source archive of this checkout, unpacked: what is not in it cannot be built from it."""
     folder = tmp_path_factory.mktemp("sdist")
     checkout = folder / "checkout"
-    leave_out = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "dist", "*.egg-info")
+    unwanted = shutil.ignore_patterns("*.so", "__pycache__", ".*", "dist", "*.egg-info")
+
+    def leave_out(folder, names):
+        return unwanted(folder, names) | ({"build"} if Path(folder) == ROOT else set())
+
     shutil.copytree(ROOT, checkout, ignore=leave_out)
     run([sys.executable, "setup.py", "-q", "sdist", "-d", folder], cwd=checkout)
     (archive,) = folder.glob("*.tar.gz")
@@ -94,14 +107,15 @@ def aot_wheel(tree, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jit(tree, tmp_path_factory):
+def jit(tree, path, tmp_path_factory):
     """The package that compiles itself, imported for the first time by two processes at once."""
     folder = tmp_path_factory.mktemp("jit")
     python = environment(folder / "env")
     install = ("install", "--no-build-isolation", "--no-deps", "--no-index", tree)
     pip(python, *install, MASKED_LOSS_EXT_BUILD="jit")
     # ninja is found beside the packages, as in an environment that was not activated.
-    settings = {"TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PATH": os.defpath}
+    path = os.pathsep.join((path.split(os.pathsep)[0], os.defpath))
+    settings = {"TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PATH": path}
     pair = [start([python, "-c", IMPORT], **settings) for _ in range(2)]
     said = [process.communicate()[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said

@@ -12,28 +12,28 @@ from pathlib import Path
 import pytest
 import tiny_build
 
-from masked_loss_ext import _build, _files, _library, _toolchain
-from masked_loss_ext._toolchain import BuildError
+from masked_loss_ext.build import files, loading, sources, toolchain
+from masked_loss_ext.build.toolchain import BuildError
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The root of a cache of its own; what is compiled into it takes a second."""
-    for name in ("CXX", "TORCH_CUDA_ARCH_LIST", *_toolchain.SETTINGS):
+    for name in ("CXX", "TORCH_CUDA_ARCH_LIST", *toolchain.SETTINGS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(_library.torch.version, "cuda", None)
-    tiny_build.reduce(_build, tiny_build.make_tree(tmp_path), monkeypatch.setattr)
+    monkeypatch.setattr(loading.torch.version, "cuda", None)
+    tiny_build.reduce(sources, tiny_build.make_tree(tmp_path), monkeypatch.setattr)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     return tmp_path / "cache"
 
 
 def folder_of(cache):
-    (folder,) = _library._cache_folders(cache, _build.source_fingerprint())
+    (folder,) = loading._cache_folders(cache, sources.source_fingerprint())
     return folder
 
 
-def refusal(kind=BuildError, call=_library.compile_at_import):
+def refusal(kind=BuildError, call=loading.compile_at_import):
     with pytest.raises(kind) as error:
         call()
     text = str(error.value)
@@ -49,10 +49,10 @@ def program(path, text="exit 1"):
 
 
 def test_compiled_once(cache, capsys):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     assert library.parent == folder_of(cache) and library.parent.parent == cache
     assert f"once (kept in {library.parent})" in capsys.readouterr().err
-    assert _library.compile_at_import() == library
+    assert loading.compile_at_import() == library
     assert capsys.readouterr().err == ""
 
 
@@ -83,10 +83,10 @@ def test_other_gpus_are_another_library(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     without = folder_of(cache)
     assert without == folder_of(cache)
-    monkeypatch.setattr(_library.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(loading.torch.version, "cuda", "13.0")
     names = {without.name}
     for gpus in ("8.0", "9.0", "8.0;9.0"):  # an A100 node, an H100 node, both
-        monkeypatch.setattr(_toolchain, "_visible_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(toolchain, "_visible_gpus", lambda gpus=gpus: gpus)
         names.add(folder_of(cache).name)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")  # the same, by name
     assert folder_of(cache).name in names and len(names) == 4
@@ -106,9 +106,9 @@ def test_other_gpus_are_another_library(cache, monkeypatch, tmp_path):
 def test_without_a_compiler_the_library_is_found(cache, monkeypatch):
     before = refusal_without_compiler(monkeypatch)
     assert "no C++ compiler is found" in before
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     monkeypatch.setenv("PATH", "")
-    assert _library.compile_at_import() == library
+    assert loading.compile_at_import() == library
 
 
 def refusal_without_compiler(monkeypatch):
@@ -118,38 +118,38 @@ def refusal_without_compiler(monkeypatch):
 
 
 def test_a_damaged_or_foreign_library_is_compiled_again(cache, capsys):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     whole = library.read_bytes()
     python = Path(os.path.realpath(sys.executable)).read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], whole[:-1], bytes(len(whole)), python):
         library.write_bytes(content)
         capsys.readouterr()
-        assert _library.compile_at_import() == library
+        assert loading.compile_at_import() == library
         assert library.read_bytes() == whole
         assert f"{library} is damaged or of another program" in capsys.readouterr().err
 
 
 def test_a_library_that_cannot_be_loaded_is_named(cache, tmp_path):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     other = tmp_path / "not-loadable.so"
     shutil.copy(library, other)
     data = other.read_bytes()
     # Whole, and of a machine that nobody has (EM_NONE).
     other.write_bytes(data[:18] + b"\0\0" + data[20:])
-    text = refusal(call=lambda: _library._register(other, "reinstall it"))
+    text = refusal(call=lambda: loading._register(other, "reinstall it"))
     assert text.startswith(f"{other} cannot be loaded (") and text.endswith("; reinstall it")
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
 def test_a_folder_that_others_can_write_to_is_not_trusted(cache, mode):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     for path in (library.parent, library):
         path.chmod(mode)
         text = refusal()
         assert text.startswith(f"{path} can be written to by others (mode {mode:o}), so no kernels")
         assert "set TORCH_EXTENSIONS_DIR to a folder with room that only you" in text
         path.chmod(0o755)
-        assert _library.compile_at_import() == library
+        assert loading.compile_at_import() == library
 
 
 def test_a_root_where_everyone_may_rename_is_not_trusted(cache):
@@ -158,11 +158,11 @@ def test_a_root_where_everyone_may_rename_is_not_trusted(cache):
     assert list(cache.iterdir()) == []
     for mode in (0o1777, 0o775, 0o755):  # as /tmp is; a team's, whose entries are looked at
         cache.chmod(mode)
-        assert _library.compile_at_import().parent.parent == cache
+        assert loading.compile_at_import().parent.parent == cache
 
 
 def test_links_in_the_cache_are_not_followed(cache, tmp_path):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     shutil.move(library, tmp_path / "elsewhere.so")
     library.symlink_to(tmp_path / "elsewhere.so")
     assert refusal().startswith(f"{library} is a link, so no kernels are taken from it")
@@ -174,11 +174,11 @@ def test_links_in_the_cache_are_not_followed(cache, tmp_path):
     shutil.rmtree(cache)
     (tmp_path / "disk").mkdir()
     cache.symlink_to(tmp_path / "disk")
-    assert _library.compile_at_import().is_file()
+    assert loading.compile_at_import().is_file()
 
 
 def test_a_lock_that_is_a_link_is_not_followed(cache, tmp_path):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     library.unlink()
     lock = library.parent / "lock"
     lock.unlink()
@@ -188,14 +188,14 @@ def test_a_lock_that_is_a_link_is_not_followed(cache, tmp_path):
 
 
 def test_another_users_folder_is_not_trusted(cache, monkeypatch):
-    library = _library.compile_at_import()
+    library = loading.compile_at_import()
     for path in (library.parent, library):
         if os.geteuid() == 0:
             os.chown(path, 12345, -1)
             owner = 12345
         else:
             owner = os.geteuid()
-            monkeypatch.setattr(_files.os, "geteuid", lambda other=owner + 1: other)
+            monkeypatch.setattr(files.os, "geteuid", lambda other=owner + 1: other)
         assert refusal().startswith(f"{path} belongs to user {owner}, so no kernels are taken")
         if os.geteuid() == 0:
             os.chown(path, 0, -1)
@@ -212,15 +212,15 @@ def test_no_home_and_no_name_of_the_user(monkeypatch):
     assert re.match(expected, refusal())
     for home in ("", "relative"):
         monkeypatch.setenv("HOME", home)
-        assert re.match(expected, refusal(call=_library.cache_root)), home
+        assert re.match(expected, refusal(call=loading.cache_root)), home
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert _library.cache_root() == Path("/caches/torch_extensions")
+    assert loading.cache_root() == Path("/caches/torch_extensions")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/named")
-    assert _library.cache_root() == Path("/named")
+    assert loading.cache_root() == Path("/named")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home-of/one")
-    assert _library.cache_root() == Path("/home-of/one/.cache/torch_extensions")
+    assert loading.cache_root() == Path("/home-of/one/.cache/torch_extensions")
 
 
 @pytest.mark.parametrize("place", ["below a file", "a file", "a link to nowhere"])
@@ -231,7 +231,7 @@ def test_import_with_a_cache_that_cannot_be(tmp_path, place):
     done = subprocess.run(
         [sys.executable, "-c", "import masked_loss_ext"],
         env={**os.environ, "MASKED_LOSS_EXT_JIT": "1", "TORCH_EXTENSIONS_DIR": str(named)},
-        cwd=_build.PACKAGE.parent,
+        cwd=sources.PACKAGE.parent,
         capture_output=True,
         text=True,
     )
@@ -245,6 +245,6 @@ def test_an_error_of_the_file_system_while_loading(monkeypatch):
     def fails(library):
         raise PermissionError(13, "Permission denied", str(library))
 
-    monkeypatch.setattr(_library, "_load", lambda: fails(Path("/a/library")))
-    text = refusal(ImportError, _library.load)
+    monkeypatch.setattr(loading, "_load", lambda: fails(Path("/a/library")))
+    text = refusal(ImportError, loading.load)
     assert text == "masked_loss_ext: /a/library: Permission denied"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import masked_loss_ext
-from masked_loss_ext import _build
+from masked_loss_ext.build import sources
 
 TESTS = Path(__file__).resolve().parents[1]
-SOURCES = _build.csrc_dir()
+SOURCES = sources.csrc_dir()
 NAMESPACE = "masked_loss_ext"
 WITHOUT_KERNELS = {"_snapshot", "_version", "cpu_capability"}  # one function for all devices
 # Python around native operators, for torch.compile alone; their schemas are made of theirs.
@@ -92,8 +92,8 @@ def test_cpu_kernel_fake_and_derivative(name):
 
 @pytest.mark.parametrize("name", TENSOR_OPERATORS)
 def test_cuda_kernel(name):
-    library = _build.PACKAGE / _build.LIBRARY
-    built_with_cuda = library.is_file() and _build.read_build_info(library)["cuda"] != "none"
+    library = sources.PACKAGE / sources.LIBRARY
+    built_with_cuda = library.is_file() and sources.read_build_info(library)["cuda"] != "none"
     if masked_loss_ext._library_kind == "aot" and built_with_cuda:
         assert has_kernel(name, "CUDA")
     texts = [p.read_text() for p in SOURCES.rglob("*") if p.suffix in (".cu", ".h")]
@@ -108,7 +108,7 @@ def test_one_name_in_every_layer(name):
     missing = [name for name in ("formula.h", "call.h") if not (room / name).is_file()]
     assert not missing
     assert list(room.glob("cpu/*.cpp")) and list(room.glob("cuda/*.cu"))
-    assert (_build.PACKAGE / "ops" / f"{base}.py").is_file()
+    assert (sources.PACKAGE / "ops" / f"{base}.py").is_file()
     assert hasattr(masked_loss_ext.reference, REFERENCE.get(base, base))
 
 
@@ -127,7 +127,7 @@ def test_each_schema_is_written_once():
         declared = re.compile(rf'"{name}\([^"]*')
         assert len(declared.findall(schemas)) == 1, name
         assert len(declared.findall(everything)) == 1, name
-    package = "\n".join(p.read_text() for p in _build.PACKAGE.rglob("*.py"))
+    package = "\n".join(p.read_text() for p in sources.PACKAGE.rglob("*.py"))
     assert package.count("library.define") == 1 and "custom_op" not in package
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny_build
 
-from masked_loss_ext import _build, _library, _ninja, _toolchain
-from masked_loss_ext._toolchain import BuildError
+from masked_loss_ext.build import loading, ninja, sources, toolchain
+from masked_loss_ext.build.toolchain import BuildError
 
 WRONG = {
     "MASKED_LOSS_EXT_BUILD": "auto, aot or jit",
@@ -40,10 +40,10 @@ extern "C" int nvmlDeviceGetCudaComputeCapability(void* device, int* a, int* b) 
 
 
 def test_every_variable_of_the_package_is_known():
-    texts = [p.read_text() for p in _build.PACKAGE.rglob("*.py")]
-    texts += [p.read_text() for p in _build.csrc_dir().rglob("*.cpp")]
+    texts = [p.read_text() for p in sources.PACKAGE.rglob("*.py")]
+    texts += [p.read_text() for p in sources.csrc_dir().rglob("*.cpp")]
     read = set(re.findall(r'(?:setting|getenv)\("(MASKED_LOSS_EXT_\w+)"\)', "\n".join(texts)))
-    assert read == set(_toolchain.SETTINGS) == set(WRONG)
+    assert read == set(toolchain.SETTINGS) == set(WRONG)
 
 
 @pytest.mark.parametrize(("name", "values"), WRONG.items())
@@ -51,25 +51,25 @@ def test_every_variable_of_the_package_is_known():
 def test_an_unknown_value_is_refused_at_import(monkeypatch, name, values, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ImportError) as error:
-        _library.load()
+        loading.load()
     assert str(error.value) == f"masked_loss_ext: {name} must be {values}, got {value!r}"
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, name):
     monkeypatch.setenv(name, "")
-    assert _toolchain.setting(name) == _toolchain.SETTINGS[name][0]
+    assert toolchain.setting(name) == toolchain.SETTINGS[name][0]
 
 
 def test_import_and_setup_end_in_that_sentence():
     expected = "masked_loss_ext: MASKED_LOSS_EXT_BUILD must be auto, aot or jit, got 'sometimes'"
-    in_tree = (_build.PACKAGE.parent / "setup.py").is_file()
+    in_tree = (sources.PACKAGE.parent / "setup.py").is_file()
     setup = [["setup.py", "--version"]] if in_tree else []
     for command in (["-c", "import masked_loss_ext"], *setup):
         done = subprocess.run(
             [sys.executable, *command],
             env={**os.environ, "MASKED_LOSS_EXT_BUILD": "sometimes"},
-            cwd=_build.PACKAGE.parent,
+            cwd=sources.PACKAGE.parent,
             capture_output=True,
             text=True,
         )
@@ -81,25 +81,25 @@ def test_import_and_setup_end_in_that_sentence():
 @pytest.mark.parametrize("jobs", ["many", "0", "-1", "00", "1.5", "2 3", "9" * 30, "²"])
 def test_jobs_that_are_no_number(monkeypatch, tmp_path, jobs):
     monkeypatch.setenv("MAX_JOBS", jobs)
-    ninja = _ninja.Ninja(
-        _toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja"), tmp_path, 3, ""
+    builder = ninja.Ninja(
+        toolchain.Toolchain(tmp_path, "2.13.0", ["c++"], "ninja"), tmp_path, 3, ""
     )
     with pytest.raises(BuildError) as error:
-        ninja.bring_up_to_date("")
+        builder.bring_up_to_date("")
     assert str(error.value) == f"MAX_JOBS must be a whole number from 1 on, got {jobs!r}"
 
 
 def test_jobs(monkeypatch):
     for jobs, words in (("", []), ("  ", []), ("3", ["-j", "3"]), (" 08", ["-j", "08"])):
         monkeypatch.setenv("MAX_JOBS", jobs)
-        assert _ninja._jobs() == words
+        assert ninja._jobs() == words
     monkeypatch.delenv("MAX_JOBS")
-    assert _ninja._jobs() == []
+    assert ninja._jobs() == []
 
 
 def test_a_quotation_that_is_not_closed(monkeypatch):
     monkeypatch.setenv("CXX", "g++ 'x")
-    for ask in (_toolchain.find_cxx, _toolchain.cxx_identity, _library.compile_at_import):
+    for ask in (toolchain.find_cxx, toolchain.cxx_identity, loading.compile_at_import):
         with pytest.raises(BuildError) as error:
             ask()
         assert (
@@ -116,21 +116,21 @@ def test_a_program_that_embeds_python_has_no_executable(monkeypatch, tmp_path, e
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ninja").touch()  # what lies in the current folder is not meant
     with pytest.raises(BuildError, match="ninja is missing"):
-        _toolchain.find_ninja()
+        toolchain.find_ninja()
     (tmp_path / "prefix" / "bin").mkdir(parents=True)
     (tmp_path / "prefix" / "bin" / "ninja").touch()
-    assert _toolchain.find_ninja() == str(tmp_path / "prefix" / "bin" / "ninja")
+    assert toolchain.find_ninja() == str(tmp_path / "prefix" / "bin" / "ninja")
 
 
 def test_a_program_that_cannot_be_started_or_hangs(tmp_path):
     (tmp_path / "ninja").write_bytes(b"\x7fELF of another machine")
     (tmp_path / "ninja").chmod(0o755)
     with pytest.raises(BuildError, match=r"ninja cannot be started: Exec format error$"):
-        _toolchain.answer_of([str(tmp_path / "ninja")])
+        toolchain.answer_of([str(tmp_path / "ninja")])
     with pytest.raises(BuildError, match=r"gone cannot be started: No such file or directory$"):
-        _toolchain.answer_of([str(tmp_path / "gone")])
+        toolchain.answer_of([str(tmp_path / "gone")])
     with pytest.raises(BuildError, match=r"sleep has not answered in 0.1 s$"):
-        _toolchain.answer_of(["sleep", "60"], timeout=0.1)
+        toolchain.answer_of(["sleep", "60"], timeout=0.1)
 
 
 def test_a_named_toolkit_that_is_none_is_said(monkeypatch, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_a_named_toolkit_that_is_none_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
-    assert _toolchain.find_cuda(tmp_path, None) == tmp_path
+    assert toolchain.find_cuda(tmp_path, None) == tmp_path
     said = capsys.readouterr().err
     assert "WARNING: CUDA_HOME=/nowhere has no bin/nvcc" in said and "CUDA_PATH" not in said
 
@@ -160,9 +160,9 @@ def test_gpus_are_asked_of_the_driver(tmp_path, fails, expected):
             check=True,
         )
     done = subprocess.run(
-        [sys.executable, "-c", "import _toolchain; print(_toolchain._visible_gpus())"],
+        [sys.executable, "-c", "from build import toolchain; print(toolchain._visible_gpus())"],
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
-        cwd=_build.PACKAGE,
+        cwd=sources.PACKAGE,
         capture_output=True,
         text=True,
     )
@@ -196,9 +196,9 @@ def test_closed_streams(tmp_path, closed):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "built" / _build.LIBRARY).is_file()
+    assert (tmp_path / "built" / sources.LIBRARY).is_file()
     # What is not to be seen is not put elsewhere.
-    assert done.stdout.strip() == ("" if closed.startswith(">") else _build.LIBRARY)
+    assert done.stdout.strip() == ("" if closed.startswith(">") else sources.LIBRARY)
 
 
 def test_a_stream_that_was_closed_by_the_program(monkeypatch):
@@ -206,17 +206,17 @@ def test_a_stream_that_was_closed_by_the_program(monkeypatch):
         pass
     for stream in (None, closed, object()):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert _ninja._is_terminal() is False
+        assert ninja._is_terminal() is False
     monkeypatch.setattr(sys, "stderr", closed)
-    _toolchain.say("nobody hears this")
-    _ninja._progress("[1/2] c++\n", 0.0, True)
+    toolchain.say("nobody hears this")
+    ninja._progress("[1/2] c++\n", 0.0, True)
     monkeypatch.setattr(sys, "stderr", None)
-    _toolchain.say("nor this")
+    toolchain.say("nor this")
 
 
 def test_a_failed_step_of_newer_ninjas():
     output = ["FAILED: [code=1] cpu/bad.cpp.o \n", "g++ long\n", "bad.cpp:1: error\n"]
-    text = _ninja.failure(output, Path("built"))
+    text = ninja.failure(output, Path("built"))
     assert text == "the compiler failed at cpu/bad.cpp.o:\nbad.cpp:1: error\n"
-    text = _ninja.failure(["ninja: error: loading 'build.ninja'\n"], Path("built"))
+    text = ninja.failure(["ninja: error: loading 'build.ninja'\n"], Path("built"))
     assert text == "ninja failed in built: ninja: error: loading 'build.ninja'"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from masked_loss_ext import _build
+from masked_loss_ext.build import sources, toolchain
 
 TESTS = Path(__file__).resolve().parents[1]
 MISSING = ("numpy", "einops")
@@ -49,11 +49,11 @@ def run(tmp_path_factory):
     """Runs a Python that finds the packages of this one, but those two."""
     site = tmp_path_factory.mktemp("site")
     places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    places.add(str(_build.torch_about()[0].parent))
+    places.add(str(toolchain.torch_about()[0].parent))
     for package in (p for place in places for p in Path(place).iterdir()):
         if not package.name.startswith(MISSING) and not (site / package.name).exists():
             (site / package.name).symlink_to(package)
-    path = os.pathsep.join(map(str, (site, _build.PACKAGE.parent, TESTS, TESTS / "common")))
+    path = os.pathsep.join(map(str, (site, sources.PACKAGE.parent, TESTS, TESTS / "common")))
 
     def run(*arguments):
         # -S: no site-packages but those, and no .pth file.
@@ -80,7 +80,7 @@ def test_tests_pass(run):
 
 
 def test_only_functions_import_them():
-    for path in _build.PACKAGE.rglob("*.py"):
+    for path in sources.PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -9,7 +9,7 @@ from cuda_sim import ORDERS, Simulator, build, mirror_schemas
 from cuda_sim.build import COUNTING_FLAGS, ROOT
 
 import masked_loss_ext  # noqa: F401  its schemas are mirrored
-from masked_loss_ext._build import CUDA_SOURCES
+from masked_loss_ext.build.sources import CUDA_SOURCES
 
 ARGUMENTS = ("prediction", "target", "mask", "edit_mask", "weighting")
 READER = re.compile(r"(Direct|Any)Reader<(?:c10::)?([\w, ]+)>")

@@ -22,11 +22,12 @@ def make_tree(folder):
     return csrc
 
 
-def reduce(build, csrc, patch=setattr):
-    """Make `build`, the module _build, compile that tree."""
-    patch(build, "csrc_dir", lambda: csrc)
-    patch(build, "CPU_SOURCES", ["cpu/one.cpp"])
-    patch(build, "CUDA_SOURCES", [])
+def reduce(sources, csrc, patch=setattr):
+    """Make the build, whose module `sources` is, compile that tree."""
+    patch(sources, "csrc_dir", lambda: csrc)
+    patch(sources, "LEVEL_SOURCES", [])
+    patch(sources, "CPU_SOURCES", ["cpu/one.cpp"])
+    patch(sources, "CUDA_SOURCES", [])
 
 
 def command(folder):
@@ -48,16 +49,15 @@ def start(folder, **settings):
 
 def main(folder):
     sys.path.insert(0, str(PACKAGE))
-    import _build
-    import _toolchain
+    from build import ninja, sources, toolchain
 
     sys.path.pop(0)
-    reduce(_build, folder / "csrc")
+    reduce(sources, folder / "csrc")
     os.environ["MASKED_LOSS_EXT_CUDA"] = "0"
-    tools = _toolchain.find_toolchain()
+    tools = toolchain.find_toolchain()
     try:
-        print(_build.compile_library(tools, folder / "built", advice=ADVICE).name)
-    except _toolchain.BuildError as error:
+        print(ninja.compile_library(tools, folder / "built", advice=ADVICE).name)
+    except toolchain.BuildError as error:
         sys.exit(f"BuildError: {error}")
 
 

@@ -11,6 +11,8 @@ import torch
 
 import masked_loss_ext as mle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     "AttentionMaskMseLoss",

@@ -149,7 +149,7 @@ def cases_of_large_logits():
             )
 
 
-@pytest.mark.parametrize("way,name,options,dtype", cases_of_large_logits())
+@pytest.mark.parametrize("way,name,options,dtype", list(cases_of_large_logits()))
 def test_gradients_of_large_logits(way, name, options, dtype):
     x, y = large(name, dtype)
     _, grad = way(x, y, **OPTIONS[options])

@@ -7,7 +7,7 @@ from device_calls import CALLS, SIZES, on_device
 from gpu_device import GpuDevice, missing, need_gpu
 
 import masked_loss_ext as mle
-from masked_loss_ext._build import CUDA_SOURCES, csrc_dir
+from masked_loss_ext.build.sources import CUDA_SOURCES, csrc_dir
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 every_size = pytest.mark.parametrize("size", SIZES)

@@ -12,9 +12,9 @@ from cuda_sim import Simulator, build, compiler
 from device_calls import CALLS, on_device
 from gpu_device import need_gpu
 
-from masked_loss_ext import _build, _toolchain
+from masked_loss_ext.build import sources, toolchain
 
-PROBE = _build.csrc_dir().parent / "tests" / "cuda_probe" / "failing_launch.cu"
+PROBE = sources.csrc_dir().parent / "tests" / "cuda_probe" / "failing_launch.cu"
 SLEEP = 50_000_000  # cycles: some 25 ms, in which a call on a wrong stream has long run
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
@@ -117,13 +117,13 @@ def check_failing_launch(number, upload, download):
 
 def compile_probe(folder):
     """The operator of cuda_probe for the GPUs that are here, else for the default ones."""
-    tools = _toolchain.find_toolchain()
+    tools = toolchain.find_toolchain()
     if tools.cuda_home is None:
         pytest.skip("there is no nvcc here, or MASKED_LOSS_EXT_CUDA does not ask for it")
     library = folder / "probe.so"
     command = [tools.cuda_home / "bin/nvcc", "-std=c++17", "-shared", *tools.cuda_flags]
-    command += [f"-D{define}" for define in _build.DEFINES if define.startswith("TORCH")]
-    command += [f"-I{_build.csrc_dir()}", "-isystem", tools.torch_root / "include"]
+    command += [f"-D{define}" for define in sources.DEFINES if define.startswith("TORCH")]
+    command += [f"-I{sources.csrc_dir()}", "-isystem", tools.torch_root / "include"]
     command += ["-Xcompiler=-fPIC", PROBE, f"-L{tools.torch_root / 'lib'}", "-ltorch_cpu"]
     command += [f"-L{tools.cudart_dir}", "-cudart=static", "-o", library]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytestmark = pytest.mark.slow
+
 if find_spec("transformers") is None:  # a broken one is an error
     pytest.skip("transformers is not installed: pip install .[hf]", allow_module_level=True)
 

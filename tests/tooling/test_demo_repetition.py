@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300  # seconds on an idle machine; a busy one must not fail the test
 RUNS = ["cross entropy", "with penalty"]

@@ -8,6 +8,7 @@ out, and said.
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ def is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
+@functools.cache
 def imported_modules(source: str) -> set[str]:
     """Top-level names of what a file imports when it is itself imported."""
     found = set()

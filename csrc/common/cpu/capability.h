@@ -11,4 +11,22 @@ enum class Level { kDefault, kAvx2, kAvx512 };
 Level cpu_level();
 const char* level_name(Level level);
 
+// A room's table of kernels at one level. csrc/<room>/cpu/kernels.cpp defines it: that file is compiled
+// once per level, with the flags of the level and its name in MASKED_LOSS_EXT_LEVEL. What it includes
+// defines only static functions and templates that are always inlined: a function that several objects
+// emit for the linker to choose from could come from the one with AVX-512.
+template <class Kernels, Level level>
+const Kernels& kernels_at();
+
+template <class Kernels>
+const Kernels& kernels_of_this_machine() {
+  switch (cpu_level()) {
+#if defined(__x86_64__)
+    case Level::kAvx512: return kernels_at<Kernels, Level::kAvx512>();
+    case Level::kAvx2: return kernels_at<Kernels, Level::kAvx2>();
+#endif
+    default: return kernels_at<Kernels, Level::kDefault>();
+  }
+}
+
 }  // namespace masked_loss_ext

@@ -66,6 +66,4 @@ struct CrossEntropyKernels {
   void (*scale)(const CrossEntropyProblem&, double factor, int64_t chunk);  // of grad_logits
 };
 
-extern const CrossEntropyKernels cross_entropy_default, cross_entropy_avx2, cross_entropy_avx512;
-
 }  // namespace masked_loss_ext

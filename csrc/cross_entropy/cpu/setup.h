@@ -20,14 +20,7 @@ namespace masked_loss_ext {
 constexpr int64_t kChunkLogits = 16384;
 
 inline const CrossEntropyKernels& cross_entropy_kernels() {
-#if defined(__x86_64__)
-  switch (cpu_level()) {
-    case Level::kAvx512: return cross_entropy_avx512;
-    case Level::kAvx2: return cross_entropy_avx2;
-    default: break;
-  }
-#endif
-  return cross_entropy_default;
+  return kernels_of_this_machine<CrossEntropyKernels>();
 }
 
 inline RowChunks cut(const CountedRows& q, bool whole_rows) {

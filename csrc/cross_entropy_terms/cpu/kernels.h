@@ -28,6 +28,4 @@ struct TermsKernels {
   void (*backward)(const TermsProblem&, int64_t chunk);
 };
 
-extern const TermsKernels terms_default, terms_avx2, terms_avx512;
-
 }  // namespace masked_loss_ext

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "common/cpu/capability.h"
 #include "common/cpu/device.h"
 #include "cross_entropy_terms/cpu/kernels.h"
 #include "cross_entropy/cpu/setup.h"
@@ -14,14 +15,7 @@ namespace masked_loss_ext {
 namespace {
 
 const TermsKernels& terms_kernels() {
-#if defined(__x86_64__)
-  switch (cpu_level()) {
-    case Level::kAvx512: return terms_avx512;
-    case Level::kAvx2: return terms_avx2;
-    default: break;
-  }
-#endif
-  return terms_default;
+  return kernels_of_this_machine<TermsKernels>();
 }
 
 // Everything but what is written. `rows` and the inputs must outlive it.

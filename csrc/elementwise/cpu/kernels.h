@@ -36,6 +36,4 @@ struct SquaredErrorKernels {
   void (*backward)(const SquaredErrorProblem&, int64_t chunk);
 };
 
-extern const SquaredErrorKernels squared_error_default, squared_error_avx2, squared_error_avx512;
-
 }  // namespace masked_loss_ext

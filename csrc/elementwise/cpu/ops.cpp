@@ -20,14 +20,7 @@ namespace {
 constexpr int64_t kChunkElements = 32768;
 
 const SquaredErrorKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_level()) {
-    case Level::kAvx512: return squared_error_avx512;
-    case Level::kAvx2: return squared_error_avx2;
-    default: break;
-  }
-#endif
-  return squared_error_default;
+  return kernels_of_this_machine<SquaredErrorKernels>();
 }
 
 Tensor allocate(const Tensor& prediction, const std::vector<int64_t>& sizes, ScalarType type) {

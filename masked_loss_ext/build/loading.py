@@ -4,6 +4,7 @@
 MASKED_LOSS_EXT_JIT=1 ignores a built library; MASKED_LOSS_EXT_BUILD=aot refuses to compile one.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import _build, _files
-from ._toolchain import (
+from .._version import __version__
+from . import files, ninja, sources
+from .toolchain import (
     BuildError,
     check_settings,
     cuda_home,
@@ -25,8 +27,8 @@ from ._toolchain import (
     setting,
     wants_cuda,
 )
-from ._version import __version__
 
+TORCH_ROOT = Path(torch.__file__).parent
 # What compilers read by themselves; CXX is looked at apart.
 CUDA_VARIABLES = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -39,7 +41,7 @@ def load():
         # The text is the whole story; the frames that led here would bury it.
         raise ImportError(f"masked_loss_ext: {error}") from None
     except OSError as error:
-        raise ImportError(f"masked_loss_ext: {_files.sentence(error, _build.PACKAGE)}") from None
+        raise ImportError(f"masked_loss_ext: {files.sentence(error, sources.PACKAGE)}") from None
 
 
 def _load():
@@ -48,7 +50,7 @@ def _load():
     if hasattr(torch.ops.masked_loss_ext, "_version"):
         _check_version("the library that is already loaded in this process")
         return "preloaded"
-    library = _build.PACKAGE / _build.LIBRARY
+    library = sources.PACKAGE / sources.LIBRARY
     if setting("MASKED_LOSS_EXT_JIT") == "0" and library.is_file() and _usable(library):
         _register(library, "reinstall masked_loss_ext")
         return "aot"
@@ -77,21 +79,21 @@ def _check_version(what):
 
 def _usable(library):
     """False for a library that must not be used in silence: it is older than its sources."""
-    if not _files.is_whole(library):
+    if not files.is_whole(library):
         raise BuildError(f"{library} is damaged, it is no whole library; reinstall it")
-    info = _build.read_build_info(library)
+    info = sources.read_build_info(library)
     if info.get("version") != __version__:
         raise BuildError(
             f"{library} is of version {info.get('version', 'unknown')}, this package is "
             f"{__version__}; reinstall it"
         )
     # An installed package's sources cannot change; those of a source tree do.
-    in_source_tree = not (_build.PACKAGE / "csrc").is_dir()
-    if in_source_tree and info["sources"] != _build.source_fingerprint():
+    in_source_tree = not (sources.PACKAGE / "csrc").is_dir()
+    if in_source_tree and info["sources"] != sources.source_fingerprint():
         say(f"{library.name} is older than csrc, so it is not used; `make build` renews it")
         return False
     only_cpu = torch.version.cuda and info["cuda"] == "none"
-    if only_cpu and wants_cuda(torch.version.cuda) and _cuda_home():
+    if only_cpu and wants_cuda(torch.version.cuda) and cuda_home(TORCH_ROOT):
         say(
             "WARNING: the library has only CPU kernels, but PyTorch is built for CUDA "
             f"{torch.version.cuda} and nvcc is here; to use CUDA tensors build it again: "
@@ -100,30 +102,21 @@ def _usable(library):
     return True
 
 
-def _cuda_home():
-    return cuda_home(Path(torch.__file__).parent)
-
-
 def cache_root():
     """Where torch's own extensions are cached too."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named:
         return Path(named).absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
-    home = os.environ.get("HOME") or _home_of_record()
-    if not cache and not os.path.isabs(home):
+    home = os.environ.get("HOME")
+    with contextlib.suppress(KeyError):  # a number without a name, as containers give them
+        home = home or pwd.getpwuid(os.getuid()).pw_dir
+    if not cache and not os.path.isabs(home or ""):
         raise BuildError(
             f"user {os.geteuid()} has no home folder to keep the compiled kernels in; set "
             "TORCH_EXTENSIONS_DIR to a folder that only you can write to"
         )
     return Path(cache or Path(home, ".cache")).absolute() / "torch_extensions"
-
-
-def _home_of_record():
-    try:
-        return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:  # a number without a name, as containers give them
-        return ""
 
 
 def compile_at_import():
@@ -135,45 +128,45 @@ def compile_at_import():
         )
     root = cache_root()
     advice = "set TORCH_EXTENSIONS_DIR to a folder with room that only you can write to"
-    with _files.told_in_a_sentence(root, advice):
-        _files.make_folder(root)
-        _refuse(_files.distrust_around(root), advice)
-        sources = _build.source_fingerprint()
-        folders = _cache_folders(root, sources)
+    with files.told_in_a_sentence(root, advice):
+        files.make_folder(root)
+        _trust(files.distrust_around, root, advice)
+        fingerprint = sources.source_fingerprint()
+        folders = _cache_folders(root, fingerprint)
         for folder in filter(os.path.lexists, folders):
-            _refuse(_files.distrust(folder), advice)
-            library = folder / _build.LIBRARY
+            _trust(files.distrust, folder, advice)
+            library = folder / sources.LIBRARY
             if os.path.lexists(library):
-                _refuse(_files.distrust(library), advice)
-                if _is_sound(library, sources):
+                _trust(files.distrust, library, advice)
+                if _is_sound(library, fingerprint):
                     return library
         tools, folder = find_toolchain(), folders[0]
-        _files.make_folder(folder)
-        _refuse(_files.distrust(folder), advice)
-        return _build.compile_library(tools, folder, f", once (kept in {folder})", advice)
+        files.make_folder(folder)
+        _trust(files.distrust, folder, advice)
+        return ninja.compile_library(tools, folder, f", once (kept in {folder})", advice)
 
 
-def _refuse(distrusted, advice):
-    if distrusted is not None:
+def _trust(look, path, advice):
+    if distrusted := look(path):
         raise BuildError(f"{distrusted}, so no kernels are taken from it; remove it, or {advice}")
 
 
-def _is_sound(library, sources):
-    info = _build.read_build_info(library) if _files.is_whole(library) else {}
-    if info.get("sources") == sources:
+def _is_sound(library, fingerprint):
+    info = sources.read_build_info(library) if files.is_whole(library) else {}
+    if info.get("sources") == fingerprint:
         return True
     say(f"{library} is damaged or of another program, so it is compiled again")
     return False
 
 
-def _cache_folders(root, sources):
+def _cache_folders(root, fingerprint):
     """The folder for everything that could make another library; if the C++ compiler alone cannot
     be found, all that differ in it. Cheap, as every later import asks."""
-    parts = [sources, torch.__version__, platform.machine(), os.environ.get("CXX")]
+    parts = [fingerprint, torch.__version__, platform.machine(), os.environ.get("CXX")]
     if wants_cuda(torch.version.cuda):
         # Installing nvcc later must not leave the CPU-only library in use, nor a node with other
         # GPUs and the same home a library without their code.
-        home = _cuda_home()
+        home = cuda_home(TORCH_ROOT)
         parts += [setting("MASKED_LOSS_EXT_CUDA"), *map(os.environ.get, CUDA_VARIABLES)]
         parts.append(home and [identity(home / "bin/nvcc"), find_architectures()])
     name, compiler = f"masked_loss_ext-{_short_hash(parts)}", cxx_identity()

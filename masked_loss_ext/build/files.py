@@ -15,10 +15,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-if __package__:
-    from ._toolchain import BuildError, say
-else:  # imported as a plain file, by CMake and setup.py
-    from _toolchain import BuildError, say
+from .toolchain import BuildError, say
 
 # What file systems without locks answer; some of those that hold homes are.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// All other includes stand above the target: code of headers keeps the baseline instructions.
+// Compiled once per instruction-set level, see common/cpu/capability.h.
 #include "cross_entropy_terms/cpu/kernels.h"
+#include "common/cpu/capability.h"
 #include "common/layout.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
-#if defined(__x86_64__)
-#include "common/cpu/target_avx2.inc"
-
 namespace masked_loss_ext {
 namespace {
 #include "cross_entropy_terms/cpu/backward.inc"
 }  // namespace
-extern const TermsKernels terms_avx2 = {forward, backward};
+
+template <>
+const TermsKernels& kernels_at<TermsKernels, Level::MASKED_LOSS_EXT_LEVEL>() {
+  static constexpr TermsKernels table = {forward, backward};
+  return table;
+}
+
 }  // namespace masked_loss_ext
-#include "common/cpu/target_end.inc"
-#endif
