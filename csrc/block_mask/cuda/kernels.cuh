@@ -6,7 +6,6 @@
 #pragma once
 
 #include "block_mask/formula.h"
-#include "block_mask/call.h"
 #include "common/cuda/reduce.cuh"
 
 namespace masked_loss_ext::cuda {
