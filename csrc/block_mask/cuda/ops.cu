@@ -27,11 +27,10 @@ struct Masks : Cuda {
                             dim3(kBlockMaskThreads), 0, packed_rows_kernel, p));
   }
 
-  // Two launches: classes, then all lists.
+  // Two launches: classes (and with `packed` the rows that they are of), then all lists.
   static void fill_lists(const char* op, const IntervalRows& in, const BlockGrid& grid,
                          const ListPointers& kv, const ListPointers* q, const PackedRows* packed,
                          const Tensor& like) {
-    if (packed) fill_rows(op, *packed, like);
     const int64_t rows = in.batch * grid.q_blocks, lists = rows + (q ? in.batch * grid.kv_blocks : 0);
     if (lists == 0) return;
     Tensor classes = device_empty(like, {rows * grid.kv_blocks}, ScalarType::Byte);
@@ -39,7 +38,7 @@ struct Masks : Cuda {
     const cudaStream_t stream = current_stream(like);
     if (rows > 0 && grid.kv_blocks > 0) {
       check_launch(op, launch(stream, blocks_for(rows, 1), dim3(kBlockMaskThreads), 0,
-                              block_classes_kernel, in, grid, class_data));
+                              block_classes_kernel, in, packed ? *packed : PackedRows{}, grid, class_data));
     }
     check_launch(op, launch(stream, blocks_for(lists, kWarpsPerBlock), dim3(kBlockMaskThreads), 0,
                             block_lists_kernel, class_data, in.batch, grid, kv, q ? *q : ListPointers{},
