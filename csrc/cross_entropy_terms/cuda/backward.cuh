@@ -34,60 +34,6 @@ struct TermExponential {
   __device__ __forceinline__ A operator()(A x) const { return exponential(x); }
 };
 
-// Writes what loop k makes of the logits of a stretch.
-template <class T>
-struct TermWriter {
-  using A = accumulate_t<T>;
-  static constexpr int kPacks = kPacksAtOnce<T, true>;
-
-  const T* row;  // [V]
-  T* out;        // [V]
-  const TermLoop<A> k;
-  const bool aligned = elements_off_boundary(row) == elements_off_boundary(out);
-  const TermExponential<A> exponential = {};
-
-  // The branches are the same for a whole row.
-  __device__ __forceinline__ T gradient_of(T logit) const {
-    return static_cast<T>(dense_gradient<A>(k, k.both, k.entropy_scale != 0, widen(logit), exponential));
-  }
-
-  template <bool kAll>
-  __device__ __forceinline__ void write_packs(int64_t col, int64_t step, int64_t end) const {
-    Vector<T> packs[kPacks];
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (kAll || col + i * step < end) packs[i] = load(row + col + i * step, aligned);
-    }
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int64_t first = col + i * step;
-      if (!kAll && first >= end) continue;
-#pragma unroll
-      for (int j = 0; j < kVectorOf<T>; ++j) packs[i].value[j] = gradient_of(packs[i].value[j]);
-      *reinterpret_cast<Vector<T>*>(out + first) = packs[i];
-    }
-  }
-
-  __device__ __forceinline__ void write(const Stretch& s, int lane, int team) const {
-    for (int i = lane; i < s.single_columns; i += team) out[s.single(i)] = gradient_of(row[s.single(i)]);
-    for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
-      write_packs<decltype(all)::value>(col, step, s.end);
-    });
-  }
-};
-
-template <class T>
-__device__ __forceinline__ void fill(T* out, const Stretch& s, int lane, int team, T value) {
-  for (int i = lane; i < s.single_columns; i += team) out[s.single(i)] = value;
-  Vector<T> pack;
-#pragma unroll
-  for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = value;
-  const int64_t step = int64_t(team) * kVectorOf<T>;
-  for (int64_t col = s.begin + int64_t(lane) * kVectorOf<T>; col < s.end; col += step) {
-    *reinterpret_cast<Vector<T>*>(out + col) = pack;
-  }
-}
-
 // A team shares the single entries of its part.
 template <class T>
 struct TeamTermAccess : DeviceTermAccess<T> {
@@ -117,9 +63,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const Stretch s = stretch_of(q, out, item.part);
   const bool counts = item.exists && r.label >= 0;
   if (counts) {
-    TermWriter<T>{row, out, term_loop<A>(r)}.write(s, item.lane, q.team);
+    const TermLoop<A> k = term_loop<A>(r);
+    const TermExponential<A> e;
+    rewrite<kPacksAtOnce<T, true>>(
+        s, item.lane, q.team, RowMemory<T>{row, same_boundaries(row, out)}, out, [&](auto& values, int64_t) {
+          for (T& value : values) {  // the branches are the same for a whole row
+            value = static_cast<T>(dense_gradient<A>(k, k.both, k.entropy_scale != 0, widen(value), e));
+          }
+        });
   } else if (item.exists) {
-    fill(out, s, item.lane, q.team, static_cast<T>(r.label == kBadLabel ? A(NAN) : A(0)));
+    fill(s, item.lane, q.team, out, static_cast<T>(r.label == kBadLabel ? A(NAN) : A(0)));
   }
   if (q.terms.context_before != nullptr) return;
   if (q.team > kWarpSize) {
