@@ -33,10 +33,10 @@ void with_sums(bool one, bool scaled, F f) {
 // Two launches.
 void launch_cross_entropy_terms_forward(const char* op, const CrossEntropyParams& q,
                                         const TermParams& p, const Tensor& like) {
-  if (q.rows.rows == 0) return;
-  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.rows.rows);
+  if (q.counted.rows == 0) return;
+  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.counted.rows);
   constexpr int64_t kDoubles = sizeof(TermPart) / sizeof(double);
-  Tensor buffer = device_empty(like, {q.rows.rows * q.parts * kDoubles}, ScalarType::Double);
+  Tensor buffer = device_empty(like, {q.counted.rows * q.parts * kDoubles}, ScalarType::Double);
   auto* parts = static_cast<TermPart*>(buffer.mutable_data_ptr());
   const cudaStream_t stream = current_stream(like);
   const bool scaled = !p.unscaled || q.temperature.data != nullptr;
@@ -55,10 +55,10 @@ void launch_cross_entropy_terms_forward(const char* op, const CrossEntropyParams
 // Three launches.
 void launch_cross_entropy_terms_backward(const char* op, const CrossEntropyParams& q,
                                          const TermParams& p, const Tensor& grad_logits) {
-  if (q.rows.rows == 0) return;
-  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.rows.rows);
+  if (q.counted.rows == 0) return;
+  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.counted.rows);
   constexpr int64_t kMostBytes = sizeof(TermGradient<double>);
-  Tensor buffer = device_empty(grad_logits, {q.rows.rows * kMostBytes / 8}, ScalarType::Double);
+  Tensor buffer = device_empty(grad_logits, {q.counted.rows * kMostBytes / 8}, ScalarType::Double);
   const cudaStream_t stream = current_stream(grad_logits);
   with_logits_type(q, [&](auto value) {
     using T = decltype(value);
@@ -86,8 +86,12 @@ EightTensors cross_entropy_terms_forward_cuda(
   const TermOutputs out = allocate_terms(in, unscaled, [&](const auto& sizes, ScalarType type) {
     return device_empty(logits, sizes, type);
   });
-  CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, nullptr);
-  cut(q, 0);
+  RowProblem problem;
+  problem.counted = counted_rows(per_row, ignore_index, 0);
+  problem.layout = row_layout(op, per_row.logits, nullptr);
+  problem.logits = array_of(per_row.logits);
+  problem.temperature = array_of(in.rows.temperature);
+  const CrossEntropyParams q = params_of(problem, 0);
   TermParams p = term_params(per_row, ignore_index);
   p.terms = arrays_of(out, in, unscaled);
   p.sums = out.sums.mutable_data_ptr<double>();
@@ -116,8 +120,12 @@ Tensor cross_entropy_terms_backward_cuda(
   std::vector<int64_t> sizes = row_sizes(logits);
   sizes.push_back(logits.size(logits.dim() - 1));
   Tensor grad_logits = device_empty(logits, sizes, logits.scalar_type());
-  CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, &grad_logits);
-  cut(q, kMaxPacks);
+  RowProblem problem;
+  problem.counted = counted_rows(per_row, ignore_index, 0);
+  problem.layout = row_layout(op, per_row.logits, &grad_logits);
+  problem.logits = array_of(per_row.logits);
+  problem.temperature = array_of(in.rows.temperature);
+  const CrossEntropyParams q = params_of(problem, kMaxPacks);
   TermParams p = term_params(per_row, ignore_index);
   p.terms = gradients.arrays();
   p.sums = gradients.read_sums();

@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
                                     const TermPart* parts,  // [rows, q.parts]
                                     bool scaled) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= q.rows.rows) return;
+  if (row >= q.counted.rows) return;
   const int64_t label = label_at(q, row);
   const DeviceTermAccess<T> access{row_of<T>(q, row), nullptr};
   TermSums r;
   if (label >= 0) {
-    const double scale = scale_of<double>(q), classes = double(q.rows.classes);
+    const double scale = scale_of<double>(q), classes = double(q.counted.classes);
     const double below = merge_term_parts(parts + row * q.parts, q.parts, scale, classes,
                                           access.logit(label), p, scaled, r);
     put_terms(p.rows, p.terms, row, label, r, below / classes, scale, access);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
 {
   using A = accumulate_t<T>;
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= q.rows.rows) return;
+  if (row >= q.counted.rows) return;
   const int64_t label = label_at(q, row);
   TermGradient<A> gradient = {};
   gradient.label = label;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
                                      T* grad_logits)  // [rows, V]
 {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= q.rows.rows) return;
+  if (row >= q.counted.rows) return;
   const int64_t label = label_at(q, row);
   if (label < 0) return;
   TermRow r = term_row(q, p, row, label);
