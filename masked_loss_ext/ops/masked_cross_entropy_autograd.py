@@ -56,9 +56,9 @@ def _call_traced(args):
 
 
 def scheduled(args):
-    """The arguments for a compiled graph: numbers that are its inputs, as a schedule moves them,
-    cross the border in a tensor on the CPU, which is read when the graph runs. A float of an operator
-    is a part of the graph: each new value would compile another one."""
+    """The arguments for a compiled graph. Numbers that are its inputs, as a schedule moves them,
+    are given in a tensor on the CPU, which is read when the graph runs: a float of an operator is a
+    part of the graph, and each new value would compile another one."""
     if not (torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, args[NUMBERS]))):
         return args
     schedule = torch.stack([as_number(value, "cpu") for value in args[NUMBERS]])

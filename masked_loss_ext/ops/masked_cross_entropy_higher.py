@@ -123,7 +123,6 @@ def _pullback(saved, options):
     saved: its tensors, options: what follows them.
     """
     grads, tensors = saved[:4], (*saved[9:16], saved[8][0])
-    logits = tensors[0]
     has = [grad is not None for grad in grads]
 
     def function(logits, token_weight, *given):
