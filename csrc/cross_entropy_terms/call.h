@@ -89,7 +89,6 @@ struct TermsForward {
       fail(call.op, ": classes and links must be None where unscaled is False");
     }
     const typename Device::Scope scope(in.logits);
-    call.terms.unscaled = unscaled;
     TermArrays& a = call.terms.terms;
     const std::vector<int64_t> rows = row_sizes(in.logits);
     const auto make = [&](Array& place, bool made, const std::vector<int64_t>& sizes) {

@@ -39,10 +39,12 @@ struct TermRows {
   int64_t asked = 0;         // classes per row
   const int32_t* context_before = nullptr;  // [rows], or absent
   const int32_t* ngram_after = nullptr;
-  bool unscaled = true;      // the terms at temperature 1 are asked for
   TermArrays terms;          // results of the forward, incoming gradients of the backward
   double* sums = nullptr;    // [rows, kTermSums], written by the forward
 };
+
+// Whether the forward is asked for terms at temperature 1.
+MASKED_LOSS_EXT_INLINE bool has_unscaled(const TermRows& q) { return q.terms.log_prob.data != nullptr; }
 
 // Calls f(class) for the n-gram candidates of a row. Whatever the links hold, it ends (each leads further
 // back) and stays inside the sequence. Links of repetition_links() pass over repeats: see there.
@@ -92,7 +94,7 @@ MASKED_LOSS_EXT_INLINE TermSums term_sums_of(const TermRows& q, RowSums<double> 
   TermSums r;
   with_label(one, s_y);
   r.max = one.max;
-  if (q.unscaled) {
+  if (has_unscaled(q)) {
     r.log_sum = log_sum_of(one);
     r.entropy = entropy_of(one, r.log_sum);
   }

@@ -10,8 +10,12 @@ namespace masked_loss_ext::cuda {
 
 struct TermParams : CrossEntropyParams {
   TermRows terms;
-  bool apart = false;  // the sums at T are not those at 1
 };
+
+// Whether the sums at T are taken besides those at 1, or alone. Nobody looks at a temperature on the device.
+__host__ __device__ __forceinline__ bool sums_apart(const TermParams& q) {
+  return !has_unscaled(q.terms) || q.temperature.data != nullptr;
+}
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const CrossEntropyParams& q, int64_t row) {
@@ -217,7 +221,7 @@ __device__ __forceinline__ void finish_terms(const TermParams& q, int64_t row, i
   }
   one.max = largest;
   at_scale.max = largest * scale;
-  const TermSums r = term_sums_of(q.terms, one, at_scale, q.apart, scale, access.logit(label));
+  const TermSums r = term_sums_of(q.terms, one, at_scale, sums_apart(q), scale, access.logit(label));
   const double below = plain - classes * (r.max == -INFINITY ? 0.0 : r.max);
   put_terms(q.terms, row, label, r, below / classes, scale, access);
 }

@@ -18,7 +18,6 @@ TermParams term_params(const RowProblem& rows, const TermRows& terms, int64_t ma
   TermParams q;
   static_cast<CrossEntropyParams&>(q) = params_of(rows, max_packs);
   q.terms = terms;
-  q.apart = !terms.unscaled || rows.temperature.data != nullptr;
   return q;
 }
 
@@ -33,8 +32,8 @@ Item* room_for(Tensor& buffer, const Tensor& like, int64_t count) {
 // Calls f(sums at temperature 1 are needed, sums at T are) with constants.
 template <class F>
 void with_sums(const TermParams& q, F f) {
-  if (!q.terms.unscaled) return f(std::false_type{}, std::true_type{});
-  if (q.apart) return f(std::true_type{}, std::true_type{});
+  if (!has_unscaled(q.terms)) return f(std::false_type{}, std::true_type{});
+  if (sums_apart(q)) return f(std::true_type{}, std::true_type{});
   f(std::true_type{}, std::false_type{});
 }
 
