@@ -91,7 +91,7 @@
 //   ngram_size  n >= 1   length of a window
 // repetition_counts returns, int64 [B]: unordered pairs of equal windows, windows, different windows,
 // and the longest run of one token. repetition_links returns, int32 [B, S], for t where a window ends:
-// the latest u < t where one ends that has the same n - 1 tokens before its last (else -1), and the
+// the latest u < t where one ends that has the same n - 1 tokens before another last (else -1), and the
 // earliest u > t where an equal one ends (else S).
 STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(

@@ -60,8 +60,6 @@ CPU_SOURCES = [  # what takes longest first: it is started first
     "cross_entropy/cpu/ops.cpp",
     "cross_entropy_terms/cpu/ops.cpp",
     "block_mask/cpu/ops.cpp",
-    "block_mask/cpu/lists.cpp",
-    "block_mask/cpu/rows.cpp",
     "repetition/cpu/ops.cpp",
     "common/cpu/capability.cpp",
     "schemas.cpp",

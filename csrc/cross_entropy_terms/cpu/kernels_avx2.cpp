@@ -12,9 +12,9 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy_terms/cpu/backward.inc"
+#include "cross_entropy_terms/cpu/rows.inc"
 }  // namespace
-extern const TermsKernels terms_avx2 = {forward, backward};
+extern const TermsKernels terms_avx2 = {terms_forward, terms_backward};
 }  // namespace masked_loss_ext
 #include "common/cpu/target_end.inc"
 #endif

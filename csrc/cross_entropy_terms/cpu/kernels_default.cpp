@@ -9,7 +9,7 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy_terms/cpu/backward.inc"
+#include "cross_entropy_terms/cpu/rows.inc"
 }  // namespace
-extern const TermsKernels terms_default = {forward, backward};
+extern const TermsKernels terms_default = {terms_forward, terms_backward};
 }  // namespace masked_loss_ext
