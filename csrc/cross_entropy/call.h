@@ -114,9 +114,7 @@ inline void check_overwritable(const char* op, const char* name, const Tensor& t
 
 inline void check_per_row(const char* op, const char* name, const Tensor& tensor,
                           const Tensor& logits) {
-  bool same = tensor.dim() == logits.dim() - 1;
-  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == logits.size(d);
-  if (!same) {
+  if (tensor.dim() != logits.dim() - 1 || !sizes_fit(tensor, logits)) {
     fail(op, ": ", name, " must have the shape of logits ", shape_text(logits),
          " without the last dimension, got ", shape_text(tensor));
   }
@@ -162,28 +160,22 @@ inline void check_options(const char* op, const CrossEntropyOptions& options, in
 
 inline void check_inputs(const char* op, const CrossEntropyInputs& in,
                          const CrossEntropyOptions& options, int64_t shift) {
-  check_logits(op, in.logits);
-  check_options(op, options, shift, in.logits);
-  if (in.target) {
-    check_integer(op, "target", *in.target,
-                  " (one class per row: soft labels are not what this function takes)");
-    check_per_row(op, "target", *in.target, in.logits);
-  }
-  if (in.mask) {
-    check_mask_type(op, "mask", *in.mask);
-    check_per_row(op, "mask", *in.mask, in.logits);
-  }
-  if (in.weight) check_weight(op, *in.weight, in.logits);
-  if (in.token_weight) {
-    check_floating(op, "token_weight", *in.token_weight);
-    check_per_row(op, "token_weight", *in.token_weight, in.logits);
-  }
-  if (in.segment_ids) {
-    check_integer(op, "segment_ids", *in.segment_ids, "");
-    check_per_row(op, "segment_ids", *in.segment_ids, in.logits);
-  }
-  check_number(op, "temperature", in.temperature, in.logits);
-  check_number(op, "normalizer", in.normalizer, in.logits);
+  const Tensor& logits = in.logits;
+  check_logits(op, logits);
+  check_options(op, options, shift, logits);
+  constexpr const char* no_soft_labels =
+      " (one class per row: soft labels are not what this function takes)";
+  if (in.target) check_integer(op, "target", *in.target, no_soft_labels);
+  if (in.target) check_per_row(op, "target", *in.target, logits);
+  if (in.mask) check_mask_type(op, "mask", *in.mask);
+  if (in.mask) check_per_row(op, "mask", *in.mask, logits);
+  if (in.weight) check_weight(op, *in.weight, logits);
+  if (in.token_weight) check_floating(op, "token_weight", *in.token_weight);
+  if (in.token_weight) check_per_row(op, "token_weight", *in.token_weight, logits);
+  if (in.segment_ids) check_integer(op, "segment_ids", *in.segment_ids, "");
+  if (in.segment_ids) check_per_row(op, "segment_ids", *in.segment_ids, logits);
+  check_number(op, "temperature", in.temperature, logits);
+  check_number(op, "normalizer", in.normalizer, logits);
 }
 
 // One value per row; where none is needed, what the forward leaves without elements may be so.
@@ -368,34 +360,33 @@ struct RowGradientArguments {
         smooth_distance(in.tensor()),
         totals(in.tensor()) {}
 
-  void check(const char* op, const RowProblem& q, const Tensor& logits) const {
-    if (grad_loss && q.reduction == RowReduction::kNone) {
-      check_row_values(op, "grad_loss", *grad_loss, logits);
-    } else if (grad_loss) {
+  // Checked, into the call's problem.
+  void put(RowCall& call, const Tensor& logits) const {
+    const char* op = call.op;
+    RowProblem& q = call.problem;
+    const bool has_target = q.counted.target.data != nullptr;
+    const auto per_row = [&](Array& place, const char* name, const std::optional<Tensor>& tensor,
+                             bool needed = true) {
+      if (tensor) check_row_values(op, name, *tensor, logits, needed);
+      place = call.read(tensor);
+    };
+    if (grad_loss && q.reduction != RowReduction::kNone) {
       check_number(op, "grad_loss", grad_loss, logits);
       check_loss_type(op, "grad_loss", *grad_loss, logits);
+      q.grad_loss = array_of(*grad_loss);
+    } else {
+      per_row(q.grad_loss, "grad_loss", grad_loss);
     }
-    if (grad_lse) check_row_values(op, "grad_lse", *grad_lse, logits);
-    if (grad_entropy) check_row_values(op, "grad_entropy", *grad_entropy, logits);
-    if (grad_log_prob) check_row_values(op, "grad_log_prob", *grad_log_prob, logits);
-    const bool has_target = q.counted.target.data != nullptr;
+    if (!has_target) q.grad_loss = {};
+    per_row(q.grad_lse, "grad_lse", grad_lse);
+    per_row(q.grad_entropy, "grad_entropy", grad_entropy);
+    per_row(q.grad_log_prob, "grad_log_prob", grad_log_prob);
     check_row_sums(op, "row_sums", row_sums, kRowSums, accumulate_type(logits), logits);
-    check_row_values(op, "entropy", entropy, logits, grad_entropy.has_value());
-    check_row_values(op, "log_prob", log_prob, logits, has_target);
-    check_row_values(op, "smooth_distance", smooth_distance, logits, q.options.label_smoothing > 0);
-    check_saved(op, "totals", totals, {2}, ScalarType::Double, "[2]", logits);
-  }
-
-  void put(RowCall& call) const {
-    RowProblem& q = call.problem;
-    if (q.counted.target.data != nullptr) q.grad_loss = call.read(grad_loss);
-    q.grad_lse = call.read(grad_lse);
-    q.grad_entropy = call.read(grad_entropy);
-    q.grad_log_prob = call.read(grad_log_prob);
     q.row_sums = call.read(row_sums);
-    q.entropy = call.read(entropy);
-    q.log_prob = call.read(log_prob);
-    q.smooth_distance = call.read(smooth_distance);
+    per_row(q.entropy, "entropy", entropy, grad_entropy.has_value());
+    per_row(q.log_prob, "log_prob", log_prob, has_target);
+    per_row(q.smooth_distance, "smooth_distance", smooth_distance, q.options.label_smoothing > 0);
+    check_saved(op, "totals", totals, {2}, ScalarType::Double, "[2]", logits);
     q.totals = call.read(totals);
   }
 };
@@ -416,10 +407,9 @@ struct RowBackward {
   auto run() const {
     RowCall call(kInPlace ? "_masked_cross_entropy_backward_" : "_masked_cross_entropy_backward", in);
     RowProblem& q = call.problem;
-    gradients.check(call.op, q, in.logits);
+    gradients.put(call, in.logits);
     if (kInPlace) check_overwritable(call.op, "logits", in.logits);
     const typename Device::Scope scope(in.logits);
-    gradients.put(call);
     const bool weighs = needs_token_weight && in.token_weight && in.target;
     const Tensor token_weight = make_result<Device>(in.logits, q.grad_token_weight, weighs,
                                                     row_sizes(in.logits), accumulate_type(in.logits));

@@ -278,4 +278,85 @@ struct RowProblem {
   Array grad_token_weight;                            // [rows]
 };
 
+// --- one row of a problem; A: the type of the loss. Elements::number(array, i) reads one entry ----------
+
+// Entry i; 0 where there is nothing.
+template <class A>
+MASKED_LOSS_EXT_INLINE double entry(const Array& array, int64_t i) {
+  return array.data != nullptr ? double(static_cast<const A*>(array.data)[i]) : 0.0;
+}
+
+template <class A>
+MASKED_LOSS_EXT_INLINE void put(const Array& array, int64_t i, double value) {
+  if (array.data != nullptr) static_cast<A*>(array.data)[i] = A(value);
+}
+
+template <class A>
+MASKED_LOSS_EXT_INLINE double class_weight(const RowProblem& q, int64_t label) {
+  return q.weight.data != nullptr && label >= 0 ? entry<A>(q.weight, label) : 1.0;
+}
+
+template <class Elements>
+MASKED_LOSS_EXT_INLINE double token_weight(const RowProblem& q, int64_t row) {
+  return q.token_weight.data != nullptr ? Elements::number(q.token_weight, row + q.counted.shift) : 1.0;
+}
+
+// The result of the row of which `part` has all the sums.
+template <class A, class Elements>
+MASKED_LOSS_EXT_INLINE RowResult finished(const RowProblem& q, const RowPart& part, double scale, int64_t row,
+                                          int64_t label) {
+  RowResult r = row_result(part, scale, label >= 0);
+  if (label >= 0) {
+    r.loss = token_weight<Elements>(q, row) *
+             row_loss(q.options, r, class_weight<A>(q, label), q.counted.classes);
+  }
+  return r;
+}
+
+template <class A>
+MASKED_LOSS_EXT_INLINE void put_row(const RowProblem& q, int64_t row, const RowResult& r) {
+  put_row_sums(static_cast<A*>(q.row_sums.data), row, r);
+  put<A>(q.lse, row, r.lse);
+  put<A>(q.entropy, row, r.entropy);
+  put<A>(q.log_prob, row, r.log_prob);
+  put<A>(q.smooth_distance, row, r.smooth_distance);
+  put<bool>(q.hit, row, r.hit);
+  if (q.reduction == RowReduction::kNone) put<A>(q.loss, row, r.loss);
+}
+
+// What the forward said of a row.
+template <class A>
+MASKED_LOSS_EXT_INLINE RowResult saved_row(const RowProblem& q, int64_t row, double scale) {
+  RowResult r;
+  set_row_sums(r, static_cast<const A*>(q.row_sums.data), row, scale);
+  r.entropy = entry<A>(q.entropy, row);
+  r.log_prob = entry<A>(q.log_prob, row);
+  r.smooth_distance = entry<A>(q.smooth_distance, row);
+  return r;
+}
+
+// loss_gradient: of the row's loss, but for its token weight. weights: the sum of w.
+template <class A, class Elements>
+MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_at(const RowProblem& q, const RowResult& r, int64_t row,
+                                                       int64_t label, double weights,
+                                                       double loss_gradient) {
+  RowGradients g;
+  g.lse = entry<A>(q.grad_lse, row);
+  g.entropy = entry<A>(q.grad_entropy, row);
+  if (label >= 0) {
+    g.loss = loss_gradient * token_weight<Elements>(q, row);
+    g.log_prob = entry<A>(q.grad_log_prob, row);
+  }
+  return coefficients_of(q.options, r, g, class_weight<A>(q, label), weights, q.counted.classes);
+}
+
+// Position row + shift is the only one whose label this row sees; the first `shift` ones of each row length
+// are nobody's.
+template <class A>
+MASKED_LOSS_EXT_INLINE void put_token_gradient(const RowProblem& q, int64_t row, double gradient) {
+  const int64_t shift = q.counted.shift, at = shift > 0 ? row % q.counted.row_length : 0;
+  if (at + shift < q.counted.row_length || shift == 0) put<A>(q.grad_token_weight, row + shift, gradient);
+  if (at < shift) put<A>(q.grad_token_weight, row, 0);
+}
+
 }  // namespace masked_loss_ext

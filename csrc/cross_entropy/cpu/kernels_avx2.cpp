@@ -12,7 +12,7 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy/cpu/rows.inc"
+#include "cross_entropy/cpu/chunks.inc"
 }  // namespace
 extern const CrossEntropyKernels cross_entropy_avx2 = {forward, finish, read_slope, backward,
                                                        count, sweep, scale};

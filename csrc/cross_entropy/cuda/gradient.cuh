@@ -29,13 +29,9 @@ template <class A>
 __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyParams& q, const RowResult& r,
                                                           int64_t row, int64_t label, double weights,
                                                           double loss_gradient) {
-  RowGradients g;
-  g.loss = label >= 0 ? loss_gradient * token_weight_at(q, row) : 0;
-  g.lse = entry<A>(q.grad_lse, row);
-  g.entropy = entry<A>(q.grad_entropy, row);
-  g.log_prob = label >= 0 ? entry<A>(q.grad_log_prob, row) : 0;
-  const double w_y = weight_at(q, label), scale = scale_of<double>(q);
-  const RowCoefficients k = coefficients_of(q.options, r, g, w_y, weights, q.counted.classes);
+  const RowCoefficients k =
+      coefficients_at<A, DeviceElements>(q, r, row, label, weights, loss_gradient);
+  const double scale = scale_of<double>(q);
   // d z / d logit is 1 / T, with softcap (1 - u^2) / T.
   const double per_z = q.options.softcap > 0 ? scale / q.options.softcap : scale;
   RowGradient<A> out;
@@ -45,20 +41,9 @@ __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyPara
   out.base = A(r.highest);
   out.log_sum = A(r.log_sum);
   out.smoothing = A(k.smoothing * per_z);
-  out.target = label >= 0 ? A(target_gradient(k, r.log_prob, w_y) * per_z) : A(0);
+  out.target = label >= 0 ? A(target_gradient(k, r.log_prob, class_weight<A>(q, label)) * per_z) : A(0);
   out.label = label;
   return out;
-}
-
-// Position row + shift is the only one whose label this row sees; the first `shift` ones of each row
-// length are nobody's.
-template <class A>
-__device__ __forceinline__ void write_token_weight_gradient(const CrossEntropyParams& q, int64_t row,
-                                                            double gradient) {
-  const int64_t shift = q.counted.shift;
-  const int64_t at = shift > 0 ? row % q.counted.row_length : 0;
-  if (at + shift < q.counted.row_length || shift == 0) put<A>(q.grad_token_weight, row + shift, gradient);
-  if (at < shift) put<A>(q.grad_token_weight, row, 0);
 }
 
 // grid: ceil(rows / block); block: kThreads.
@@ -74,20 +59,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   gradient.label = label;
   double token_weight_gradient = label == kBadLabel ? double(NAN) : 0;
   if (label >= 0 || label == kNoLabel) {
-    RowResult r;
-    set_row_sums(r, static_cast<const A*>(q.row_sums.data), row, scale_of<double>(q));
-    r.entropy = entry<A>(q.entropy, row);
-    r.log_prob = entry<A>(q.log_prob, row);
-    r.smooth_distance = entry<A>(q.smooth_distance, row);
+    const RowResult r = saved_row<A>(q, row, scale_of<double>(q));
     const double loss_gradient = row_loss_gradient<A>(q, row);
     gradient = row_gradient_of<A>(q, r, row, label, entry<double>(q.totals, 1), loss_gradient);
     if (q.grad_token_weight.data != nullptr && label >= 0) {
       token_weight_gradient =
-          loss_gradient * row_loss(q.options, r, weight_at(q, label), q.counted.classes);
+          loss_gradient * row_loss(q.options, r, class_weight<A>(q, label), q.counted.classes);
     }
   }
   gradients[row] = gradient;
-  write_token_weight_gradient<A>(q, row, token_weight_gradient);
+  put_token_gradient<A>(q, row, token_weight_gradient);
 }
 
 // Gradient of single logits of one row. kFull: with entropy, label smoothing or softcap.

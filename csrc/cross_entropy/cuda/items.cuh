@@ -31,23 +31,15 @@ struct CrossEntropyParams : RowProblem {
   int64_t packs_per_part = 0;
 };
 
-// Entry i of results or gradients of the type A; 0 where there are none.
-template <class A>
-__device__ __forceinline__ double entry(const Array& array, int64_t i) {
-  return array.data != nullptr ? double(static_cast<const A*>(array.data)[i]) : 0.0;
-}
-
-template <class A>
-__device__ __forceinline__ void put(const Array& array, int64_t i, double value) {
-  if (array.data != nullptr) static_cast<A*>(array.data)[i] = A(value);
-}
-
 struct DeviceElements {
   static __device__ __forceinline__ int64_t integer(const Array& array, int64_t i) {
     return load<int64_t>(array, i);
   }
   static __device__ __forceinline__ bool is_on(const Array& array, int64_t i) {
     return cuda::is_on(array, i);
+  }
+  static __device__ __forceinline__ double number(const Array& array, int64_t i) {
+    return load<double>(array, i);
   }
 };
 
@@ -59,14 +51,6 @@ template <class A>
 __device__ __forceinline__ A scale_of(const CrossEntropyParams& q) {
   const A cap = q.options.softcap > 0 ? A(q.options.softcap) : A(1);
   return q.temperature.data != nullptr ? cap / load<A>(q.temperature, 0) : cap;
-}
-
-__device__ __forceinline__ double weight_at(const CrossEntropyParams& q, int64_t label) {
-  return q.weight.data != nullptr && label >= 0 ? load<double>(q.weight, label) : 1;
-}
-
-__device__ __forceinline__ double token_weight_at(const CrossEntropyParams& q, int64_t row) {
-  return q.token_weight.data != nullptr ? load<double>(q.token_weight, row + q.counted.shift) : 1;
 }
 
 // e^(scale * x). In float a result below the normal numbers becomes 0: it is added to 1 or more, or is

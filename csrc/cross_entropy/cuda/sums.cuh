@@ -208,32 +208,15 @@ __device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponentia
 // Over the block; valid in its first warp. Every thread calls it.
 template <bool kFull, class A>
 __device__ __forceinline__ RowShare<A> block_merge(RowShare<A> share, Exponential<A> exponential) {
-  __shared__ A warp_max[kMaxWarps], warp_sum[kMaxWarps], warp_distance[kMaxWarps];
-  __shared__ A warp_before[kMaxWarps], warp_ties[kMaxWarps];
-  __shared__ double warp_weighted[kMaxWarps], warp_weights[kMaxWarps];
+  __shared__ __align__(16) unsigned char storage[kMaxWarps * sizeof(RowShare<A>)];
+  auto* warps = reinterpret_cast<RowShare<A>*>(storage);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   share = group_merge<kFull>(share, exponential, kWarpSize);
-  if (lane == 0) {
-    warp_max[warp] = share.sums.max;
-    warp_ties[warp] = share.sums.ties;
-    warp_sum[warp] = share.sums.sum;
-    warp_distance[warp] = share.sums.distance;
-    warp_before[warp] = share.sums.before;
-    warp_weighted[warp] = share.weighted;
-    warp_weights[warp] = share.weights;
-  }
+  if (lane == 0) warps[warp] = share;
   __syncthreads();
   if (warp > 0) return share;
   RowShare<A> other;
-  if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
-    other.sums.max = warp_max[lane];
-    other.sums.ties = warp_ties[lane];
-    other.sums.sum = warp_sum[lane];
-    other.sums.distance = warp_distance[lane];
-    other.sums.before = warp_before[lane];
-    other.weighted = warp_weighted[lane];
-    other.weights = warp_weights[lane];
-  }
+  if (lane < static_cast<int>(blockDim.x) / kWarpSize) other = warps[lane];
   return group_merge<kFull>(other, exponential, kWarpSize);
 }
 
@@ -268,36 +251,17 @@ __device__ __forceinline__ RowResult not_a_number() {
   return r;
 }
 
-// part: of the whole row, but for the label's logit, which is given in u.
-__device__ __forceinline__ RowResult result_of(const CrossEntropyParams& q, RowPart part, double label_u,
-                                               int64_t row, int64_t label) {
-  part.label = label_u;
-  RowResult r = row_result(part, scale_of<double>(q), label >= 0);
-  if (label >= 0) {
-    r.loss = token_weight_at(q, row) * row_loss(q.options, r, weight_at(q, label), q.counted.classes);
-  }
-  return r;
-}
-
-template <class A>
-__device__ __forceinline__ void write_row(const CrossEntropyParams& q, const RowResult& r, int64_t row) {
-  put_row_sums(static_cast<A*>(q.row_sums.data), row, r);
-  put<A>(q.lse, row, r.lse);
-  put<A>(q.entropy, row, r.entropy);
-  put<A>(q.log_prob, row, r.log_prob);
-  put<A>(q.smooth_distance, row, r.smooth_distance);
-  put<bool>(q.hit, row, r.hit);
-  if (q.reduction == RowReduction::kNone) put<A>(q.loss, row, r.loss);
-}
-
 // Writes the results of a row of which `part` has all the sums, and returns what it adds to the totals.
 template <class A>
-__device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, const RowPart& part, int64_t row,
+__device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, RowPart part, int64_t row,
                                              int64_t label, double label_u) {
   RowResult r;
   if (label == kBadLabel) r = not_a_number();
-  if (label >= 0 || label == kNoLabel) r = result_of(q, part, label_u, row, label);
-  write_row<A>(q, r, row);
+  if (label >= 0 || label == kNoLabel) {
+    part.label = label_u;
+    r = finished<A, DeviceElements>(q, part, scale_of<double>(q), row, label);
+  }
+  put_row<A>(q, row, r);
   return totals_of(q, label, r.loss);
 }
 

@@ -105,8 +105,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     share = team_merge<kFull>(share, exponential, q.team);
     if (q.parts > 1) share = cluster_merge<kFull>(share, exponential);
     if (counts && item.lane == 0) {
-      const RowPart part = part_of(share, scale_of<double>(q));
-      const RowResult r = result_of(q, part, label_u, row, label);
+      const double scale = scale_of<double>(q);
+      RowPart part = part_of(share, scale);
+      part.label = label_u;
+      const RowResult r = finished<A, DeviceElements>(q, part, scale, row, label);
       const double denominator = *static_cast<const double*>(q.totals.data);
       if (item.part == 0) row_losses[row] = r.loss;
       *slot.gradient =

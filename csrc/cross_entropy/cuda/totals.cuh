@@ -13,9 +13,9 @@ struct Totals {
 
 __device__ __forceinline__ Totals totals_of(const CrossEntropyParams& q, int64_t label, double loss) {
   Totals row = {loss, 0, label == kBadLabel};
-  if (label == kNotCounted) return row;
-  const bool unknown = label == kBadLabel && q.weight.data != nullptr;
-  row.denominator = unknown ? 0 : weight_at(q, label);
+  if (label == kNotCounted || (label == kBadLabel && q.weight.data != nullptr)) return row;
+  row.denominator =
+      q.logits.kind == Kind::kDouble ? class_weight<double>(q, label) : class_weight<float>(q, label);
   return row;
 }
 
