@@ -124,7 +124,7 @@ def _operands(function, tokens, valid, ngram_size):
 
 
 def _check_fake(function, tokens, valid, ngram_size):
-    """As checked_rows() of csrc/repetition/call.h; sizes that are kept symbolic are not looked at."""
+    """As checked_rows() of csrc/repetition/call.h; symbolic sizes are not looked at."""
     check_integers(function, "tokens", tokens)
     if tokens.dim() != 2:
         raise ValueError(f"{function}: tokens must be [B, S], got {shape_text(tokens)}")
