@@ -79,6 +79,18 @@ MASKED_LOSS_EXT_INLINE int load_row(const IntervalRows& in, int64_t b, int64_t q
   return count > 1 ? merge_intervals(out, count) : count;
 }
 
+struct BlockGrid {
+  int64_t q_block, kv_block, q_blocks, kv_blocks;
+};
+
+// One direction of the lists: of partial and of full blocks, how many and which in each row of them.
+struct ListPointers {
+  int32_t* partial_count;  // [batch, rows of the list]
+  int32_t* partial;        // [batch, rows of the list, columns]
+  int32_t* full_count;
+  int32_t* full;
+};
+
 struct BlockRange {
   int32_t touched_begin, touched_end, covered_begin, covered_end;
 };

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace masked_loss_ext {
 
@@ -24,7 +25,9 @@ template <class... Parts>
 }
 
 // NaN lies in no range.
-inline void check_range(const char* op, const char* name, double value, double least, double most) {
+template <class Number>
+void check_range(const char* op, const char* name, Number value, std::common_type_t<Number> least,
+                 std::common_type_t<Number> most) {
   if (value >= least && value <= most) return;
   fail(op, ": ", name, " must be in [", least, ", ", most, "], got ", value);
 }
@@ -39,8 +42,7 @@ constexpr int64_t kLargestLength = int64_t{1} << 48;
 
 inline void check_length(const char* op, const char* name, int64_t value, int64_t least = 0,
                          int64_t most = kLargestLength) {
-  if (value >= least && value <= most) return;
-  fail(op, ": ", name, " must be in [", least, ", ", most, "], got ", value);
+  check_range(op, name, value, least, most);
 }
 
 inline std::string shape_text(const Tensor& tensor) {
@@ -92,14 +94,20 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
   fail(op, ": ", name, " must be on the device of ", like_name, " (they differ in type or index)");
 }
 
+// Whether the sizes of `tensor` are those of `like` from dimension `first` on, or 1 where that stands for any.
+inline bool sizes_fit(const Tensor& tensor, const Tensor& like, int64_t first = 0, bool one_is_any = false) {
+  bool fit = first >= 0 && tensor.dim() + first <= like.dim();
+  for (int64_t d = 0; fit && d < tensor.dim(); ++d) {
+    fit = tensor.size(d) == like.size(d + first) || (one_is_any && tensor.size(d) == 1);
+  }
+  return fit;
+}
+
 inline void check_same_shape(const char* op, const char* name, const Tensor& tensor,
                              const Tensor& like, const char* like_name = "prediction") {
-  bool same = tensor.dim() == like.dim();
-  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == like.size(d);
-  if (!same) {
-    fail(op, ": ", name, " must have the shape of ", like_name, " ", shape_text(like), ", got ",
-         shape_text(tensor));
-  }
+  if (tensor.dim() == like.dim() && sizes_fit(tensor, like)) return;
+  fail(op, ": ", name, " must have the shape of ", like_name, " ", shape_text(like), ", got ",
+       shape_text(tensor));
 }
 
 inline void check_integer(const char* op, const char* name, const Tensor& tensor, const char* why) {
@@ -112,41 +120,22 @@ inline void check_integer(const char* op, const char* name, const Tensor& tensor
 }
 
 inline void check_leading_shape(const char* op, const char* name, const Tensor& tensor,
-                                const Tensor& prediction) {
-  bool leading = tensor.dim() <= prediction.dim();
-  for (int64_t d = 0; leading && d < tensor.dim(); ++d) {
-    leading = tensor.size(d) == prediction.size(d);
-  }
-  if (!leading) {
-    fail(op, ": ", name, " must have the leading dimensions of prediction ",
-         shape_text(prediction), ", got ", shape_text(tensor));
-  }
+                                const Tensor& prediction, bool one_is_any = false) {
+  if (sizes_fit(tensor, prediction, 0, one_is_any)) return;
+  fail(op, ": ", name, " must have the leading dimensions of prediction ", shape_text(prediction),
+       ", got ", shape_text(tensor), one_is_any ? " (a size of 1 stands for any)" : "");
 }
 
-// A size of 1 stands for any.
 inline void check_leading_broadcastable(const char* op, const char* name, const Tensor& tensor,
                                         const Tensor& prediction) {
-  bool fits = tensor.dim() <= prediction.dim();
-  for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
-    fits = tensor.size(d) == 1 || tensor.size(d) == prediction.size(d);
-  }
-  if (!fits) {
-    fail(op, ": ", name, " must have the leading dimensions of prediction ",
-         shape_text(prediction), ", got ", shape_text(tensor), " (a size of 1 stands for any)");
-  }
+  check_leading_shape(op, name, tensor, prediction, true);
 }
 
 inline void check_broadcastable(const char* op, const char* name, const Tensor& tensor,
                                 const Tensor& prediction) {
-  const int64_t extra = prediction.dim() - tensor.dim();
-  bool fits = extra >= 0;
-  for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
-    fits = tensor.size(d) == 1 || tensor.size(d) == prediction.size(d + extra);
-  }
-  if (!fits) {
-    fail(op, ": ", name, " must be broadcastable to prediction ", shape_text(prediction),
-         ", got ", shape_text(tensor));
-  }
+  if (sizes_fit(tensor, prediction, prediction.dim() - tensor.dim(), true)) return;
+  fail(op, ": ", name, " must be broadcastable to prediction ", shape_text(prediction), ", got ",
+       shape_text(tensor));
 }
 
 }  // namespace masked_loss_ext

@@ -23,15 +23,11 @@ LEVEL_SOURCES = [  # compiled once per level
     "cross_entropy/cpu/kernels.cpp",
 ]
 CPU_SOURCES = [
-    "cross_entropy/cpu/backward.cpp",
+    "cross_entropy/cpu/ops.cpp",
     "cross_entropy_terms/cpu/ops.cpp",
     "block_mask/cpu/ops.cpp",
-    "cross_entropy/cpu/sweep.cpp",
-    "repetition/cpu/ops.cpp",
     "elementwise/cpu/ops.cpp",
-    "cross_entropy/cpu/forward.cpp",
-    "block_mask/cpu/lists.cpp",
-    "block_mask/cpu/rows.cpp",
+    "repetition/cpu/ops.cpp",
     "schemas.cpp",
     "common/cpu/capability.cpp",
 ]

@@ -14,7 +14,6 @@ from .._aggregate import AGGREGATIONS, check_normalizer
 from .._checks import as_integers, as_mask, as_number, check_constant, check_flags, is_symbolic
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
-from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
 from .masked_cross_entropy_aggregate import aggregate_rows, check_aggregation
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
@@ -237,6 +236,7 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
             _temperature(name, temperature, logits),
             _number(name, "normalizer", normalizer, logits),
             *options,
+            None,
         )
         if inplace_backward and not torch.compiler.is_compiling():
             checks.check_overwritable(name, logits)

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
+from .._checks import as_number, is_symbolic
 from . import masked_cross_entropy_higher as higher
 from .masked_squared_error import (
     _below_autograd,
@@ -27,9 +28,10 @@ _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.defa
 # Positions among the operator's arguments.
 TENSORS = 8  # logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer
 TOKEN_WEIGHT, NORMALIZER = 4, 7
-ARGUMENTS = 16
+ARGUMENTS = 17
 SHOWN = 5  # of the results: loss, lse, entropy, log_prob, hit
-SMOOTH_DISTANCE = 5
+NUMBERS = slice(9, 13)  # label_smoothing, softcap, z_loss, focal_gamma
+BEFORE = 9  # of the backward operator, before those of the forward: gradients, what was saved
 
 
 def call(args, inplace_backward):
@@ -50,9 +52,17 @@ def _call_traced(args):
         return higher.outputs(*args)
     if not torch.compiler.is_compiling():
         return _Differentiable.apply(*args)
-    from . import masked_cross_entropy_schedule as schedule  # which is made of this module
+    return _forward_op(*scheduled(args))
 
-    return (schedule.call_scheduled if schedule.is_scheduled(args) else _forward_op)(*args)
+
+def scheduled(args):
+    """The arguments for a compiled graph. Numbers that are its inputs, as a schedule moves them,
+    are given in a tensor on the CPU, which is read when the graph runs: a float of an operator is a
+    part of the graph, and each new value would compile another one."""
+    if not (torch.compiler.is_dynamo_compiling() and any(map(is_symbolic, args[NUMBERS]))):
+        return args
+    schedule = torch.stack([as_number(value, "cpu") for value in args[NUMBERS]])
+    return *args[: NUMBERS.start], 0.0, 0.0, 0.0, 0.0, *args[NUMBERS.stop : -1], schedule
 
 
 @torch.library.register_fake("masked_loss_ext::masked_cross_entropy")
@@ -73,6 +83,7 @@ def _forward_fake(
     shift=0,
     reduction="mean",
     statistics=False,
+    schedule=None,
 ):
     name = "masked_cross_entropy"
     refuse_two_devices(
@@ -90,17 +101,25 @@ def _forward_fake(
         empty(rows if statistics else nothing),
         empty(rows if has_target else nothing),
         empty(rows if statistics and has_target else nothing, torch.bool),
-        empty(rows if label_smoothing > 0 and has_target else nothing),
-        empty((), torch.float64),
+        empty(rows if has_target and (schedule is not None or label_smoothing > 0) else nothing),
+        empty((2,), torch.float64),
         empty((*rows, 2)),
     )
 
 
+def _filled(op, args):
+    """The dispatcher leaves out trailing arguments that are as the schema's defaults."""
+    return *args, *(a.default_value for a in op._schema.arguments[len(args) :])
+
+
 @torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_backward")
 def _backward_fake(*args):
-    refuse_two_devices("masked_cross_entropy", args[4], *args[:16])
-    logits, token_weight, (needs_logits, needs_token_weight) = args[4], args[8], args[23:]
-    weighs = needs_token_weight and token_weight is not None and args[5] is not None
+    args = _filled(_backward_op, args)
+    row = args[BEFORE : BEFORE + TENSORS]
+    refuse_two_devices("masked_cross_entropy", row[0], *args[:BEFORE], *row)
+    logits, token_weight = row[0], row[TOKEN_WEIGHT]
+    needs_logits, needs_token_weight = args[BEFORE + ARGUMENTS :]
+    weighs = needs_token_weight and token_weight is not None and row[1] is not None
     return (
         logits.new_empty(logits.shape if needs_logits else (0,)),
         logits.new_empty(
@@ -112,7 +131,8 @@ def _backward_fake(*args):
 
 @torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_backward_")
 def _overwriting_fake(*args):
-    return _backward_fake(*args[:23], False, args[23])[1]
+    args = _filled(_overwriting_op, args)
+    return _backward_fake(*args[:-1], False, args[-1])[1]
 
 
 def refuse_derivative(op, instead):
@@ -134,14 +154,22 @@ refuse_derivative(_overwriting_op, "masked_cross_entropy(inplace_backward=True)"
 
 
 def _backward_arguments(grads, saved, options):
-    """saved: the operator's seven tensors but the normalizer, then row_sums, entropy,
-    log_prob, smooth_distance, denominator; options: what follows the tensors."""
+    """saved: row_sums, entropy, log_prob, smooth_distance, totals, then the operator's tensors but
+    the normalizer, and the schedule; options: what lies between these."""
     grad_loss, grad_lse, grad_entropy, grad_log_prob = grads
     if not options[-1]:  # without statistics nobody can have used them
         grad_lse = grad_entropy = grad_log_prob = None
-    if saved[1] is None:  # no target
+    if saved[6] is None:  # no target
         grad_loss = grad_log_prob = None
-    return grad_loss, grad_lse, grad_entropy, grad_log_prob, *saved, *options[:-1]
+    grads = (grad_loss, grad_lse, grad_entropy, grad_log_prob)
+    return *grads, *saved[:-1], None, *options, saved[-1]
+
+
+def _saved(tensors, results, schedule):
+    """What the backward is given; the tensors may be more than the seven."""
+    _, _, entropy, log_prob, _, smooth_distance, totals, row_sums = results
+    row = (row_sums, entropy, log_prob, smooth_distance, totals)
+    return *row, *tensors[:NORMALIZER], schedule
 
 
 def _input_gradients(grad_logits, grad_token_weight, token_weight, needs):
@@ -167,15 +195,13 @@ class _Eager(torch.autograd.Function):
         ctx.overwritten = False
         with _below_autograd():
             results = _forward_op(*tensors, *ctx.options)
-        loss, lse, entropy, log_prob, hit, smooth_distance, denominator, row_sums = results
-        ctx.save_for_backward(
-            *tensors[:NORMALIZER], row_sums, entropy, log_prob, smooth_distance, denominator
-        )
+        ctx.options, schedule = ctx.options[:-1], ctx.options[-1]
+        ctx.save_for_backward(*_saved(tensors, results, schedule))
         ctx.set_materialize_grads(False)
         if not ctx.options[-1]:  # statistics
-            return (loss,)
-        ctx.mark_non_differentiable(hit)
-        return loss, lse, entropy, log_prob, hit
+            return results[:1]
+        ctx.mark_non_differentiable(results[4])
+        return results[:SHOWN]
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse=None, grad_entropy=None, grad_log_prob=None, _=None):
@@ -196,11 +222,11 @@ class _Eager(torch.autograd.Function):
         elif ctx.inplace_backward and needs[0] and not any(map(is_batch, grads)):
             ctx.overwritten = True
             with _below_autograd():
-                results = _overwrite(saved[0], args, needs[1])
+                results = _overwrite(saved[5], args, needs[1])
         else:
             with _below_autograd():
                 results = _backward_op(*args, *needs)
-        return None, *_input_gradients(*results, saved[TOKEN_WEIGHT], needs)[:TENSORS]
+        return None, *_input_gradients(*results, saved[5 + TOKEN_WEIGHT], needs)[:TENSORS]
 
 
 def _overwrite(logits, args, needs_token_weight):
@@ -213,8 +239,8 @@ def _overwrite(logits, args, needs_token_weight):
 
 def _setup_forward(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[4:])
-    ctx.save_for_backward(*inputs[:NORMALIZER], output[7], output[2], output[3], *output[5:7])
-    ctx.options = tuple(inputs[TENSORS:])
+    ctx.save_for_backward(*_saved(inputs, output, inputs[-1]))
+    ctx.options = tuple(inputs[TENSORS:-1])
 
 
 def _backward_registered(ctx, *grads):
@@ -223,7 +249,7 @@ def _backward_registered(ctx, *grads):
     needs = _needs(ctx)
     saved = ctx.saved_tensors
     results = _backward_op(*_backward_arguments(grads[:4], saved, ctx.options), *needs)
-    return tuple(_input_gradients(*results, saved[TOKEN_WEIGHT], needs))
+    return tuple(_input_gradients(*results, saved[5 + TOKEN_WEIGHT], needs))
 
 
 torch.library.register_autograd(
@@ -251,7 +277,7 @@ class _Differentiable(torch.autograd.Function):
         saved = ctx.saved_tensors
         args = _backward_arguments(grads[:4], saved, ctx.options)
         results = _gradients(args, needs)
-        return tuple(_input_gradients(*results, saved[TOKEN_WEIGHT], needs))
+        return tuple(_input_gradients(*results, saved[5 + TOKEN_WEIGHT], needs))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -263,16 +289,18 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _setup_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:16])
-    ctx.options = tuple(inputs[16:])
+    tensors = BEFORE + TENSORS
+    ctx.save_for_backward(*inputs[:tensors], inputs[-3])  # the schedule
+    ctx.options = (*inputs[tensors:-3], *inputs[-2:])
 
 
 def _second_derivative(ctx, upstream_logits, upstream_token_weight):
     """Derivative of the backward operator, in its incoming gradients, logits and token_weight."""
-    found = higher.second_derivative(
-        ctx.saved_tensors, ctx.options, (upstream_logits, upstream_token_weight)
-    )
-    grads = [None] * 25
+    *saved, schedule = ctx.saved_tensors
+    options = (*ctx.options[:-2], schedule, *ctx.options[-2:])
+    upstream = (upstream_logits, upstream_token_weight)
+    found = higher.second_derivative(saved, options, upstream)
+    grads = [None] * (BEFORE + ARGUMENTS + 2)
     for position, grad in found.items():
         if ctx.needs_input_grad[position]:
             grads[position] = grad
@@ -289,7 +317,8 @@ torch.library.register_autograd(
 def _gradients(args, needs):
     """The backward operator under a transform."""
     if needs_plain():
-        return higher.gradients(args[:16], (*args[16:], *needs))
+        tensors = BEFORE + TENSORS
+        return higher.gradients(args[:tensors], (*args[tensors:], *needs))
     return _DifferentiableBackward.apply(*args, *needs)
 
 
@@ -309,7 +338,9 @@ class _DifferentiableBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        def one(*tensors):
-            return higher.gradients(tensors, args[16:])
+        count = BEFORE + TENSORS
 
-        return torch.vmap(one, in_dims=in_dims[:16])(*args[:16]), (0, 0)
+        def one(*tensors):
+            return higher.gradients(tensors, args[count:])
+
+        return torch.vmap(one, in_dims=in_dims[:count])(*args[:count]), (0, 0)

@@ -17,8 +17,8 @@ from .masked_squared_error import (
     refuse_two_devices,
 )
 
-_fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient.default
-_overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_.default
+_sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep.default
+_overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep_.default
 _scale_op = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_.default
 
 
@@ -44,10 +44,10 @@ def call_with_gradient(args, inplace_backward):
         or is_transformed()
     ):
         return call(args, inplace_backward)
-    return (_Fused.apply((inplace_backward, args[TENSORS:-1]), *args[:TENSORS]),)
+    return (_Sweep.apply((inplace_backward, args[TENSORS:]), *args[:TENSORS]),)
 
 
-class _Fused(torch.autograd.Function):
+class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, *tensors):
         inplace, options = how
@@ -57,7 +57,7 @@ class _Fused(torch.autograd.Function):
                 gradient = tensors[0].detach()  # with the version of the logits: all see the other
                 torch.autograd.graph.increment_version(gradient)
             else:
-                loss, gradient = _fused_op(*tensors, *options)
+                loss, gradient = _sweep_op(*tensors, *options)
         ctx.save_for_backward(gradient)
         ctx.handed_over = False
         return loss
@@ -91,13 +91,13 @@ def _loss_like(logits):
     return logits.new_empty((), dtype=reference.accumulate_dtype(logits, logits))
 
 
-@torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_with_gradient")
-def _fused_fake(*args, **options):
+@torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_sweep")
+def _sweep_fake(*args, **options):
     refuse_two_devices("masked_cross_entropy", *args[:TENSORS])
     return _loss_like(args[0]), args[0].new_empty(args[0].shape)
 
 
-@torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_with_gradient_")
+@torch.library.register_fake("masked_loss_ext::_masked_cross_entropy_sweep_")
 def _overwriting_fake(*args, **options):
     refuse_two_devices("masked_cross_entropy", *args[:TENSORS])
     return _loss_like(args[0])
@@ -108,5 +108,5 @@ def _scale_fake(grad_logits, grad_loss):
     refuse_two_devices("masked_cross_entropy", grad_logits, grad_loss)
 
 
-for _op in (_fused_op, _overwriting_op, _scale_op):
+for _op in (_sweep_op, _overwriting_op, _scale_op):
     refuse_derivative(_op, "masked_cross_entropy(gradient_in_forward=True)")

@@ -29,9 +29,13 @@ def outputs(
     shift=0,
     reduction="mean",
     statistics=False,
+    schedule=None,
 ):
     """The forward operator: same shapes, same dtypes."""
     temperature = 1.0 if temperature is None else temperature
+    if schedule is not None:
+        label_smoothing, softcap, z_loss, focal_gamma = schedule.tolist()
+    smooths = schedule is not None or label_smoothing > 0
     labels, on = counted_rows(logits, target, mask, ignore_index, shift, segment_ids)
     z = scaled_logits(logits, on, temperature, softcap or None)
     nothing = z.new_zeros(0)
@@ -41,8 +45,8 @@ def outputs(
         )
         entropy = stats.entropy if statistics else nothing
         no_hit = torch.zeros(0, dtype=torch.bool, device=z.device)
-        zero, one = z.new_zeros(()), z.new_ones((), dtype=torch.float64)
-        return zero, stats.lse, entropy, nothing, no_hit, nothing, one, _row_sums(z)
+        totals = _totals(z.new_ones((), dtype=torch.float64), None, label_smoothing, z)
+        return z.new_zeros(()), stats.lse, entropy, nothing, no_hit, nothing, totals, _row_sums(z)
     loss, stats = reference.masked_cross_entropy(
         logits,
         target,
@@ -61,14 +65,15 @@ def outputs(
         normalizer=normalizer,
         return_stats=True,
     )
+    denominator = _denominator(on, labels, weight, normalizer, reduction)
     return (
         loss,
         stats.lse,
         stats.entropy if statistics else nothing,
         stats.log_prob,
         stats.hit if statistics else stats.hit.new_zeros(0),
-        nothing if label_smoothing == 0 else _smooth_distance(z, labels, on, weight),
-        _denominator(on, labels, weight, normalizer, reduction),
+        _smooth_distance(z, labels, on, weight) if smooths else nothing,
+        _totals(denominator, weight, label_smoothing, z),
         _row_sums(z),
     )
 
@@ -76,6 +81,13 @@ def outputs(
 def _row_sums(z):
     """In the place of what the operator keeps for its own backward, which nobody reads here."""
     return z.new_full((*z.shape[:-1], 2), torch.nan)
+
+
+def _totals(denominator, weight, label_smoothing, z):
+    weights = denominator.new_full((), z.shape[-1])
+    if weight is not None and label_smoothing > 0:
+        weights = weight.double().sum()
+    return torch.stack([denominator, weights])
 
 
 def _smooth_distance(z, labels, on, weight):
@@ -100,7 +112,7 @@ def _differentiable(tensors, options):
     def function(logits, token_weight=None):
         inputs = list(tensors)
         inputs[0], inputs[4] = logits, token_weight
-        return outputs(*inputs, *options[:-1], True)[:4]
+        return outputs(*inputs, *options[:-2], True, options[-1])[:4]
 
     return function, [x for x in (tensors[0], tensors[4]) if x is not None]
 
@@ -108,18 +120,13 @@ def _differentiable(tensors, options):
 def _pullback(saved, options):
     """The backward operator's derivative: its gradients, logits and token_weight -> its results.
 
-    saved: its sixteen tensors; options: its numbers.
+    saved: its tensors, options: what follows them.
     """
-    grads, (logits, target, mask, weight, token_weight, segments, temperature) = (
-        saved[:4],
-        saved[4:11],
-    )
-    denominator = saved[15]
-    tensors = (logits, target, mask, weight, token_weight, segments, temperature, denominator)
+    grads, tensors = saved[:4], (*saved[9:16], saved[8][0])
     has = [grad is not None for grad in grads]
 
     def function(logits, token_weight, *given):
-        inner, _ = _differentiable(tensors, (*options[:7], True))
+        inner, _ = _differentiable(tensors, options[:-2])
         args = (logits,) if token_weight is None else (logits, token_weight)
         values, pullback = torch.func.vjp(inner, *args)
         given = iter(given)
@@ -137,10 +144,10 @@ def gradients(saved, options):
     """The backward operator: same shapes, same dtypes."""
     function, given, _ = _pullback(saved, options)
     needs_logits, needs_token_weight = options[-2:]
-    logits, token_weight = saved[4], saved[8]
+    logits, token_weight = saved[9], saved[13]
     dtype = reference.accumulate_dtype(logits, logits)
     grad_logits, grad_token_weight = function(logits, token_weight, *given)
-    weighs = needs_token_weight and token_weight is not None and saved[5] is not None
+    weighs = needs_token_weight and token_weight is not None and saved[10] is not None
     return (
         grad_logits if needs_logits else logits.new_zeros(0),
         grad_token_weight.to(dtype) if weighs else logits.new_zeros(0, dtype=dtype),
@@ -150,13 +157,13 @@ def gradients(saved, options):
 def second_derivative(saved, options, upstream):
     """Gradients of sum(upstream * results of the backward operator), by argument position."""
     function, given, has = _pullback(saved, options)
-    logits, token_weight = saved[4], saved[8]
+    logits, token_weight = saved[9], saved[13]
     if token_weight is None:
         results, pullback = torch.func.vjp(lambda x, *g: function(x, None, *g), logits, *given)
-        positions = [4]
+        positions = [9]
     else:
         results, pullback = torch.func.vjp(function, logits, token_weight, *given)
-        positions = [4, 8]
+        positions = [9, 13]
     positions += [i for i, present in enumerate(has) if present]
     needs = options[-2:]
     upstream = tuple(

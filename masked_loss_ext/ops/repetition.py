@@ -82,21 +82,22 @@ def repetition_counts(
 def repetition_links(
     tokens: torch.Tensor, valid: torch.Tensor | None = None, ngram_size: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token, where its context stood before and where its n-gram stands next.
+    """For each token, where its context was followed by another, and where its n-gram stands next.
 
     The windows are those of :func:`repetition_counts`. Following ``context_before`` from t
-    enumerates the earlier windows with the n - 1 tokens before t, latest first: their last
-    tokens are those that would repeat an n-gram at t. Taking only those u with ``ngram_after[u] >=
-    t`` gives each such token once.
+    leads to earlier windows with the n - 1 tokens before t, latest first: their last tokens are
+    those that would repeat an n-gram at t. Taking only those u with ``ngram_after[u] >= t`` gives
+    each of them that differs from the token at t once. The walk has as many steps as the token
+    after these n - 1 changed before t: none in a row of one token, however long.
 
     Args:
         tokens, valid, ngram_size: as in :func:`repetition_counts`.
 
     Returns:
         (context_before, ngram_after), ``[B, S]`` int32. For t at which a full valid window ends:
-        the latest ``u < t`` at which one ends whose first n - 1 tokens are equal, -1 if there is
-        none; and the earliest ``u > t`` at which one ends that is equal, S if there is none. -1
-        and S for every other t.
+        the latest ``u < t`` at which one ends whose first n - 1 tokens are equal and whose last
+        one is not, -1 if there is none; and the earliest ``u > t`` at which one ends that is equal,
+        S if there is none. -1 and S for every other t.
 
     Raises:
         ValueError, TypeError: as :func:`repetition_counts`.
@@ -128,7 +129,7 @@ def _operands(function, tokens, valid, ngram_size):
 
 
 def _check_fake(function, tokens, valid, ngram_size):
-    """As token_rows() of csrc/repetition/call.h; sizes that are kept symbolic are not looked at."""
+    """As checked_rows() of csrc/repetition/call.h; symbolic sizes are not looked at."""
     check_integers(function, "tokens", tokens)
     shape = shape_text(tokens)
     if tokens.dim() != 2:

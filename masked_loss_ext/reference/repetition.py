@@ -24,7 +24,7 @@ def repetition_links(tokens, valid=None, ngram_size=4):
     # windows are numbered by their first token, links by their last
     first = min(ngram_size - 1, size)
     ends = position[first:]
-    before = torch.where(torch.tril(same_context, diagonal=-1), ends, -1)
+    before = torch.where(torch.tril(same_context & ~same_ngram, diagonal=-1), ends, -1)
     after = torch.where(torch.triu(same_ngram, diagonal=1), ends, size)
     context_before = torch.full_like(tokens, -1, dtype=torch.int32)
     ngram_after = torch.full_like(tokens, size, dtype=torch.int32)

@@ -86,7 +86,8 @@ assert len(BY_NAME) == len(CASES)
 
 
 def links_of(target, valid, n=2):
-    """(context_before, ngram_after) by definition, one row after another."""
+    """(context_before, ngram_after), one row after another. Not as ``repetition_links``: these lead
+    to every earlier window with the same context, equal to that at t or not."""
     size = target.shape[-1]
     before = torch.full(target.shape, -1, dtype=torch.int32)
     after = torch.full(target.shape, size, dtype=torch.int32)

@@ -16,7 +16,7 @@ from simulated import Uploader
 from masked_loss_ext import reference
 
 STATISTICS = ("lse", "entropy", "log_prob", "hit")
-OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "denominator", "row_sums")
+OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "totals", "row_sums")
 DIFFERENTIABLE = ("loss", "lse", "entropy", "log_prob")
 ROUNDINGS_IN_A_ROW = 64  # in float64; the reference's own error is 0 there
 
@@ -70,13 +70,14 @@ class Call:
         grads = [upstream.get(name) for name in DIFFERENTIABLE]
         grads = [None if g is None else self.op.upload(g.to(wide)) for g in grads]
         saved = [self.device[name] for name in ("row_sums", "entropy", "log_prob")]
-        saved += [self.device["smooth_distance"], self.device["denominator"]]
-        inputs = list(self.inputs)
+        saved += [self.device["smooth_distance"], self.device["totals"]]
+        inputs = [*self.inputs, None]  # no normalizer: the denominator is in the totals
         if in_place:
             inputs[0] = sim.upload(sim.download(inputs[0]), writable=True)
         op = self.op.overwriting_op if in_place else self.op.backward_op
         with sim.order(order):
-            outputs = op(*grads, *inputs, *saved, *self.numbers(), *needs[in_place:])
+            arguments = (*grads, *saved, *inputs, *self.numbers(), False, None)
+            outputs = op(*arguments, *needs[in_place:])
         outputs = (inputs[0], outputs) if in_place else outputs
         names = ("logits", "token_weight")
         return {name: sim.download(out) for name, out in zip(names, outputs, strict=True)}
@@ -169,8 +170,8 @@ class SimulatedSweep(Uploader):
     def __init__(self, device=None):
         super().__init__(device)
         self.device = device
-        self.fresh_op = self.ops._masked_cross_entropy_with_gradient
-        self.overwriting_op = self.ops._masked_cross_entropy_with_gradient_
+        self.fresh_op = self.ops._masked_cross_entropy_sweep
+        self.overwriting_op = self.ops._masked_cross_entropy_sweep_
         self.scale_op = self.ops._masked_cross_entropy_scale_gradient_
 
     def __call__(self, logits, target, mask=None, *, order=ORDERS[0], in_place=False, **options):

@@ -16,10 +16,11 @@ from math import log, nan
 import pytest
 import torch
 from accuracy import assert_same_bits
-from cases_terms import BY_NAME, CASES, FLOATING, assert_agrees, evaluate, make
+from cases_terms import BY_NAME, CASES, FLOATING, assert_agrees, evaluate, links_of, make
 
 from masked_loss_ext import reference
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
+from masked_loss_ext.ops.repetition import repetition_links
 
 ODDS = torch.tensor([[1.0, 1, 2], [6, 1, 1], [nan, nan, nan]], dtype=torch.float64)
 TARGET, MASK = torch.tensor([2, 1, 77]), torch.tensor([True, True, False])
@@ -101,6 +102,23 @@ def test_candidates_on_paper(f):
     check(f(x, target, links=links).unlikelihood[0, 7], log(4 / 3) + log(2))
     mask = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]])
     check(f(x, target, mask, links=links).unlikelihood[0, 7], log(4 / 3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("alphabet", [2, 9])
+def test_links_that_pass_over_repeats_have_the_same_candidates(alphabet, n):
+    g = torch.Generator().manual_seed(n)
+    target = torch.randint(alphabet, (2, 150), generator=g)
+    mask = torch.rand(2, 150, generator=g) < 0.95
+    logits = torch.randn(2, 150, alphabet, generator=g)
+    all_links, short = links_of(target, mask, n), repetition_links(target, mask, n)
+    assert (all_links[0] != short[0]).any() and torch.equal(all_links[1], short[1])
+    ours = [
+        evaluate(cross_entropy_terms, dict(logits=logits, target=target, mask=mask, links=x))
+        for x in (all_links, short)
+    ]
+    for name in ("candidates", "unlikelihood", "grad logits"):
+        assert torch.equal(ours[0][name], ours[1][name]), name
 
 
 @BOTH

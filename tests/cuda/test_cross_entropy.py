@@ -119,15 +119,18 @@ def test_launches_are_what_the_lengths_stand_for(op):
     def grid(blocks, threads):
         return f"grid ({blocks},1,1) block ({threads},1,1)"
 
-    lanes, one = grid(1, 256), grid(1, 256)
-    assert grids((256, 0)) == [lanes, one, one, lanes]
+    one = grid(1, 256)
+    assert grids((256, 0)) == [one, one, one]
+    # several blocks, whose totals are added
     assert grids((256, 1)) == [grid(2, 128), one, one, grid(2, 128)]
     assert grids((512, 1)) == [grid(2, 256), one, one, grid(2, 256)]
-    assert grids((1024, 1)) == [grid(4, 256), one, one, grid(4, 256)]
-    assert grids((1, 0), rows=64) == [grid(1, 256), one, one, grid(1, 256)]
+    assert grids((1, 0), rows=64) == [one, one, one]
     assert grids((1, 0), rows=65) == [grid(2, 256), one, one, grid(2, 256)]
-    # more rows than one block finishes
-    assert grids((1, 0), rows=257) == [grid(5, 256), grid(2, 256), one, grid(2, 256), grid(5, 256)]
+    assert grids((1, 0), rows=257) == [grid(5, 256), one, grid(2, 256), grid(5, 256)]
+    # rows in parts, which a thread per row merges
+    assert grids((1024, 1)) == [grid(4, 256), one, one, grid(4, 256)]
+    cut = [grid(1028, 256), grid(3, 256), one, grid(3, 256), grid(1028, 256)]
+    assert grids((1024, 1), rows=514) == cut
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -135,7 +138,7 @@ def test_many_rows(op, reduction):
     inputs = make((3, 231, 5), torch.bfloat16)
     results = check(op, *inputs, reduction=reduction)
     counted = inputs[2].sum().item()
-    assert results["denominator"].item() == (counted if reduction == "mean" else 1)
+    assert results["totals"][0].item() == (counted if reduction == "mean" else 1)
 
 
 @every_dtype

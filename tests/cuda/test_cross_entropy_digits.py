@@ -22,8 +22,7 @@ from cases_digits import (
     truth_beside,
 )
 from simulated_cross_entropy import simulated_cross_entropy, simulated_sweep
-
-from tests.cuda.test_cross_entropy_terms import SimulatedTerms
+from simulated_terms import SimulatedTerms
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d)[6:])
 # lanes of a warp; a block; several blocks, of which each has a part of a row

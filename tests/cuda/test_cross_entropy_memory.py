@@ -18,6 +18,7 @@ if compiler() is None:
 from cuda_sim.probing import message_of_abort
 from simulated_cross_entropy import random_upstream, simulated_cross_entropy
 
+from masked_loss_ext import reference
 from tests.cuda.test_cross_entropy import OPTIONS, columns, filled, make
 
 NAN = float("nan")
@@ -159,23 +160,55 @@ def test_a_gradient_that_is_not_given_is_not_missed(op):
 
 
 def test_launches_of_a_call(op):
-    # two forward, one more where several blocks have the rows; two backward, one for weights alone
-    kinds = ("sums", "rows_kernel", "finish", "row_gradients", "gradient_kernel", "weight_sum")
+    # One forward where a block has all rows, one more that adds the totals of several, one more
+    # that merges the parts of a row. Two backward, one for token weights alone. None for the sum of
+    # the class weights.
+    kinds = ("sums", "rows_kernel", "totals", "row_gradients", "gradient_kernel")
 
     def launches():
-        found = [k for line in op.sim.launches() for k in kinds if f"{k}" in line]
+        lines = op.sim.launches()
+        found = [k for line in lines for k in kinds if f"cross_entropy_{k}" in line]
+        assert len(found) == len(lines)
         op.sim.reset()
         return found
 
     logits, target, mask = make((3, 40))
     one = {"loss": torch.tensor(1.0)}
     op(logits, target, mask).backward(one)
-    assert launches() == ["sums", "rows_kernel", "row_gradients", "gradient_kernel"]
+    assert launches() == ["sums", "row_gradients", "gradient_kernel"]
     op(logits, target, mask, token_weight=torch.ones(3)).backward(one, needs=(False, True))
-    assert launches() == ["sums", "rows_kernel", "row_gradients"]
-    op(logits, target, mask, weight=torch.ones(40), label_smoothing=0.1)
-    assert launches() == ["weight_sum", "sums", "rows_kernel"]
-    op(*make((300, 2)))
-    assert launches() == ["sums", "rows_kernel", "finish"]
+    assert launches() == ["sums", "row_gradients"]
+    weighted = {"weight": torch.rand(40), "label_smoothing": 0.1}
+    op(logits, target, mask, **weighted).backward(one)
+    assert launches() == ["sums", "row_gradients", "gradient_kernel"]
+    op(*make((300, 2))).backward(one)
+    assert launches() == ["sums", "totals", "row_gradients", "gradient_kernel"]
+    op(*make((20_000, 257))).backward(one, needs=(False, False))
+    assert launches() == ["sums", "totals"]
+    op(*make((2, columns((2048, 1), torch.float32)))).backward(one)
+    assert launches() == ["sums", "rows_kernel", "row_gradients", "gradient_kernel"]
     op(*make((0, 2))[:2]).backward(one)
-    assert launches() == ["rows_kernel"]
+    assert launches() == ["sums"]
+    op(*make((0, 20_000))[:2], **{**weighted, "weight": torch.rand(20_000)}).backward(one)
+    assert launches() == ["sums", "rows_kernel"]
+
+
+@pytest.mark.parametrize("length", [40, 5000, 20_000])
+def test_the_sum_of_the_class_weights_is_saved(op, length):
+    logits, target, mask = make((3, length))
+    weight = torch.rand(length)
+    for smoothing, expected in ((0.1, weight.double().sum().item()), (0.0, length)):
+        totals = op(logits, target, mask, weight=weight, label_smoothing=smoothing).results[
+            "totals"
+        ]
+        assert totals[1].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_more_totals_than_a_block_adds(op):
+    """A block per row, and more rows than 16384: two launches add them."""
+    logits, target, mask = make((16_400, 260), torch.float64)
+    target[:16_380] = -100
+    call = op(logits, target, mask)
+    expected = reference.masked_cross_entropy(logits, target, mask)
+    torch.testing.assert_close(call.results["loss"], expected)
+    assert sum("cross_entropy_totals" in line for line in op.sim.launches()) == 2

@@ -130,7 +130,9 @@ def test_everything_ignored(op):
             call = op(logits, target, mask, reduction=reduction, **options)
             grads = call.backward(random_upstream(logits, reduction, True))
             for name, result in (call.results | grads).items():
-                if name != "denominator" or reduction == "mean":
+                if name == "totals":  # the denominator, and the sum of the class weights
+                    assert result.tolist() == [float(reduction != "mean"), 70]
+                else:
                     assert_same_bits(result, torch.zeros_like(result), name)
 
 
@@ -153,7 +155,7 @@ def test_bad_label(op, label, reduction):
     assert grads["logits"][1].isnan().all() and grads["token_weight"][1].isnan()
     assert grads["logits"][good].isfinite().all() and (grads["logits"][3] == 0).all()
     if reduction == "mean":
-        assert call.results["loss"].isnan() and call.results["denominator"] == 3
+        assert call.results["loss"].isnan() and call.results["totals"].tolist() == [3, 70]
     else:
         assert call.results["loss"].isnan().tolist() == [False, True, False, False]
 
@@ -172,11 +174,13 @@ def test_backward_refuses(op):
         call.backward({"lse": torch.ones(3)})
     with pytest.raises(ValueError, match="grad_loss must have the shape of logits"):
         call.backward({"loss": torch.ones(())})
-    denominator = call.device["denominator"]
-    call.device["denominator"] = op.upload(torch.ones(()))
-    with pytest.raises(ValueError, match="denominator must be a float64 number"):
-        call.backward({"loss": torch.ones(4)})
-    call.device["denominator"] = denominator
+    totals = call.device["totals"]
+    for bad in (torch.ones(2), torch.ones(1, dtype=torch.float64)):
+        call.device["totals"] = op.upload(bad)
+        rule = r"totals must be what the forward returned, Double \[2\], got"
+        with pytest.raises(ValueError, match=rule):
+            call.backward({"loss": torch.ones(4)})
+    call.device["totals"] = totals
     for bad in (torch.ones(4, 2, dtype=torch.float64), torch.ones(4), torch.ones(4, 3)):
         call.device["row_sums"] = op.upload(bad)
         rule = r"row_sums must be what the forward returned, Float \[..., 2\], got"

@@ -115,13 +115,3 @@ def test_valid_dtypes(op, dtype):
     tokens, valid = torch.randint(2, (2, 40)), torch.rand(2, 40) < 0.8
     stored = stored_as(valid.to(dtype), "transposed")
     same(simulated(op, tokens, stored, 2), both(tokens, valid, 2))
-
-
-def test_launches_of_a_call(op):
-    simulated(op, torch.zeros(2, 5, dtype=torch.int64), None, 2)
-    counting, linking = op.sim.launches()
-    assert "repetition_counts_kernel" in counting
-    assert "repetition_links_kernel" in linking
-    op.sim.reset()
-    simulated(op, torch.zeros(0, 5, dtype=torch.int64), None, 2)
-    assert op.sim.launches() == []

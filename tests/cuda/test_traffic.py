@@ -141,8 +141,8 @@ def backward_arguments(call):
     """All but which gradients are needed; the loss is what has one."""
     grads = [call.op.upload(torch.ones(())), None, None, None]
     saved = [call.device[name] for name in ("row_sums", "entropy", "log_prob")]
-    saved += [call.device["smooth_distance"], call.device["denominator"]]
-    return [*grads, *call.inputs, *saved, *call.numbers()]
+    saved += [call.device["smooth_distance"], call.device["totals"]]
+    return [*grads, *saved, *call.inputs, None, *call.numbers(), False, None]
 
 
 @pytest.mark.parametrize("shape", CROSS_ENTROPY)

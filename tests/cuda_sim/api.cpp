@@ -57,7 +57,10 @@ CUDA_SIM_API const char* cuda_sim_reset() {
 CUDA_SIM_API int cuda_sim_set_order(const char* text) {
   return cuda_sim::Order::parse(text, &cuda_sim::order());
 }
-CUDA_SIM_API void cuda_sim_set_cluster_limit(unsigned blocks) { cuda_sim::cluster_limit() = blocks; }
+CUDA_SIM_API void cuda_sim_set_cluster_limit(unsigned blocks, unsigned launchable) {
+  cuda_sim::cluster_limit() = blocks;
+  cuda_sim::launchable_blocks() = launchable;
+}
 CUDA_SIM_API const char* cuda_sim_launches() { return cuda_sim::launch_log().c_str(); }
 CUDA_SIM_API void cuda_sim_set_counting(int on) { cuda_sim::set_counting(on != 0); }
 CUDA_SIM_API void cuda_sim_counts(const void* data, size_t bytes, uint16_t* reads, uint16_t* writes) {

@@ -75,6 +75,13 @@ unsigned& cluster_limit() {
   return limit;
 }
 
+unsigned& launchable_blocks() {
+  static unsigned limit = kMaxClusterBlocks;
+  return limit;
+}
+
+int max_active_clusters(int blocks) { return static_cast<unsigned>(blocks) <= launchable_blocks(); }
+
 void* shared_of_block(void* address, unsigned block) {
   if (block == rank) return address;
   if (block >= size) throw std::runtime_error("a block that the cluster does not have is asked for memory");

@@ -41,6 +41,7 @@ bool valid(const LaunchRequest& r) {
   if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return false;
   if (b.x > 1024 || b.y > 1024 || b.z > 64) return false;
   if (!r.cluster || r.cluster > cluster_limit() || g.x % r.cluster) return false;
+  if (r.cluster > 1 && max_active_clusters(static_cast<int>(r.cluster)) == 0) return false;
   return uint64_t{b.x} * b.y * b.z <= kMaxBlockThreads && r.shared_bytes <= kMaxSharedBytes;
 }
 

@@ -27,6 +27,9 @@ void cluster_wait(Site site);
 void* shared_of_block(void* address, unsigned block);
 // How many blocks a cluster of the simulated device may have; 1, which is none, to begin with.
 unsigned& cluster_limit();
+// How many of them it can launch at once; as many, to begin with.
+unsigned& launchable_blocks();
+int max_active_clusters(int blocks);
 
 // What the lanes that meet at a warp-level call do there.
 enum class WarpCall { kSync, kShuffle, kBallot };

@@ -105,13 +105,14 @@ class Simulator:
             self.set_order(before)
 
     @contextlib.contextmanager
-    def clusters(self, blocks=8):
-        """A device whose blocks may form clusters of so many; without it there are none."""
-        self._c.cuda_sim_set_cluster_limit(blocks)
+    def clusters(self, blocks=8, launchable=8):
+        """A device whose blocks may form clusters of so many, of which it can launch those of
+        `launchable`, as a slice of a GPU may; without it there are none."""
+        self._c.cuda_sim_set_cluster_limit(blocks, launchable)
         try:
             yield self
         finally:
-            self._c.cuda_sim_set_cluster_limit(1)
+            self._c.cuda_sim_set_cluster_limit(1, 8)
 
     def launches(self):
         """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each, with

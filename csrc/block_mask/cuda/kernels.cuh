@@ -6,7 +6,6 @@
 #pragma once
 
 #include "block_mask/formula.h"
-#include "block_mask/call.h"
 #include "common/cuda/reduce.cuh"
 
 namespace masked_loss_ext::cuda {
@@ -16,19 +15,20 @@ constexpr int kWarpsPerBlock = kBlockMaskThreads / kWarpSize;
 constexpr int kColumnsPerThread = 8;
 constexpr int kTileColumns = kBlockMaskThreads * kColumnsPerThread;  // 16 KB of differences
 
+// The intervals of row t of packed samples; returns how many.
+__device__ __forceinline__ int packed_row(const PackedRows& p, int64_t t, Interval* out) {
+  const int64_t segment = segment_of_row(p, t);
+  if (segment < 0 || segment >= p.samples * p.segments) return 0;
+  const Sample sample = load_sample(p, segment / p.segments);
+  return attended_by(p, sample, t, t < visible_end(p, segment), out);
+}
+
 // grid: any; block: any. One thread per row, in steps of the grid.
 __global__ void __launch_bounds__(kBlockMaskThreads) packed_rows_kernel(PackedRows p) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  const int64_t segments = p.samples * p.segments;
   for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < p.rows; t += step) {
     Interval intervals[kMaxIntervals];
-    const int64_t segment = segment_of_row(p, t);
-    int count = 0;
-    if (segment >= 0 && segment < segments) {
-      const Sample sample = load_sample(p, segment / p.segments);
-      count = attended_by(p, sample, t, t < visible_end(p, segment), intervals);
-    }
-    store_row(p, t, intervals, count);
+    store_row(p, t, intervals, packed_row(p, t, intervals));
   }
 }
 
@@ -60,14 +60,22 @@ __device__ __forceinline__ void add_clipped(int* differences, int begin, int end
   if (to < kTileColumns) atomicAdd(&differences[to], -1);
 }
 
-__device__ __forceinline__ void add_rows(const IntervalRows& in, const BlockGrid& grid, BlockSize kv_block,
+// The rows are those of `in`, or packed ones (packed.lo is not null), which are written on the way.
+__device__ __forceinline__ void add_rows(const IntervalRows& in, const PackedRows& packed,
+                                         const BlockGrid& grid, BlockSize kv_block,
                                          int64_t row_of_blocks, int64_t first, int* touched,
                                          int* covered) {
   const int64_t b = row_of_blocks / grid.q_blocks, q_block = row_of_blocks % grid.q_blocks;
   const int64_t end = smaller(in.rows, (q_block + 1) * grid.q_block);
   for (int64_t q = q_block * grid.q_block + threadIdx.x; q < end; q += kBlockMaskThreads) {
     Interval intervals[kMaxIntervals];
-    const int count = load_row(in, b, q, intervals);
+    int count;
+    if (packed.lo == nullptr) {
+      count = load_row(in, b, q, intervals);
+    } else {
+      count = packed_row(packed, q, intervals);
+      if (first == 0) store_row(packed, q, intervals, count);
+    }
     for (int i = 0; i < count; ++i) {
       const BlockRange range = blocks_of(intervals[i], kv_block);
       add_clipped(touched, range.touched_begin, range.touched_end, first);
@@ -79,7 +87,7 @@ __device__ __forceinline__ void add_rows(const IntervalRows& in, const BlockGrid
 // grid: [batch * q_blocks] or less, in steps; block: kBlockMaskThreads. Writes the classes of one q-block,
 // a tile of kv-blocks at a time, however many there are.
 __global__ void __launch_bounds__(kBlockMaskThreads)
-    block_classes_kernel(IntervalRows in, BlockGrid grid,
+    block_classes_kernel(IntervalRows in, PackedRows packed, BlockGrid grid,
                          uint8_t* classes)  // [batch, q_blocks, kv_blocks]
 {
   __shared__ int touched[kTileColumns];
@@ -92,7 +100,7 @@ __global__ void __launch_bounds__(kBlockMaskThreads)
     for (int64_t first = 0; first < grid.kv_blocks; first += kTileColumns) {
       for (int j = threadIdx.x; j < kTileColumns; j += kBlockMaskThreads) touched[j] = covered[j] = 0;
       __syncthreads();
-      add_rows(in, grid, kv_block, i, first, touched, covered);
+      add_rows(in, packed, grid, kv_block, i, first, touched, covered);
       __syncthreads();
       const int begin = threadIdx.x * kColumnsPerThread;
       int touching = 0, covering = 0, total;

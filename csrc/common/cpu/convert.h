@@ -29,13 +29,8 @@ MASKED_LOSS_EXT_INLINE float float_of(uint32_t u) {
   return x;
 }
 
-MASKED_LOSS_EXT_INLINE float widen(float x) { return x; }
-MASKED_LOSS_EXT_INLINE double widen(double x) { return x; }
-MASKED_LOSS_EXT_INLINE uint8_t widen(uint8_t x) { return x; }
-MASKED_LOSS_EXT_INLINE int8_t widen(int8_t x) { return x; }
-MASKED_LOSS_EXT_INLINE int16_t widen(int16_t x) { return x; }
-MASKED_LOSS_EXT_INLINE int32_t widen(int32_t x) { return x; }
-MASKED_LOSS_EXT_INLINE int64_t widen(int64_t x) { return x; }
+template <class T>
+MASKED_LOSS_EXT_INLINE T widen(T x) { return x; }
 MASKED_LOSS_EXT_INLINE float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 // Exponent and mantissa keep their order, so a shift and an addition re-bias the exponent; subnormal
@@ -49,8 +44,8 @@ MASKED_LOSS_EXT_INLINE float widen(Half x) {
   return float_of((magnitude < (1u << 23) ? bits_of(subnormal) : normal) | sign);
 }
 
-MASKED_LOSS_EXT_INLINE void narrow(float x, float* out) { *out = x; }
-MASKED_LOSS_EXT_INLINE void narrow(double x, double* out) { *out = x; }
+template <class T>
+MASKED_LOSS_EXT_INLINE void narrow(T x, T* out) { *out = x; }
 
 // Round to nearest even.
 MASKED_LOSS_EXT_INLINE void narrow(float x, BFloat16* out) {
@@ -67,6 +62,27 @@ MASKED_LOSS_EXT_INLINE void narrow(float x, Half* out) {
   const uint32_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
   const uint32_t h = u >= (143u << 23) ? special : u < (113u << 23) ? small : normal;
   out->bits = static_cast<uint16_t>(h | (sign >> 16));
+}
+
+MASKED_LOSS_EXT_INLINE const char* at(const Array& array, int64_t offset) {
+  return static_cast<const char*>(array.data) + offset * size_of(array.kind);
+}
+
+// Calls f with a typed pointer to the element at `offset`.
+template <class F>
+MASKED_LOSS_EXT_INLINE void with_type(const Array& array, int64_t offset, F f) {
+  const char* p = at(array, offset);
+  switch (array.kind) {
+    case Kind::kFloat: f(reinterpret_cast<const float*>(p)); break;
+    case Kind::kDouble: f(reinterpret_cast<const double*>(p)); break;
+    case Kind::kHalf: f(reinterpret_cast<const Half*>(p)); break;
+    case Kind::kBFloat16: f(reinterpret_cast<const BFloat16*>(p)); break;
+    case Kind::kUInt8: f(reinterpret_cast<const uint8_t*>(p)); break;
+    case Kind::kInt8: f(reinterpret_cast<const int8_t*>(p)); break;
+    case Kind::kInt16: f(reinterpret_cast<const int16_t*>(p)); break;
+    case Kind::kInt32: f(reinterpret_cast<const int32_t*>(p)); break;
+    case Kind::kInt64: f(reinterpret_cast<const int64_t*>(p)); break;
+  }
 }
 
 }  // namespace masked_loss_ext

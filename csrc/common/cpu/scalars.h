@@ -10,17 +10,9 @@ namespace masked_loss_ext {
 // Entry i of an array of any kind.
 template <class Number>
 Number read_entry(const Array& array, int64_t i) {
-  switch (array.kind) {
-    case Kind::kFloat: return Number(static_cast<const float*>(array.data)[i]);
-    case Kind::kDouble: return Number(static_cast<const double*>(array.data)[i]);
-    case Kind::kHalf: return Number(widen(static_cast<const Half*>(array.data)[i]));
-    case Kind::kBFloat16: return Number(widen(static_cast<const BFloat16*>(array.data)[i]));
-    case Kind::kUInt8: return Number(static_cast<const uint8_t*>(array.data)[i]);
-    case Kind::kInt8: return Number(static_cast<const int8_t*>(array.data)[i]);
-    case Kind::kInt16: return Number(static_cast<const int16_t*>(array.data)[i]);
-    case Kind::kInt32: return Number(static_cast<const int32_t*>(array.data)[i]);
-    default: return Number(static_cast<const int64_t*>(array.data)[i]);
-  }
+  Number value = 0;
+  with_type(array, i, [&](const auto* p) { value = static_cast<Number>(widen(*p)); });
+  return value;
 }
 
 inline int64_t read_integer(const Array& array, int64_t i) { return read_entry<int64_t>(array, i); }

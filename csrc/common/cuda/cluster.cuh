@@ -12,8 +12,6 @@
 
 namespace masked_loss_ext::cuda {
 
-constexpr int kMaxClusterBlocks = 8;  // what every device with clusters can do
-
 struct Cluster {
 #ifdef MASKED_LOSS_EXT_CLUSTERS
   using Group = cooperative_groups::cluster_group;

@@ -37,16 +37,6 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Dynamic shared memory that a block may ask for, and may where a multiprocessor is to hold two of its
-// kind; blocks that a cluster may have.
-struct BlockLimits {
-  int64_t shared_bytes, half_shared_bytes;
-  int cluster_blocks;
-};
-
-// Kept free for what kernels declare themselves and what CUDA takes.
-constexpr int64_t kOtherSharedBytes = 3072;
-
 inline void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
@@ -80,33 +70,7 @@ inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, Scal
                                   like.device(), dtype);
 }
 
-// Of a device with clusters where a test asks for one.
-template <class... Params>
-BlockLimits block_limits(void (*)(Params...)) {
-  const auto bytes = static_cast<int64_t>(cuda_sim::kMaxSharedBytes);
-  return {bytes - kOtherSharedBytes, bytes / 2 - kOtherSharedBytes,
-          static_cast<int>(cuda_sim::cluster_limit())};
-}
-
 #else
-
-// Of the current device, as far as the machine code of this kernel can use it.
-template <class... Params>
-BlockLimits block_limits(void (*kernel)(Params...)) {
-  int device = 0, block = 0, multiprocessor = 0;
-  cudaFuncAttributes attributes = {};
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) !=
-          cudaSuccess ||
-      cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
-    cudaGetLastError();  // the launch itself will say what is wrong
-    const auto bytes = static_cast<int64_t>(kDefaultSharedBytes);
-    return {bytes - kOtherSharedBytes, bytes - kOtherSharedBytes, 1};
-  }
-  return {block - kOtherSharedBytes, multiprocessor / 2 - kOtherSharedBytes,
-          attributes.ptxVersion >= 90 ? kMaxClusterBlocks : 1};
-}
 
 // Makes the tensor's device current, and gives the caller's back.
 struct DeviceScope {

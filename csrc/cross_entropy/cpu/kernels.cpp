@@ -10,12 +10,12 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy/cpu/sweep.inc"
+#include "cross_entropy/cpu/chunks.inc"
 }  // namespace
 
 template <>
 const CrossEntropyKernels& kernels_at<CrossEntropyKernels, Level::MASKED_LOSS_EXT_LEVEL>() {
-  static constexpr CrossEntropyKernels table = {forward, finish, read_slope, backward, count, both, scale};
+  static constexpr CrossEntropyKernels table = {forward, finish, read_slope, backward, count, sweep, scale};
   return table;
 }
 

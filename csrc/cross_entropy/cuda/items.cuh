@@ -24,15 +24,11 @@ constexpr int kBlocksAtLeast = 2;
 template <class T, bool kFull>
 constexpr int kPacksAtOnce = (kFull && sizeof(T) != 4) || sizeof(T) == 8 ? 2 : 4;
 
-struct CrossEntropyParams {
-  CountedRows rows;
-  CrossEntropyOptions options;
-  Layout layout;  // of the rows of the logits (kPrediction) and of their gradient (kGrad)
-  Array logits, weight, token_weight, temperature;
-  bool statistics;         // entropy and hit are wanted
-  int team;                // threads per part: a power of two up to 32, or the block
-  int64_t parts;           // per row
-  int64_t packs_per_part;
+// A problem, and how its rows are cut.
+struct CrossEntropyParams : RowProblem {
+  int team = 1;       // threads per part: a power of two up to 32, or the block
+  int64_t parts = 1;  // per row
+  int64_t packs_per_part = 0;
 };
 
 struct DeviceElements {
@@ -42,28 +38,19 @@ struct DeviceElements {
   static __device__ __forceinline__ bool is_on(const Array& array, int64_t i) {
     return cuda::is_on(array, i);
   }
+  static __device__ __forceinline__ double number(const Array& array, int64_t i) {
+    return load<double>(array, i);
+  }
 };
 
 __device__ __forceinline__ int64_t label_at(const CrossEntropyParams& q, int64_t row) {
-  return label_of<DeviceElements>(q.rows, row);
+  return label_of<DeviceElements>(q.counted, row);
 }
 
 template <class A>
 __device__ __forceinline__ A scale_of(const CrossEntropyParams& q) {
   const A cap = q.options.softcap > 0 ? A(q.options.softcap) : A(1);
   return q.temperature.data != nullptr ? cap / load<A>(q.temperature, 0) : cap;
-}
-
-__device__ __forceinline__ double weight_at(const CrossEntropyParams& q, int64_t label) {
-  return q.weight.data != nullptr && label >= 0 ? load<double>(q.weight, label) : 1;
-}
-
-__device__ __forceinline__ double sum_of_weights(const CrossEntropyParams& q, const double* weight_sum) {
-  return weight_sum != nullptr ? *weight_sum : double(q.rows.classes);
-}
-
-__device__ __forceinline__ double token_weight_at(const CrossEntropyParams& q, int64_t row) {
-  return q.token_weight.data != nullptr ? load<double>(q.token_weight, row + q.rows.shift) : 1;
 }
 
 // e^(scale * x). In float a result below the normal numbers becomes 0: it is added to 1 or more, or is
@@ -122,9 +109,10 @@ struct Unit {
   }
 };
 
-// u at the label.
+// u at the label, where there is one; else 0.
 template <class A>
-__device__ __forceinline__ double unit_at(const CrossEntropyParams& q, int64_t row, int64_t label) {
+__device__ __forceinline__ double label_unit(const CrossEntropyParams& q, int64_t row, int64_t label) {
+  if (label < 0) return 0;
   A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label)};
   Unit<A>(q).apply(u);
   return double(u[0]);
@@ -143,7 +131,7 @@ __device__ __forceinline__ RowItem item_at(const CrossEntropyParams& q, int64_t 
   item.row = q.parts == 1 ? index : index / q.parts;
   item.part = index - item.row * q.parts;
   item.lane = static_cast<int>(threadIdx.x & (team - 1));
-  item.exists = item.row < q.rows.rows;
+  item.exists = item.row < q.counted.rows;
   return item;
 }
 
@@ -171,7 +159,7 @@ __device__ __forceinline__ int elements_off_boundary(const T* row) {
 template <class T>
 __device__ __forceinline__ Stretch stretch_of(const CrossEntropyParams& q, const T* row, int64_t part) {
   constexpr int kVector = kVectorOf<T>;
-  const int64_t classes = q.rows.classes;
+  const int64_t classes = q.counted.classes;
   const int off = elements_off_boundary(row);
   const int64_t head = min(int64_t(off > 0 ? kVector - off : 0), classes);
   const int64_t packs = (classes - head) / kVector;
@@ -205,29 +193,65 @@ __device__ __forceinline__ Vector<T> load_pack(const T* at) {
   return *reinterpret_cast<const Vector<T>*>(at);
 }
 
-// The same where packs lie on the boundaries of another array, and on those of this one if `aligned`.
+// A row in memory. Packs lie on the boundaries of what is written, which are those of the row if `aligned`.
 template <class T>
-__device__ __forceinline__ Vector<T> load(const T* at, bool aligned) {
-  if (aligned) return load_pack(at);
-  Vector<T> pack;
+struct RowMemory {
+  const T* row;  // [V]
+  bool aligned;
+
+  __device__ __forceinline__ T single(int, int64_t col) const { return row[col]; }
+  __device__ __forceinline__ Vector<T> pack(int64_t col) const {
+    if (aligned) return load_pack(row + col);
+    Vector<T> pack;
 #pragma unroll
-  for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = at[j];
-  return pack;
+    for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = row[col + j];
+    return pack;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ bool same_boundaries(const T* a, const T* b) {
+  return elements_off_boundary(a) == elements_off_boundary(b);
 }
 
-// grid: 1; block: kThreads.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    weight_sum_kernel(const A* weight,  // [count]
-                      int64_t count,
-                      double* sum)  // []
-{
-  __shared__ double sums[kMaxWarps];
-  double mine = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) mine += double(weight[i]);
-  mine = block_sum(mine, sums);
-  if (threadIdx.x == 0) *sum = mine;
+// Writes the part of a row: f(values, column of the first) turns what `source` has there into what is
+// written. Each thread writes where it has read, so `out` may be the source.
+template <int kPacks, class T, class Source, class F>
+__device__ __forceinline__ void rewrite(const Stretch& s, int lane, int team, const Source& source, T* out,
+                                        F f) {
+  for (int i = lane; i < s.single_columns; i += team) {
+    const int64_t col = s.single(i);
+    T value[1] = {source.single(i, col)};
+    f(value, col);
+    out[col] = value[0];
+  }
+  for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    Vector<T> packs[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      if (kAll || col + i * step < s.end) packs[i] = source.pack(col + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int64_t first = col + i * step;
+      if (!kAll && first >= s.end) continue;
+      f(packs[i].value, first);
+      *reinterpret_cast<Vector<T>*>(out + first) = packs[i];
+    }
+  });
+}
+
+template <class T>
+__device__ __forceinline__ void fill(const Stretch& s, int lane, int team, T* out, T value) {
+  for (int i = lane; i < s.single_columns; i += team) out[s.single(i)] = value;
+  Vector<T> pack;
+#pragma unroll
+  for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = value;
+  const int64_t step = int64_t(team) * kVectorOf<T>;
+  for (int64_t col = s.begin + int64_t(lane) * kVectorOf<T>; col < s.end; col += step) {
+    *reinterpret_cast<Vector<T>*>(out + col) = pack;
+  }
 }
 
 }  // namespace masked_loss_ext::cuda

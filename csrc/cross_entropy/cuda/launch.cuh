@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Host side that forward and backward of masked_cross_entropy share: parameters, how rows are cut into
-// parts, and the dtypes of the kernels. Nothing here depends on the GPU, so neither do the results.
+// Host side that all kernels over rows share: their parameters, how rows are cut into parts, and the dtypes.
+// Nothing here depends on the GPU, so neither do the results.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,8 @@ inline int64_t pack_elements(const CrossEntropyParams& q) { return kPackBytes / 
 
 // max_packs: of a part, 0 for any number.
 inline void cut(CrossEntropyParams& q, int64_t max_packs) {
-  const int64_t classes = q.rows.classes, packs = ceil_div(classes, pack_elements(q));
-  const int64_t few_rows = std::min({ceil_div(kEnoughBlocks, std::max<int64_t>(q.rows.rows, 1)),
+  const int64_t classes = q.counted.classes, packs = ceil_div(classes, pack_elements(q));
+  const int64_t few_rows = std::min({ceil_div(kEnoughBlocks, std::max<int64_t>(q.counted.rows, 1)),
                                      ceil_div(packs, kPacksPerPart), kMaxPartsToMerge});
   const int64_t parts = std::max(few_rows, max_packs > 0 ? ceil_div(packs, max_packs) : 1);
   q.packs_per_part = ceil_div(packs, parts);
@@ -49,8 +49,8 @@ inline void cut(CrossEntropyParams& q, int64_t max_packs) {
 
 inline Grid grid_of(const char* op, const CrossEntropyParams& q) {
   const unsigned threads = q.team > kWarpSize ? static_cast<unsigned>(q.team) : kThreads;
-  const int64_t blocks = ceil_div(q.rows.rows * q.parts, threads / static_cast<unsigned>(q.team));
-  if (blocks > 0x7fffffff) fail(op, ": logits must have fewer rows, got ", q.rows.rows);
+  const int64_t blocks = ceil_div(q.counted.rows * q.parts, threads / static_cast<unsigned>(q.team));
+  if (blocks > 0x7fffffff) fail(op, ": logits must have fewer rows, got ", q.counted.rows);
   return {static_cast<unsigned>(blocks), threads};
 }
 
@@ -61,17 +61,11 @@ inline Grid row_grid(const char* op, int64_t rows) {
   return {static_cast<unsigned>(blocks), kThreads};
 }
 
-inline CrossEntropyParams params_of(const char* op, const CrossEntropyInputs& in,
-                                    const RowInputs& per_row, const CrossEntropyOptions& options,
-                                    int64_t ignore_index, int64_t shift, const Tensor* grad_logits) {
-  CrossEntropyParams q = {};
-  q.rows = counted_rows(per_row, ignore_index, shift);
-  q.options = options;
-  q.layout = row_layout(op, per_row.logits, grad_logits);
-  q.logits = array_of(per_row.logits);
-  q.weight = array_of(per_row.weight);
-  q.token_weight = array_of(per_row.token_weight);
-  q.temperature = array_of(in.temperature);
+// max_packs as in cut().
+inline CrossEntropyParams params_of(const RowProblem& rows, int64_t max_packs) {
+  CrossEntropyParams q;
+  static_cast<RowProblem&>(q) = rows;
+  cut(q, max_packs);
   return q;
 }
 
@@ -91,25 +85,6 @@ template <class F>
 void with_loss_type(const CrossEntropyParams& q, F f) {
   if (q.logits.kind == Kind::kDouble) return f(double{});
   f(float{});
-}
-
-template <class A>
-A* data_of(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<A*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
-// Sum of the class weights, where label smoothing needs it; else no elements.
-inline Tensor weight_sum(const char* op, const CrossEntropyParams& q, const Tensor& like) {
-  const bool needed = q.weight.data != nullptr && q.options.label_smoothing > 0;
-  Tensor sum = device_empty(like, {needed ? 1 : 0}, ScalarType::Double);
-  if (!needed) return sum;
-  with_loss_type(q, [&](auto value) {
-    using A = decltype(value);
-    check_launch(op, launch(current_stream(like), dim3(1), dim3(kThreads), 0, weight_sum_kernel<A>,
-                            static_cast<const A*>(q.weight.data), q.rows.classes,
-                            sum.mutable_data_ptr<double>()));
-  });
-  return sum;
 }
 
 }  // namespace masked_loss_ext::cuda

@@ -5,9 +5,8 @@
 #pragma once
 
 #include "common/cuda/cluster.cuh"
-#include "cross_entropy/cuda/backward.cuh"
-#include "cross_entropy/cuda/forward.cuh"
-#include "cross_entropy/cuda/rows.cuh"
+#include "cross_entropy/cuda/gradient.cuh"
+#include "cross_entropy/cuda/sums.cuh"
 
 namespace masked_loss_ext::cuda {
 
@@ -22,120 +21,32 @@ __host__ __device__ __forceinline__ int64_t slot_bytes(int64_t packs, bool kept)
   return kCoefficientBytes + (kept ? kSingleBytes + 16 * packs : 0);
 }
 
-// Each thread finds here what it has put here itself, and the coefficients.
+// A part of a row, in the shared memory of its team: the coefficients, and what each thread has put here
+// itself and finds again. As a reader's Keep and a writer's Source.
 template <class T>
 struct Slot {
   RowGradient<accumulate_t<T>>* gradient;
   T* singles;
   Vector<T>* packs;
+  int64_t begin;  // first column of the packs
 
-  __device__ Slot(const CrossEntropyParams& q, bool kept) {
+  __device__ Slot(const CrossEntropyParams& q, const Stretch& s, bool kept) : begin(s.begin) {
     const int64_t bytes = slot_bytes(q.packs_per_part, kept);
-    unsigned char* begin =
+    unsigned char* memory =
         dynamic_shared<unsigned char>() + threadIdx.x / static_cast<unsigned>(q.team) * bytes;
-    gradient = reinterpret_cast<RowGradient<accumulate_t<T>>*>(begin);
-    singles = reinterpret_cast<T*>(begin + kCoefficientBytes);
-    packs = reinterpret_cast<Vector<T>*>(begin + kCoefficientBytes + kSingleBytes);
+    gradient = reinterpret_cast<RowGradient<accumulate_t<T>>*>(memory);
+    singles = reinterpret_cast<T*>(memory + kCoefficientBytes);
+    packs = reinterpret_cast<Vector<T>*>(memory + kCoefficientBytes + kSingleBytes);
   }
+
+  __device__ __forceinline__ Vector<T>& place(int64_t col) const {
+    return packs[(col - begin) / kVectorOf<T>];
+  }
+  __device__ __forceinline__ void single(int i, T value) const { singles[i] = value; }
+  __device__ __forceinline__ void pack(int64_t col, const Vector<T>& pack) const { place(col) = pack; }
+  __device__ __forceinline__ T single(int i, int64_t) const { return singles[i]; }
+  __device__ __forceinline__ Vector<T> pack(int64_t col) const { return place(col); }
 };
-
-struct SweepInputs {
-  const double* denominator;  // []
-  const double* weight_sum;   // [], where there are class weights and label smoothing, or null
-  double* row_losses;         // [rows], written where the row counts
-};
-
-// One thread's share of a row, read and kept, and its gradient, written.
-template <class T, bool kFull, bool kKept>
-struct RowSweep {
-  using A = accumulate_t<T>;
-  static constexpr int kPacks = kPacksAtOnce<T, kFull>, kVector = kVectorOf<T>;
-
-  Stretch s;
-  Slot<T> slot;
-  int lane, team;
-  bool aligned;
-
-  __device__ RowSweep(const CrossEntropyParams& q, const RowItem& item, const T* row, const T* out)
-      : s(stretch_of(q, out, item.part)),
-        slot(q, kKept),
-        lane(item.lane),
-        team(q.team),
-        aligned(elements_off_boundary(row) == elements_off_boundary(out)) {}
-
-  __device__ __forceinline__ Vector<T>& kept(int64_t col) const {
-    return slot.packs[(col - s.begin) / kVector];
-  }
-
-  __device__ __forceinline__ void read(RowReader<T, kFull>& reader) {
-    for (int i = lane; i < s.single_columns; i += team) {
-      const T value = reader.row[s.single(i)];
-      if (kKept) slot.singles[i] = value;
-      reader.add_single(widen(value), s.single(i));
-    }
-    for_packs<kPacks, kVector>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
-      constexpr bool kAll = decltype(all)::value;
-      Vector<T> packs[kPacks];
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        if (kAll || col + i * step < s.end) packs[i] = load(reader.row + col + i * step, aligned);
-      }
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        if (kKept && (kAll || col + i * step < s.end)) kept(col + i * step) = packs[i];
-      }
-      reader.template add_packs<kAll>(packs, col, step, s.end);
-    });
-  }
-
-  __device__ __forceinline__ void write(const GradientWriter<T, kFull>& writer) {
-    for (int i = lane; i < s.single_columns; i += team) {
-      const int64_t col = s.single(i);
-      T value[1] = {kKept ? slot.singles[i] : writer.row[col]};
-      writer.replace(value, col);
-      writer.out[col] = value[0];
-    }
-    for_packs<kPacks, kVector>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
-      constexpr bool kAll = decltype(all)::value;
-      Vector<T> packs[kPacks];
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        const int64_t first = col + i * step;
-        if (kAll || first < s.end) packs[i] = kKept ? kept(first) : load(writer.row + first, aligned);
-      }
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        const int64_t first = col + i * step;
-        if (!kAll && first >= s.end) continue;
-        writer.replace(packs[i].value, first);
-        *reinterpret_cast<Vector<T>*>(writer.out + first) = packs[i];
-      }
-    });
-  }
-};
-
-// Of a whole row, by one thread: its loss, and what its gradient is made with. label_u: u at the label.
-template <class A>
-__device__ __forceinline__ RowGradient<A> finish_row(const CrossEntropyParams& q, const SweepInputs& in,
-                                                     const RowShare<A>& share, const RowItem& item,
-                                                     int64_t label, double label_u) {
-  RowSums<double> sums;
-  sums.max = share.sums.max;
-  sums.ties = share.sums.ties;
-  sums.sum = share.sums.sum;
-  sums.distance = share.sums.distance;
-  sums.weighted = share.weighted;
-  const RowResult r =
-      finish_sums(sums, scale_of<double>(q), true, label_u, sum_of_weights(q, in.weight_sum));
-  if (item.part == 0) {
-    in.row_losses[item.row] =
-        token_weight_at(q, item.row) * row_loss(q.options, r, weight_at(q, label), q.rows.classes);
-  }
-  BackwardInputs<A> none = {};
-  none.weight_sum = in.weight_sum;
-  const double denominator = *in.denominator;
-  return row_gradient_of(q, none, r, item.row, label, denominator == 0 ? 0 : 1 / denominator);
-}
 
 // Over the blocks of a cluster, in their order, from the first warp of each; valid in the first warp.
 // Every thread calls it, and later Cluster::wait(), before which no block may be gone.
@@ -163,8 +74,9 @@ __device__ __forceinline__ RowShare<A> cluster_merge(const RowShare<A>& share,
 // the coefficients are there, and by then all of the row and the label's logit have been read.
 template <class T, bool kFull, bool kKept>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    cross_entropy_sweep_kernel(CrossEntropyParams q, SweepInputs in,
-                               T* grad_logits)  // [rows, V]
+    cross_entropy_sweep_kernel(CrossEntropyParams q,
+                               double* row_losses,  // [rows], written where the row counts
+                               T* grad_logits)      // [rows, V]
 {
   using A = accumulate_t<T>;
   const RowItem item = item_of(q);
@@ -172,22 +84,35 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const bool counts = label >= 0, block_per_part = q.team > kWarpSize;
   const int64_t row = item.exists ? item.row : 0;
   const T* logits = static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row);
-  RowSweep<T, kFull, kKept> sweep(q, item, logits, grad_logits + offset_at(q.layout, kGrad, row));
+  T* out = grad_logits + offset_at(q.layout, kGrad, row);
+  const Stretch s = stretch_of(q, out, item.part);
+  const RowMemory<T> memory = {logits, same_boundaries<T>(logits, out)};
+  const Slot<T> slot(q, s, kKept);
   if (counts || !block_per_part) {  // the whole block, the whole cluster
     RowShare<A> share;
     const Exponential<A> exponential(scale_of<A>(q));
     double label_u = 0;
     if (counts) {
-      if (item.lane == 0) label_u = unit_at<A>(q, row, label);
-      RowReader<T, kFull> reader(q, row, label);
-      sweep.read(reader);
+      if (item.lane == 0) label_u = label_unit<A>(q, row, label);
+      RowReader<T, kFull> reader(q, label);
+      if constexpr (kKept) {
+        reader.read(s, item.lane, q.team, memory, slot);
+      } else {
+        reader.read(s, item.lane, q.team, memory, KeepNothing{});
+      }
       share = reader.share;
     }
-    share = block_per_part ? block_merge<kFull>(share, exponential)
-                           : group_merge<kFull>(share, exponential, q.team);
+    share = team_merge<kFull>(share, exponential, q.team);
     if (q.parts > 1) share = cluster_merge<kFull>(share, exponential);
     if (counts && item.lane == 0) {
-      *sweep.slot.gradient = finish_row(q, in, share, item, label, label_u);
+      const double scale = scale_of<double>(q);
+      RowPart part = part_of(share, scale);
+      part.label = label_u;
+      const RowResult r = finished<A, DeviceElements>(q, part, scale, row, label);
+      const double denominator = *static_cast<const double*>(q.totals.data);
+      if (item.part == 0) row_losses[row] = r.loss;
+      *slot.gradient =
+          row_gradient_of<A>(q, r, row, label, part.weights, denominator == 0 ? 0 : 1 / denominator);
     }
     if (block_per_part) {
       __syncthreads();
@@ -196,32 +121,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
   }
   if (!item.exists) return;
-  RowGradient<A> gradient = {};
-  if (counts) gradient = *sweep.slot.gradient;
-  GradientWriter<T, kFull> writer(q, grad_logits, item, gradient);
-  if (counts) {
-    sweep.write(writer);
+  if (!counts) return fill(s, item.lane, q.team, out, constant_gradient<T>(label));
+  const GradientWriter<T, kFull> writer(q, *slot.gradient);
+  if constexpr (kKept) {
+    writer.write(s, item.lane, q.team, slot, out);
   } else {
-    const A value = label == kBadLabel ? A(NAN) : A(0);
-    writer.fill(sweep.s, item.lane, q.team, static_cast<T>(value));
+    writer.write(s, item.lane, q.team, memory, out);
   }
-  if (q.parts > 1 && counts) Cluster::wait();
-}
-
-// Denominator (out.loss null) or loss. grid: ceil(rows / block), at least 1; block: kThreads.
-template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    cross_entropy_totals_kernel(CrossEntropyParams q, RowOutputs<A> out,
-                                const double* row_losses,  // [rows] or null
-                                Totals* totals)            // [blocks]
-{
-  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  Totals mine = {0, 0, 0};
-  if (row < q.rows.rows) {
-    const int64_t label = label_at(q, row);
-    mine = totals_of(q, label, row_losses != nullptr && label >= 0 ? row_losses[row] : 0);
-  }
-  leave(out, mine, totals);
+  if (q.parts > 1) Cluster::wait();
 }
 
 // grad_logits *= *factor, where that is not 1: nothing is read then. Blocks take part after part, so that
@@ -236,26 +143,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const A by = *factor;
   if (by == 1) return;
   const auto scaled = [by](T x) { return widen(x) == 0 ? x : static_cast<T>(widen(x) * by); };
-  const int64_t teams = blockDim.x / static_cast<unsigned>(q.team), items = q.rows.rows * q.parts;
+  const int64_t teams = blockDim.x / static_cast<unsigned>(q.team), items = q.counted.rows * q.parts;
   for (int64_t index = blockIdx.x * teams + threadIdx.x / static_cast<unsigned>(q.team); index < items;
        index += gridDim.x * teams) {
     const RowItem item = item_at(q, index);
     T* out = grad_logits + offset_at(q.layout, kGrad, item.row);
     const Stretch s = stretch_of(q, out, item.part);
-    for (int i = item.lane; i < s.single_columns; i += q.team) out[s.single(i)] = scaled(out[s.single(i)]);
-    for_packs<4, kVectorOf<T>>(s, item.lane, q.team, [&](int64_t col, int64_t step, auto all) {
-      constexpr bool kAll = decltype(all)::value;
-      Vector<T> packs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (kAll || col + i * step < s.end) packs[i] = load_pack(out + col + i * step);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!kAll && col + i * step >= s.end) continue;
-        for (T& value : packs[i].value) value = scaled(value);
-        *reinterpret_cast<Vector<T>*>(out + col + i * step) = packs[i];
-      }
+    rewrite<4>(s, item.lane, q.team, RowMemory<T>{out, true}, out, [&](auto& values, int64_t) {
+      for (T& value : values) value = scaled(value);
     });
   }
 }

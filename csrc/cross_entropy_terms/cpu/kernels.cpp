@@ -10,12 +10,12 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy_terms/cpu/backward.inc"
+#include "cross_entropy_terms/cpu/rows.inc"
 }  // namespace
 
 template <>
 const TermsKernels& kernels_at<TermsKernels, Level::MASKED_LOSS_EXT_LEVEL>() {
-  static constexpr TermsKernels table = {forward, backward};
+  static constexpr TermsKernels table = {terms_forward, terms_backward};
   return table;
 }
 

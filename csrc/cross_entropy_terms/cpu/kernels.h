@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The interface between the host side of cross_entropy_terms and its kernels, of which there is one set
-// per instruction-set level. Plain data only, see masked_squared_error_cpu.h.
+// per instruction-set level. Plain data only, see cross_entropy/cpu/kernels.h.
 #pragma once
 
 #include "cross_entropy/cpu/kernels.h"
@@ -17,10 +17,7 @@ struct BadRow {
 // Of the base: where rows lie, their chunks (whole rows), the logits, scale = 1 / T, grad_logits.
 struct TermsProblem : CrossEntropyProblem {
   TermRows rows;
-  bool unscaled = true;     // the terms at temperature 1 are asked for
-  TermArrays terms;         // results of the forward, incoming gradients of the backward
-  double* sums = nullptr;   // [rows, kTermSums], written by the forward
-  BadRow* bad = nullptr;    // [chunks]
+  BadRow* bad = nullptr;  // [chunks]
 };
 
 struct TermsKernels {

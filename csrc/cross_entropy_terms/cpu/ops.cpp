@@ -1,29 +1,31 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The host side of cross_entropy_terms on CPU: allocation, the errors for a bad label or class.
+// cross_entropy_terms on CPU: rows, cut into chunks for the threads, and the errors for a bad label or class.
 #include <torch/csrc/stable/library.h>
 
+#include <sstream>
 #include <stdexcept>
-#include <tuple>
+#include <vector>
 
 #include "common/cpu/capability.h"
 #include "common/cpu/device.h"
-#include "cross_entropy_terms/cpu/kernels.h"
-#include "cross_entropy/cpu/setup.h"
+#include "common/cpu/memory.h"
+#include "common/cpu/parallel.h"
+#include "cross_entropy/cpu/rows.h"
 #include "cross_entropy_terms/call.h"
+#include "cross_entropy_terms/cpu/kernels.h"
 
 namespace masked_loss_ext {
 namespace {
 
-const TermsKernels& terms_kernels() {
+const TermsKernels& kernels() {
   return kernels_of_this_machine<TermsKernels>();
 }
 
-// Everything but what is written. `rows` and the inputs must outlive it.
-TermsProblem terms_problem(const char* op, const TermInputs& in, const TermRowInputs& rows,
-                           const Layout& layout, int64_t ignore_index) {
+TermsProblem whole_rows(const char* op, const RowProblem& rows, const TermRows& terms) {
   TermsProblem q;
-  static_cast<CrossEntropyProblem&>(q) = problem_of(op, in.rows, rows, {}, layout, ignore_index, 0);
-  q.rows = term_rows(rows, ignore_index);
+  static_cast<RowProblem&>(q) = rows;
+  q.rows = terms;
+  q.scale = read_scale(op, rows.temperature);
   q.chunks = cut(q.counted, true);
   return q;
 }
@@ -43,77 +45,32 @@ TermsProblem terms_problem(const char* op, const TermInputs& in, const TermRowIn
   throw std::out_of_range(text.str());
 }
 
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-EightTensors cross_entropy_terms_forward_cpu(
-    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& temperature, const std::optional<Tensor>& classes,
-    const std::optional<Tensor>& context_before, const std::optional<Tensor>& ngram_after,
-    int64_t ignore_index, bool unscaled) {
-  constexpr const char* op = "cross_entropy_terms";
-  const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
-  check_terms(op, in, unscaled);
-  TermOutputs out = allocate_terms(in, unscaled, [&](const auto& sizes, ScalarType type) {
-    return empty_tensor(logits, sizes, type);
-  });
-  const TermRowInputs rows(in);
-  const Layout layout = row_layout(op, rows.logits, nullptr);
-  TermsProblem q = terms_problem(op, in, rows, layout, ignore_index);
-  q.unscaled = unscaled;
-  q.terms = arrays_of(out, in, unscaled);
-  q.sums = static_cast<double*>(out.sums.mutable_data_ptr());
-  std::vector<BadRow> bad(q.chunks.count);
-  q.bad = bad.data();
-  const TermsKernels& kernel = terms_kernels();
-  // Last chunk first: see run_forward() of masked_cross_entropy.
-  for_each_chunk(q.chunks.count, [&](int64_t i) { kernel.forward(q, q.chunks.count - 1 - i); });
-  for (const BadRow& b : bad) {
-    if (b.row >= 0) refuse(q, logits, b);
+struct Terms : Cpu {
+  static void forward(const char* op, const RowProblem& rows, const TermRows& terms, const Tensor& logits) {
+    TermsProblem q = whole_rows(op, rows, terms);
+    std::vector<BadRow> bad(q.chunks.count);
+    q.bad = bad.data();
+    // Last chunk first: what the model wrote last is still in the cache.
+    for_each_chunk(q.chunks.count, [&](int64_t i) { kernels().forward(q, q.chunks.count - 1 - i); });
+    for (const BadRow& b : bad) {
+      if (b.row >= 0) refuse(q, logits, b);
+    }
   }
-  return {out.scaled_log_prob, out.scaled_mean_log_prob, out.log_prob,   out.entropy,
-          out.class_log_prob,  out.unlikelihood,         out.candidates, out.sums};
-}
 
-Tensor cross_entropy_terms_backward_cpu(
-    const std::optional<Tensor>& grad_scaled_log_prob,
-    const std::optional<Tensor>& grad_scaled_mean_log_prob,
-    const std::optional<Tensor>& grad_log_prob, const std::optional<Tensor>& grad_entropy,
-    const std::optional<Tensor>& grad_class_log_prob,
-    const std::optional<Tensor>& grad_unlikelihood, const Tensor& logits, const Tensor& target,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& temperature,
-    const std::optional<Tensor>& classes, const std::optional<Tensor>& context_before,
-    const std::optional<Tensor>& ngram_after, const Tensor& sums, int64_t ignore_index) {
-  constexpr const char* op = "_cross_entropy_terms_backward";
-  const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
-  check_terms(op, in, true);
-  const TermGradientInputs gradients(grad_scaled_log_prob, grad_scaled_mean_log_prob, grad_log_prob,
-                                     grad_entropy, grad_class_log_prob, grad_unlikelihood, sums);
-  check_term_gradients(op, in, gradients);
-  std::vector<int64_t> sizes = row_sizes(logits);
-  sizes.push_back(logits.size(logits.dim() - 1));
-  Tensor grad_logits = empty_tensor(logits, sizes, logits.scalar_type());
-  const TermRowInputs rows(in);
-  const Layout layout = row_layout(op, rows.logits, &grad_logits);
-  TermsProblem q = terms_problem(op, in, rows, layout, ignore_index);
-  q.terms = gradients.arrays();
-  q.sums = gradients.read_sums();
-  q.grad_logits = array_of(grad_logits);
-  const size_t bytes = grad_logits.numel() * grad_logits.element_size();
-  advise_huge_pages(grad_logits.mutable_data_ptr(), bytes);
-  q.zero_logits = untouched_pages(grad_logits.mutable_data_ptr(), bytes);
-  const TermsKernels& kernel = terms_kernels();
-  for_each_chunk_of_output(
-      q.chunks.count, grad_logits.const_data_ptr(),
-      q.chunks.rows_per_chunk * q.counted.classes * grad_logits.element_size(),
-      [&](int64_t chunk) { kernel.backward(q, chunk); });
-  return grad_logits;
-}
+  static void backward(const char* op, const RowProblem& rows, const TermRows& terms, const Tensor&) {
+    TermsProblem q = whole_rows(op, rows, terms);
+    const int64_t row_bytes = q.counted.classes * size_of(q.grad_logits.kind);
+    const int64_t bytes = q.counted.rows * row_bytes;
+    advise_huge_pages(q.grad_logits.data, bytes);
+    q.zero_logits = untouched_pages(q.grad_logits.data, bytes);
+    for_each_chunk_of_output(q.chunks.count, q.grad_logits.data, q.chunks.rows_per_chunk * row_bytes,
+                             [&](int64_t chunk) { kernels().backward(q, chunk); });
+  }
+};
 
 }  // namespace
 }  // namespace masked_loss_ext
 
 STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
-  m.impl("cross_entropy_terms", TORCH_BOX(&masked_loss_ext::cross_entropy_terms_forward_cpu));
-  m.impl("_cross_entropy_terms_backward",
-         TORCH_BOX(&masked_loss_ext::cross_entropy_terms_backward_cpu));
+  masked_loss_ext::register_terms<masked_loss_ext::Terms>(m);
 }

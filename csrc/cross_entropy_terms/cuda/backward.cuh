@@ -1,111 +1,97 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// cross_entropy_terms on CUDA, backward: one read of the rows that count and one write of every row of
-// the gradient; the entries that get more are written after, a thread per row.
+// cross_entropy_terms on CUDA, backward: a thread per row makes its coefficients, in double; then one read of
+// the rows that count and one write of every row of the gradient, and of the few entries that get more.
 #pragma once
 
-#include "cross_entropy_terms/cuda/rows.cuh"
+#include "cross_entropy_terms/cuda/forward.cuh"
 
 namespace masked_loss_ext::cuda {
 
+// grid: ceil(rows / block); block: kThreads.
 template <class T>
-struct TermWriter {
-  using A = accumulate_t<T>;
-  static constexpr int kPacks = kPacksAtOnce<T, true>;
-
-  const T* row;  // [V]
-  T* out;        // [V]
-  TermGradient<A> k;
-  Exponential<A> exponential;
-
-  __device__ TermWriter(const CrossEntropyParams& q, T* grad, const RowItem& item,
-                        const TermGradient<A>& k)
-      : row(row_of<T>(q, item.row)),
-        out(grad + offset_at(q.layout, kGrad, item.row)),
-        k(k),
-        exponential(A(1)) {}
-
-  // A banned class (-inf) has none. The branch is the same for a whole row.
-  __device__ __forceinline__ A gradient_of(A logit) const {
-    const A below = logit - k.base;
-    A gradient = k.mean;
-    if (k.both) gradient += k.scaled * exponential(below * k.scale - k.log_sum_scaled);
-    const A log_p = (k.both ? below : below * k.scale) - k.log_sum, p = exponential(log_p);
-    A share = k.plain;
-    if (k.entropy_scale != 0) share -= k.entropy_scale * (max(log_p, A(-1e30f)) + k.entropy);
-    gradient += share * p;
-    return logit == -A(INFINITY) ? A(0) : gradient;
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_coefficients_kernel(TermParams q,
+                                            TermRow* rows)  // [rows], with kNotCounted what has no gradient
+{
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.counted.rows) return;
+  const int64_t label = label_at(q, row);
+  TermRow r;
+  r.label = label;
+  if (label >= 0 && all_banned(term_sums_at(q.terms, row))) {
+    r.label = kNotCounted;
+  } else if (label >= 0) {
+    r = term_row(q.terms, row, label, scale_of<double>(q), DeviceTermAccess<T>{row_of<T>(q, row), nullptr});
   }
+  rows[row] = r;
+}
 
-  // Packs lie on 16-byte boundaries of `out`; those of `row` may differ.
-  __device__ __forceinline__ Vector<T> load(int64_t col, bool aligned) const {
-    if (aligned) return load_pack(row + col);
-    Vector<T> pack;
-#pragma unroll
-    for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = row[col + j];
-    return pack;
-  }
+template <class A>
+struct TermExponential {
+  Exponential<A> exponential = Exponential<A>(A(1));
 
-  template <bool kAll>
-  __device__ __forceinline__ void write_packs(int64_t col, int64_t step, int64_t end, bool aligned) {
-    Vector<T> packs[kPacks];
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (kAll || col + i * step < end) packs[i] = load(col + i * step, aligned);
-    }
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int64_t first = col + i * step;
-      if (!kAll && first >= end) continue;
-#pragma unroll
-      for (int j = 0; j < kVectorOf<T>; ++j) {
-        packs[i].value[j] = static_cast<T>(gradient_of(widen(packs[i].value[j])));
-      }
-      *reinterpret_cast<Vector<T>*>(out + first) = packs[i];
-    }
-  }
+  __device__ __forceinline__ A bounded(A x) const { return x < A(-1e30f) ? A(-1e30f) : x; }
+  __device__ __forceinline__ A operator()(A x) const { return exponential(x); }
+};
 
-  __device__ __forceinline__ void write(const Stretch& s, int lane, int team) {
-    const bool aligned = elements_off_boundary(row) == elements_off_boundary(out);
-    for (int i = lane; i < s.single_columns; i += team) {
-      const int64_t col = s.single(i);
-      out[col] = static_cast<T>(gradient_of(widen(row[col])));
-    }
-    for_packs<kPacks, kVectorOf<T>>(s, lane, team, [&](int64_t col, int64_t step, auto all) {
-      write_packs<decltype(all)::value>(col, step, s.end, aligned);
-    });
-  }
+// A team shares the single entries of its part.
+template <class T>
+struct TeamTermAccess : DeviceTermAccess<T> {
+  Stretch part;
+  int lane, team;
 
-  __device__ __forceinline__ void fill(const Stretch& s, int lane, int team, T value) {
-    for (int i = lane; i < s.single_columns; i += team) out[s.single(i)] = value;
-    Vector<T> pack;
-#pragma unroll
-    for (int j = 0; j < kVectorOf<T>; ++j) pack.value[j] = value;
-    const int64_t step = int64_t(team) * kVectorOf<T>;
-    for (int64_t col = s.begin + int64_t(lane) * kVectorOf<T>; col < s.end; col += step) {
-      *reinterpret_cast<Vector<T>*>(out + col) = pack;
-    }
+  __device__ __forceinline__ bool writes(int64_t c, int64_t i) const {
+    if (i % team != lane) return false;
+    if (c < part.head_columns || (c >= part.begin && c < part.end)) return true;
+    return c >= part.tail && part.single_columns > part.head_columns;
   }
 };
 
-// block: a multiple of q.team; as many blocks as q.parts of all rows need.
+// block: a multiple of q.team; as many blocks as q.parts of all rows need. Where there are links, the single
+// entries are left to a thread per row: each team would wait for the walk.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    cross_entropy_terms_gradient_kernel(CrossEntropyParams q,
-                                        const TermGradient<accumulate_t<T>>* gradients,  // [rows]
-                                        T* grad_logits)                                  // [rows, V]
+    cross_entropy_terms_gradient_kernel(TermParams q,
+                                        const TermRow* rows,  // [rows]
+                                        T* grad_logits)       // [rows, V]
 {
   using A = accumulate_t<T>;
   const RowItem item = item_of(q);
-  if (!item.exists) return;
-  TermWriter<T> writer(q, grad_logits, item, gradients[item.row]);
-  const Stretch s = stretch_of(q, writer.out, item.part);
-  const int64_t label = writer.k.label;
-  if (label >= 0) {
-    writer.write(s, item.lane, q.team);
-  } else {
-    const A value = label == kBadLabel ? A(NAN) : A(0);
-    writer.fill(s, item.lane, q.team, static_cast<T>(value));
+  const TermRow& r = rows[item.exists ? item.row : 0];
+  const T* row = row_of<T>(q, item.exists ? item.row : 0);
+  T* out = grad_logits + offset_at(q.layout, kGrad, item.exists ? item.row : 0);
+  const Stretch s = stretch_of(q, out, item.part);
+  const bool counts = item.exists && r.label >= 0;
+  if (counts) {
+    const TermLoop<A> k = term_loop<A>(r);
+    const TermExponential<A> e;
+    rewrite<kPacksAtOnce<T, true>>(
+        s, item.lane, q.team, RowMemory<T>{row, same_boundaries(row, out)}, out, [&](auto& values, int64_t) {
+          for (T& value : values) {  // the branches are the same for a whole row
+            value = static_cast<T>(dense_gradient<A>(k, k.both, k.entropy_scale != 0, widen(value), e));
+          }
+        });
+  } else if (item.exists) {
+    fill(s, item.lane, q.team, out, static_cast<T>(r.label == kBadLabel ? A(NAN) : A(0)));
   }
+  if (q.terms.context_before != nullptr) return;
+  if (q.team > kWarpSize) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  if (counts) store_cells(q.terms, r, TeamTermAccess<T>{{row, out}, s, item.lane, q.team});
+}
+
+// grid: ceil(rows / block); block: kThreads.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_cells_kernel(TermParams q, const TermRow* rows, T* grad_logits)
+{
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.counted.rows || rows[row].label < 0) return;
+  T* out = grad_logits + offset_at(q.layout, kGrad, row);
+  store_cells(q.terms, rows[row], DeviceTermAccess<T>{row_of<T>(q, row), out});
 }
 
 }  // namespace masked_loss_ext::cuda

@@ -1,12 +1,47 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// cross_entropy_terms on CUDA, forward: one read of the rows that count, by
-// cross_entropy_terms_sums_kernel, which walks as masked_cross_entropy does. A thread per row makes the
-// terms of the sums.
+// cross_entropy_terms on CUDA, forward: one read of the rows that count, by a kernel that walks as
+// masked_cross_entropy does. One thread makes the terms of a row of its sums, in double.
 #pragma once
 
 #include "cross_entropy/cuda/items.cuh"
+#include "cross_entropy_terms/formula.h"
 
 namespace masked_loss_ext::cuda {
+
+struct TermParams : CrossEntropyParams {
+  TermRows terms;
+};
+
+// Whether the sums at T are taken besides those at 1, or alone. Nobody looks at a temperature on the device.
+__host__ __device__ __forceinline__ bool sums_apart(const TermParams& q) {
+  return !has_unscaled(q.terms) || q.temperature.data != nullptr;
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const CrossEntropyParams& q, int64_t row) {
+  return static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row);
+}
+
+// One row's memory, see cross_entropy_terms/formula.h.
+template <class T>
+struct DeviceTermAccess {
+  using Reader = DeviceElements;
+  using A = accumulate_t<T>;
+  const T* row;  // [V]
+  T* gradient;   // [V], where it is written
+
+  __device__ __forceinline__ double logit(int64_t c) const { return double(widen(row[c])); }
+  __device__ __forceinline__ double read(const Array& array, int64_t i) const {
+    return array.data != nullptr ? double(static_cast<const A*>(array.data)[i]) : 0.0;
+  }
+  __device__ __forceinline__ void write(const Array& array, int64_t i, double value) const {
+    if (array.data != nullptr) static_cast<A*>(array.data)[i] = A(value);
+  }
+  __device__ __forceinline__ bool writes(int64_t, int64_t) const { return true; }
+  __device__ __forceinline__ void store(int64_t c, double value) const {
+    gradient[c] = static_cast<T>(A(value));
+  }
+};
 
 // One thread's share of a row, then that of a part. s are the logits, m its largest.
 template <class A>
@@ -33,7 +68,7 @@ struct TermReader {
   TermShare<A> share;
 
   __device__ TermReader(const CrossEntropyParams& q, int64_t row_index, int64_t label)
-      : row(static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row_index)),
+      : row(row_of<T>(q, row_index)),
         label(label),
         exponential(A(1)),
         scaled_exponential(scale_of<A>(q)) {}
@@ -134,6 +169,21 @@ struct TermReader {
     }
   }
 
+  __device__ __forceinline__ TermPart part() const {
+    const RowSums<A>& one = share.one;
+    return {double(one.max),      double(one.ties),     double(one.sum),
+            double(one.distance), double(share.scaled), share.plain};
+  }
+
+  __device__ __forceinline__ void set(const TermPart& part) {
+    share.one.max = A(part.max);
+    share.one.ties = A(part.ties);
+    share.one.sum = A(part.sum);
+    share.one.distance = A(part.distance);
+    share.scaled = A(part.scaled);
+    share.plain = part.plain;
+  }
+
   // Over groups of `lanes` lanes; every lane gets it. All 32 lanes must call it.
   __device__ __forceinline__ void merge(int lanes) {
     raise_max(group_max(share.one.max, lanes));
@@ -145,52 +195,82 @@ struct TermReader {
   }
 };
 
+// The terms of one row from its parts, which are scaled to the largest maximum at once.
+template <class T>
+__device__ __forceinline__ void finish_terms(const TermParams& q, int64_t row, int64_t label,
+                                             const TermPart* parts, int64_t count) {
+  const DeviceTermAccess<T> access{row_of<T>(q, row), nullptr};
+  if (label < 0) return fill_terms(q.terms, row, label == kBadLabel ? double(NAN) : 0.0, access);
+  const double scale = scale_of<double>(q), classes = double(q.counted.classes);
+  double largest = -INFINITY, plain = 0;
+  for (int64_t i = 0; i < count; ++i) largest = max(largest, parts[i].max);
+  RowSums<double> one, at_scale;
+  for (int64_t i = 0; i < count; ++i) {
+    RowSums<double> part;
+    part.max = parts[i].max;
+    part.ties = parts[i].ties;
+    part.sum = parts[i].sum;
+    part.distance = parts[i].distance;
+    const double below = parts[i].max - largest;
+    rescale(part, largest, exp(below));
+    one.ties += part.ties;
+    one.sum += part.sum;
+    one.distance += part.distance;
+    at_scale.sum += below < 0 && below > -INFINITY ? parts[i].scaled * exp(below * scale) : parts[i].scaled;
+    plain += parts[i].plain;
+  }
+  one.max = largest;
+  at_scale.max = largest * scale;
+  const TermSums r = term_sums_of(q.terms, one, at_scale, sums_apart(q), scale, access.logit(label));
+  const double below = plain - classes * (r.max == -INFINITY ? 0.0 : r.max);
+  put_terms(q.terms, row, label, r, below / classes, scale, access);
+}
+
 // block: a multiple of q.team; as many blocks as q.parts of all rows need. Writes parts[row][part] of
-// rows that count, and nothing of others.
+// rows that count, and nothing of others; without `parts` each row is one, and is finished.
 template <class T, bool kOne, bool kScaled>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    cross_entropy_terms_sums_kernel(CrossEntropyParams q,
-                                    TermPart* parts)  // [rows, q.parts]
+    cross_entropy_terms_sums_kernel(TermParams q,
+                                    TermPart* parts)  // [rows, q.parts] or null
 {
-  using A = accumulate_t<T>;
+  __shared__ TermPart of_warps[kMaxWarps];
   const RowItem item = item_of(q);
   const int64_t label = item.exists ? label_at(q, item.row) : kNotCounted;
   const bool read = label >= 0;
+  if (!read && item.exists && item.lane == 0 && parts == nullptr) {
+    finish_terms<T>(q, item.row, label, nullptr, 0);
+  }
   if (q.team > kWarpSize && !read) return;  // the whole block
   TermReader<T, kOne, kScaled> reader(q, read ? item.row : 0, label);
   if (read) reader.read(stretch_of(q, reader.row, item.part), item.lane, q.team);
   reader.merge(min(q.team, kWarpSize));
   if (q.team > kWarpSize) {
-    __shared__ A warp_max[kMaxWarps], warp_sum[kMaxWarps], warp_distance[kMaxWarps];
-    __shared__ A warp_scaled[kMaxWarps], warp_ties[kMaxWarps];
-    __shared__ double warp_plain[kMaxWarps];
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    if (lane == 0) {
-      warp_max[warp] = reader.share.one.max;
-      warp_ties[warp] = reader.share.one.ties;
-      warp_sum[warp] = reader.share.one.sum;
-      warp_distance[warp] = reader.share.one.distance;
-      warp_scaled[warp] = reader.share.scaled;
-      warp_plain[warp] = reader.share.plain;
-    }
+    if (lane == 0) of_warps[warp] = reader.part();
     __syncthreads();
     if (warp > 0) return;
     reader.share = {};
-    if (lane < static_cast<int>(blockDim.x) / kWarpSize) {
-      reader.share.one.max = warp_max[lane];
-      reader.share.one.ties = warp_ties[lane];
-      reader.share.one.sum = warp_sum[lane];
-      reader.share.one.distance = warp_distance[lane];
-      reader.share.scaled = warp_scaled[lane];
-      reader.share.plain = warp_plain[lane];
-    }
+    if (lane < static_cast<int>(blockDim.x) / kWarpSize) reader.set(of_warps[lane]);
     reader.merge(kWarpSize);
   }
   if (!read || item.lane != 0) return;
-  const TermShare<A>& share = reader.share;
-  parts[item.row * q.parts + item.part] = {double(share.one.max),      double(share.one.ties),
-                                           double(share.one.sum),      double(share.one.distance),
-                                           double(share.scaled),       share.plain};
+  const TermPart part = reader.part();
+  if (parts != nullptr) {
+    parts[item.row * q.parts + item.part] = part;
+  } else {
+    finish_terms<T>(q, item.row, label, &part, 1);
+  }
+}
+
+// A thread per row. grid: ceil(rows / block); block: kThreads.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+    cross_entropy_terms_rows_kernel(TermParams q,
+                                    const TermPart* parts)  // [rows, q.parts]
+{
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= q.counted.rows) return;
+  finish_terms<T>(q, row, label_at(q, row), parts + row * q.parts, q.parts);
 }
 
 }  // namespace masked_loss_ext::cuda

@@ -1,135 +1,91 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // cross_entropy_terms on CUDA: launches. Nothing here waits for the device.
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "cross_entropy_terms/call.h"
 #include "cross_entropy_terms/cuda/backward.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <type_traits>
+
 #include "cross_entropy/cuda/launch.cuh"
+#include "cross_entropy_terms/call.h"
 
 namespace masked_loss_ext::cuda {
 namespace {
 
-constexpr int64_t kMaxPacks = 2048;  // of a part in the backward: see masked_cross_entropy_backward.cu
+constexpr int64_t kMaxPacks = 2048;  // of a part in the backward, as in cross_entropy/cuda/backward.cu
 
-using OptionalTensor = std::optional<Tensor>;
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+TermParams term_params(const RowProblem& rows, const TermRows& terms, int64_t max_packs) {
+  TermParams q;
+  static_cast<CrossEntropyParams&>(q) = params_of(rows, max_packs);
+  q.terms = terms;
+  return q;
+}
 
-TermParams term_params(const TermRowInputs& per_row, int64_t ignore_index) {
-  TermParams p = {};
-  p.rows = term_rows(per_row, ignore_index);
-  return p;
+// Room for `count` of them; it lives as long as the tensor.
+template <class Item>
+Item* room_for(Tensor& buffer, const Tensor& like, int64_t count) {
+  static_assert(sizeof(Item) % sizeof(double) == 0);
+  buffer = device_empty(like, {count * int64_t{sizeof(Item) / sizeof(double)}}, ScalarType::Double);
+  return static_cast<Item*>(buffer.mutable_data_ptr());
 }
 
 // Calls f(sums at temperature 1 are needed, sums at T are) with constants.
 template <class F>
-void with_sums(bool one, bool scaled, F f) {
-  if (!one) return f(std::false_type{}, std::true_type{});
-  if (scaled) return f(std::true_type{}, std::true_type{});
+void with_sums(const TermParams& q, F f) {
+  if (!has_unscaled(q.terms)) return f(std::false_type{}, std::true_type{});
+  if (sums_apart(q)) return f(std::true_type{}, std::true_type{});
   f(std::true_type{}, std::false_type{});
 }
 
-// Two launches.
-void launch_cross_entropy_terms_forward(const char* op, const CrossEntropyParams& q,
-                                        const TermParams& p, const Tensor& like) {
-  if (q.rows.rows == 0) return;
-  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.rows.rows);
-  constexpr int64_t kDoubles = sizeof(TermPart) / sizeof(double);
-  Tensor buffer = device_empty(like, {q.rows.rows * q.parts * kDoubles}, ScalarType::Double);
-  auto* parts = static_cast<TermPart*>(buffer.mutable_data_ptr());
-  const cudaStream_t stream = current_stream(like);
-  const bool scaled = !p.unscaled || q.temperature.data != nullptr;
-  with_logits_type(q, [&](auto value) {
-    using T = decltype(value);
-    with_sums(p.unscaled, scaled, [&](auto one, auto at_temperature) {
-      const auto kernel = cross_entropy_terms_sums_kernel<T, decltype(one)::value,
-                                                          decltype(at_temperature)::value>;
-      check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0, kernel, q, parts));
+struct Terms : Cuda {
+  // One launch; a second where a row has several parts, and where there are links, whose walk by one thread
+  // would hold its block.
+  static void forward(const char* op, const RowProblem& rows, const TermRows& terms, const Tensor& logits) {
+    if (rows.counted.rows == 0) return;
+    const TermParams q = term_params(rows, terms, 0);
+    const Grid grid = grid_of(op, q), per_row = row_grid(op, rows.counted.rows);
+    const bool later = q.parts > 1 || terms.context_before != nullptr;
+    Tensor buffer;
+    TermPart* parts = later ? room_for<TermPart>(buffer, logits, rows.counted.rows * q.parts) : nullptr;
+    const cudaStream_t stream = current_stream(logits);
+    with_logits_type(q, [&](auto value) {
+      using T = decltype(value);
+      with_sums(q, [&](auto one, auto scaled) {
+        const auto kernel =
+            cross_entropy_terms_sums_kernel<T, decltype(one)::value, decltype(scaled)::value>;
+        check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0, kernel, q, parts));
+      });
+      if (!later) return;
+      check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
+                              cross_entropy_terms_rows_kernel<T>, q, parts));
     });
-    check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_rows_kernel<T>, q, p, parts, scaled));
-  });
-}
+  }
 
-// Three launches.
-void launch_cross_entropy_terms_backward(const char* op, const CrossEntropyParams& q,
-                                         const TermParams& p, const Tensor& grad_logits) {
-  if (q.rows.rows == 0) return;
-  const Grid grid = grid_of(op, q), per_row = row_grid(op, q.rows.rows);
-  constexpr int64_t kMostBytes = sizeof(TermGradient<double>);
-  Tensor buffer = device_empty(grad_logits, {q.rows.rows * kMostBytes / 8}, ScalarType::Double);
-  const cudaStream_t stream = current_stream(grad_logits);
-  with_logits_type(q, [&](auto value) {
-    using T = decltype(value);
-    auto* gradients = static_cast<TermGradient<accumulate_t<T>>*>(buffer.mutable_data_ptr());
-    auto* grad = static_cast<T*>(grad_logits.mutable_data_ptr());
-    check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_coefficients_kernel<T>, q, p, gradients));
-    check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0,
-                            cross_entropy_terms_gradient_kernel<T>, q, gradients, grad));
-    check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
-                            cross_entropy_terms_cells_kernel<T>, q, p, grad));
-  });
-}
-
-EightTensors cross_entropy_terms_forward_cuda(
-    const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-    const OptionalTensor& temperature, const OptionalTensor& classes,
-    const OptionalTensor& context_before, const OptionalTensor& ngram_after, int64_t ignore_index,
-    bool unscaled) {
-  constexpr const char* op = "cross_entropy_terms";
-  const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
-  check_terms(op, in, unscaled);
-  const DeviceScope scope(logits);
-  const TermRowInputs per_row(in);
-  const TermOutputs out = allocate_terms(in, unscaled, [&](const auto& sizes, ScalarType type) {
-    return device_empty(logits, sizes, type);
-  });
-  CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, nullptr);
-  cut(q, 0);
-  TermParams p = term_params(per_row, ignore_index);
-  p.terms = arrays_of(out, in, unscaled);
-  p.sums = out.sums.mutable_data_ptr<double>();
-  p.unscaled = unscaled;
-  launch_cross_entropy_terms_forward(op, q, p, logits);
-  return {out.scaled_log_prob, out.scaled_mean_log_prob, out.log_prob,   out.entropy,
-          out.class_log_prob,  out.unlikelihood,         out.candidates, out.sums};
-}
-
-Tensor cross_entropy_terms_backward_cuda(
-    const OptionalTensor& grad_scaled_log_prob, const OptionalTensor& grad_scaled_mean_log_prob,
-    const OptionalTensor& grad_log_prob, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_class_log_prob, const OptionalTensor& grad_unlikelihood,
-    const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-    const OptionalTensor& temperature, const OptionalTensor& classes,
-    const OptionalTensor& context_before, const OptionalTensor& ngram_after, const Tensor& sums,
-    int64_t ignore_index) {
-  constexpr const char* op = "_cross_entropy_terms_backward";
-  const TermInputs in(logits, target, mask, temperature, classes, context_before, ngram_after);
-  check_terms(op, in, true);
-  const DeviceScope scope(logits);
-  const TermGradientInputs gradients(grad_scaled_log_prob, grad_scaled_mean_log_prob, grad_log_prob,
-                                     grad_entropy, grad_class_log_prob, grad_unlikelihood, sums);
-  check_term_gradients(op, in, gradients);
-  const TermRowInputs per_row(in);
-  std::vector<int64_t> sizes = row_sizes(logits);
-  sizes.push_back(logits.size(logits.dim() - 1));
-  Tensor grad_logits = device_empty(logits, sizes, logits.scalar_type());
-  CrossEntropyParams q = params_of(op, in.rows, per_row, {}, ignore_index, 0, &grad_logits);
-  cut(q, kMaxPacks);
-  TermParams p = term_params(per_row, ignore_index);
-  p.terms = gradients.arrays();
-  p.sums = gradients.read_sums();
-  launch_cross_entropy_terms_backward(op, q, p, grad_logits);
-  return grad_logits;
-}
+  // Two launches, three where there are links.
+  static void backward(const char* op, const RowProblem& rows, const TermRows& terms, const Tensor& logits) {
+    if (rows.counted.rows == 0) return;
+    const TermParams q = term_params(rows, terms, kMaxPacks);
+    const Grid grid = grid_of(op, q), per_row = row_grid(op, rows.counted.rows);
+    Tensor buffer;
+    TermRow* coefficients = room_for<TermRow>(buffer, logits, rows.counted.rows);
+    const cudaStream_t stream = current_stream(logits);
+    with_logits_type(q, [&](auto value) {
+      using T = decltype(value);
+      auto* grad = static_cast<T*>(q.grad_logits.data);
+      check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
+                              cross_entropy_terms_coefficients_kernel<T>, q, coefficients));
+      check_launch(op, launch(stream, dim3(grid.blocks), dim3(grid.threads), 0,
+                              cross_entropy_terms_gradient_kernel<T>, q, coefficients, grad));
+      if (terms.context_before == nullptr) return;
+      check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
+                              cross_entropy_terms_cells_kernel<T>, q, coefficients, grad));
+    });
+  }
+};
 
 }  // namespace
 }  // namespace masked_loss_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  m.impl("cross_entropy_terms", TORCH_BOX(&masked_loss_ext::cuda::cross_entropy_terms_forward_cuda));
-  m.impl("_cross_entropy_terms_backward",
-         TORCH_BOX(&masked_loss_ext::cuda::cross_entropy_terms_backward_cuda));
+  masked_loss_ext::register_terms<masked_loss_ext::cuda::Terms>(m);
 }

@@ -52,11 +52,14 @@ class Row {
     if (in_.ngram > 1) name_windows(1, in_.ngram - 1);
     for (int64_t i = 0; i < in_.length; ++i) s_.contexts[i] = in_.ngram > 1 ? s_.names[i] : 0;
     if (in_.ngram > 1) name_windows(in_.ngram - 1, in_.ngram);
+    const int64_t last = in_.ngram - 1;  // of a window, from its first
     for_each_earlier(s_.contexts, [&](int64_t earlier, int64_t i) {
-      context_before[i + in_.ngram - 1] = static_cast<int32_t>(earlier + in_.ngram - 1);
+      const bool same = s_.names[earlier] == s_.names[i];  // what differs from one differs from the other
+      context_before[i + last] =
+          same ? context_before[earlier + last] : static_cast<int32_t>(earlier + last);
     });
     for_each_earlier(s_.names, [&](int64_t earlier, int64_t i) {
-      ngram_after[earlier + in_.ngram - 1] = static_cast<int32_t>(i + in_.ngram - 1);
+      ngram_after[earlier + last] = static_cast<int32_t>(i + last);
     });
   }
 

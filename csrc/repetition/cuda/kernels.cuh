@@ -162,10 +162,12 @@ __global__ void __launch_bounds__(kRepetitionThreads, kRepetitionBlocks)
 }
 
 // Calls f(u, i) for every full window i and the latest full window u before it with the same group: a
-// window of the same tile of threads, or the latest that the slots know from the tiles before.
-template <class F>
+// window of the same tile of threads for which passed_over(u, i) does not hold, or the latest that the
+// slots know from the tiles before.
+template <class Passed, class F>
 __device__ __forceinline__ void for_each_earlier(const RowScratch& s, int length,
-                                                 const int32_t* group, int32_t* tile, const F& f) {
+                                                 const int32_t* group, int32_t* tile,
+                                                 const Passed& passed_over, const F& f) {
   fill(s.slots, length, kEmptySlot);
   for (int first = 0; first < length; first += kRepetitionThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
@@ -175,7 +177,7 @@ __device__ __forceinline__ void for_each_earlier(const RowScratch& s, int length
     int32_t earlier = kEmptySlot;
     if (own != kNoName && own < i) {  // else nothing before has its name
       int j = static_cast<int>(threadIdx.x) - 1;
-      while (j >= 0 && tile[j] != own) --j;
+      while (j >= 0 && (tile[j] != own || passed_over(first + j, i))) --j;
       earlier = j >= 0 ? first + j : s.slots[own];
     }
     if (earlier != kEmptySlot) f(earlier, i);
@@ -204,10 +206,14 @@ __global__ void __launch_bounds__(kRepetitionThreads, kRepetitionBlocks)
     }
     __syncthreads();
     name_windows(s, in.length, last > 0 ? last : 1, in.ngram);
-    for_each_earlier(s, in.length, s.contexts, tile, [&](int64_t earlier, int64_t i) {
-      context_before[i + last] = static_cast<int32_t>(earlier + last);
+    // What differs from a window differs from all that are equal to it: in tiles before, links are known.
+    const auto same = [&](int64_t earlier, int64_t i) { return s.names[earlier] == s.names[i]; };
+    for_each_earlier(s, in.length, s.contexts, tile, same, [&](int64_t earlier, int64_t i) {
+      context_before[i + last] = same(earlier, i) ? context_before[earlier + last]
+                                                  : static_cast<int32_t>(earlier + last);
     });
-    for_each_earlier(s, in.length, s.names, tile, [&](int64_t earlier, int64_t i) {
+    const auto none = [](int64_t, int64_t) { return false; };
+    for_each_earlier(s, in.length, s.names, tile, none, [&](int64_t earlier, int64_t i) {
       ngram_after[earlier + last] = static_cast<int32_t>(i + last);
     });
   }
