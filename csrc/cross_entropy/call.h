@@ -226,6 +226,14 @@ class ReadTensors {
 
 // Where each row of the logits (kPrediction) and of their gradient (kGrad) begins: offset_at().
 inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* grad_logits) {
+  const bool contiguous = grad_logits == nullptr || grad_logits->is_contiguous();
+  if (contiguous && logits.is_contiguous()) {
+    Layout layout;
+    const int64_t classes = logits.size(logits.dim() - 1);
+    layout.cols = logits.numel() / classes;
+    layout.col_stride[kPrediction] = layout.col_stride[kGrad] = classes;
+    return layout;
+  }
   LayoutBuilder builder(row_sizes(logits));
   builder.add(kPrediction, logits);
   if (grad_logits != nullptr) builder.add(kGrad, *grad_logits);
