@@ -226,6 +226,14 @@ class ReadTensors {
 
 // Where each row of the logits (kPrediction) and of their gradient (kGrad) begins: offset_at().
 inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* grad_logits) {
+  const bool contiguous = grad_logits == nullptr || grad_logits->is_contiguous();
+  if (contiguous && logits.is_contiguous()) {
+    Layout layout;
+    const int64_t classes = logits.size(logits.dim() - 1);
+    layout.cols = logits.numel() / classes;
+    layout.col_stride[kPrediction] = layout.col_stride[kGrad] = classes;
+    return layout;
+  }
   LayoutBuilder builder(row_sizes(logits));
   builder.add(kPrediction, logits);
   if (grad_logits != nullptr) builder.add(kGrad, *grad_logits);
@@ -266,13 +274,14 @@ struct RowCall {
     problem.normalizer = read(in.normalizer);
   }
 
-  RowCall(const char* name, const RowArguments& in) : RowCall(name, checked(name, in), in.ignore_index, in.shift) {
-    problem.options = options_of(name, in);
+  RowCall(const char* name, const RowArguments& in)
+      : RowCall(name, checked(name, in), in.ignore_index, in.shift) {
+    problem.options = options_of(in);
     problem.statistics = in.statistics;
     problem.reduction = parse_row_reduction(op, in.reduction);
-    // Without labels there is no loss, and nothing to divide.
-    if (!in.target) problem.reduction = RowReduction::kSum;
-    if (!in.target) problem.options.label_smoothing = 0;
+    if (in.target) return;
+    problem.reduction = RowReduction::kSum;  // without labels there is no loss, and nothing to divide
+    problem.options.label_smoothing = 0;
   }
 
   // The gradient of the logits is written there, or, with null, not made.
@@ -282,7 +291,7 @@ struct RowCall {
   }
 
  private:
-  static CrossEntropyOptions options_of(const char* op, const RowArguments& in) {
+  static CrossEntropyOptions options_of(const RowArguments& in) {
     if (!in.schedule) return in.options;
     const Tensor numbers = torch::stable::contiguous(*in.schedule);
     const auto* value = static_cast<const double*>(numbers.const_data_ptr());
@@ -297,7 +306,7 @@ struct RowCall {
                         numbers.size(0) == 4 && numbers.is_cpu();
       if (!fits) fail(op, ": schedule must be float64 [4] on the CPU, got ", shape_text(numbers));
     }
-    check_inputs(op, in, options_of(op, in), in.shift);
+    check_inputs(op, in, options_of(in), in.shift);
     return in;
   }
 };

@@ -191,7 +191,8 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, bool has
   if (!has_label) return r;
   const bool overflows = sums.max == INFINITY;
   r.log_prob = overflows ? double(NAN) : (target - sums.max) - r.log_sum;
-  r.smooth_distance = overflows ? double(NAN) : (part.weights != 0 ? part.weights * r.lse : 0) - sums.weighted;
+  const double weighted_lse = part.weights != 0 ? part.weights * r.lse : 0;  // lse may be -inf
+  r.smooth_distance = overflows ? double(NAN) : weighted_lse - sums.weighted;
   r.hit = target == sums.max && sums.before < target;
   return r;
 }
@@ -267,15 +268,17 @@ struct RowProblem {
   RowReduction reduction = RowReduction::kSum;  // kNone: loss and grad_loss are [rows]
   bool statistics = false;                      // entropy and hit are wanted
   Layout layout;  // where rows of the logits (kPrediction) and of their gradient (kGrad) begin
-  Array logits, grad_logits;                          // [rows, V], any floating dtype
-  Array weight, token_weight;                         // [V]; [rows], any floating dtype
-  Array temperature, normalizer;                      // [], any dtype
-  Array loss, lse, entropy, log_prob, smooth_distance;  // [rows], results; of loss else []
-  Array hit;                                          // [rows], bool
-  Array totals;                                       // [2] double: denominator, sum of w or V
-  Array row_sums;                                     // [rows, kRowSums]
-  Array grad_loss, grad_lse, grad_entropy, grad_log_prob;  // [rows]; of grad_loss else []
-  Array grad_token_weight;                            // [rows]
+  Array logits, grad_logits;      // [rows, V], any floating dtype
+  Array weight, token_weight;     // [V]; [rows], any floating dtype
+  Array temperature, normalizer;  // [], any dtype
+  // What the forward makes and the backward reads: [rows], of loss [rows] or []
+  Array loss, lse, entropy, log_prob, smooth_distance;
+  Array hit;       // [rows], bool
+  Array totals;    // [2] double: denominator, and the sum of w, or V where nothing needs that
+  Array row_sums;  // [rows, kRowSums]
+  // Incoming gradients: [rows], of grad_loss [rows] or []
+  Array grad_loss, grad_lse, grad_entropy, grad_log_prob;
+  Array grad_token_weight;  // [rows]
 };
 
 // --- one row of a problem; A: the type of the loss. Elements::number(array, i) reads one entry ----------

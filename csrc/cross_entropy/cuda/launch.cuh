@@ -80,11 +80,4 @@ void with_logits_type(const CrossEntropyParams& q, F f) {
   }
 }
 
-// Calls f with a value of the dtype of the loss.
-template <class F>
-void with_loss_type(const CrossEntropyParams& q, F f) {
-  if (q.logits.kind == Kind::kDouble) return f(double{});
-  f(float{});
-}
-
 }  // namespace masked_loss_ext::cuda
