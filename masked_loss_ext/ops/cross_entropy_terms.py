@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """cross_entropy_terms: the public function.
 
-The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h, fake and
-derivative in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
+The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h, what leads to the operator, and its
+derivatives, in _autograd.py. The operator checks shapes, dtypes and labels.
 """
 
+from collections.abc import Iterator
+
+import torch
+
+from .. import reference
 from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
 from ..reference import CrossEntropyTerms
-from .cross_entropy_terms_autograd import call, is_transformed
+from ._autograd import Differentiable, Like, is_transformed
 from .masked_cross_entropy import _temperature, _with_adjacent_classes
 
 _NAME = "cross_entropy_terms"
 
 
 def cross_entropy_terms(
-    logits,
-    target,
-    mask=None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
-    temperature=None,
-    classes=None,
-    links=None,
-    ignore_index=-100,
-    unscaled=True,
-):
+    temperature: float | torch.Tensor | None = None,
+    classes: torch.Tensor | None = None,
+    links: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ignore_index: int = -100,
+    unscaled: bool = True,
+) -> CrossEntropyTerms:
     r"""What language-model losses are made of, per row, from one read of the logits.
 
     A row counts where ``mask`` is on and its label :math:`y` is not ``ignore_index``; the others
@@ -92,7 +97,7 @@ def cross_entropy_terms(
         )
         if is_transformed():
             _check_traced(*args)
-        results = call(args)
+        results = _operator.call(args, 7)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     else:
@@ -150,3 +155,27 @@ def _check_traced(
         )
     if not unscaled and (classes is not None or context_before is not None):
         raise ValueError(f"{_NAME}: classes and links must be None where unscaled is False")
+
+
+def _likes(a) -> Iterator[Like]:
+    rows, dtype = a.logits.shape[:-1], reference.accumulate_dtype(a.logits, a.logits)
+    linked = rows if a.context_before is not None else None
+    yield rows, dtype
+    yield rows, dtype
+    yield rows if a.unscaled else None, dtype
+    yield rows if a.unscaled else None, dtype
+    yield None if a.classes is None else (*rows, a.classes.shape[-1]), dtype
+    yield linked, dtype
+    yield linked, dtype
+    yield (*rows, 4), torch.float64
+
+
+def _plain(a) -> tuple[torch.Tensor, ...]:
+    a = a._asdict()
+    links = (a.pop("context_before"), a.pop("ngram_after"))
+    terms = reference.cross_entropy_terms(**a, links=None if links[0] is None else links)
+    sums = a["logits"].new_full((*a["logits"].shape[:-1], 4), torch.nan, dtype=torch.float64)
+    return *[a["logits"].new_zeros(0) if term is None else term for term in terms], sums
+
+
+_operator = Differentiable("cross_entropy_terms", _likes, _plain)

@@ -15,10 +15,10 @@ from .._checks import as_integers, as_mask, as_number, check_constant, check_fla
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
 from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
+from ._autograd import _functorch_is_active
 from .masked_cross_entropy_aggregate import aggregate_rows, check_aggregation
 from .masked_cross_entropy_autograd import call
 from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
-from .masked_squared_error import _functorch_is_active
 
 
 def masked_cross_entropy(

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import masked_cross_entropy_higher as higher
-from .masked_squared_error import (
+from ._autograd import (
     _below_autograd,
     _functorch_is_active,
     is_batch,

@@ -9,13 +9,13 @@ import torch
 
 from .. import reference
 from ..reference.squared_error import select
-from .masked_cross_entropy_autograd import TENSORS, TOKEN_WEIGHT, call, refuse_derivative
-from .masked_squared_error import (
+from ._autograd import (
     _below_autograd,
     is_batch,
     is_transformed,
     refuse_two_devices,
 )
+from .masked_cross_entropy_autograd import TENSORS, TOKEN_WEIGHT, call, refuse_derivative
 
 _fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient.default
 _overwriting_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_.default
