@@ -18,7 +18,7 @@ Training does not come there.
 import collections
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -77,18 +77,22 @@ def refuse_derivative(op: Any, instead: str) -> None:
     torch.library.impl(op._schema.name, "Autograd", refuse)
 
 
-class _Signature:
+class Signature:
     """The arguments of an operator by name, from its schema; which of them are tensors."""
 
-    def __init__(self, op):
-        self.op = op
+    def __init__(self, name: str):
+        self.op = op = getattr(torch.ops.masked_loss_ext, name).default
         self.name = op._schema.name
         arguments = op._schema.arguments
         self.names = [a.name for a in arguments]
         self.results = [r.name for r in op._schema.returns]
         defaults = [a.default_value for a in arguments if a.has_default_value()]
         self.arguments = collections.namedtuple("Arguments", self.names, defaults=defaults)
-        is_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments]
+        types = [str(a.type) for a in arguments]
+        is_tensor = ["Tensor" in kind for kind in types]
+        self.floats = [
+            name for name, kind in zip(self.names, types, strict=True) if kind == "float"
+        ]
         self.tensors = [i for i, yes in enumerate(is_tensor) if yes]
         self.options = [i for i, yes in enumerate(is_tensor) if not yes]
         order = self.tensors + self.options
@@ -115,7 +119,9 @@ class _Signature:
                 tensors[0].new_empty((0,) if shape is None else shape, dtype=dtype)
                 for shape, dtype in likes(a)
             )
-            return found if len(found) > 1 else found[0]
+            if len(found) > 1:
+                return found
+            return found[0] if found else None
 
         torch.library.register_fake(self.name, fake)
 
@@ -177,6 +183,14 @@ def _transformable(signature, saved_results, differentiable, plain, derivative):
     return Transformed
 
 
+class Once(NamedTuple):
+    """Another function in the place of the backward operator, for the eager backward that nobody
+    differentiates again: once, as it destroys what it reads."""
+
+    run: Callable[..., tuple[torch.Tensor, ...]]  # of the backward operator's arguments
+    refusal: str  # of another backward
+
+
 class Differentiable:
     """An operator and the ways to it.
 
@@ -201,9 +215,8 @@ class Differentiable:
         plain: Callable[[Any], tuple[torch.Tensor, ...]],
         gradient_likes: dict[str, Callable[[Any], Like]] | None = None,
     ):
-        ops = torch.ops.masked_loss_ext
-        self.forward = forward = _Signature(getattr(ops, name).default)
-        self.backward = backward = _Signature(getattr(ops, f"_{name}_backward").default)
+        self.forward = forward = Signature(name)
+        self.backward = backward = Signature(f"_{name}_backward")
         self.likes, self.plain, self.gradient_likes = likes, plain, gradient_likes or {}
         self.inputs = [result.removeprefix("grad_") for result in backward.results]
         given = [f"grad_{result}" for result in forward.results]
@@ -211,9 +224,9 @@ class Differentiable:
         saved = [result for result in forward.results if result in backward.names]
         self.saved_results = [forward.results.index(result) for result in saved]
         self.input_positions = [forward.names.index(x) for x in self.inputs]
-        self._sort_backward = operator.itemgetter(*self._backward_order(given, saved))
+        self.backward_order = self._backward_order(given, saved)
         forward.register_fake(likes, name)
-        backward.register_fake(lambda b: [self._gradient_like(b, x) for x in self.inputs], name)
+        backward.register_fake(lambda b: [self.gradient_like(b, x) for x in self.inputs], name)
         self._transformed = _transformable(
             forward, self.saved_results, self.differentiable, plain, self._derivative
         )
@@ -232,8 +245,10 @@ class Differentiable:
         pool = [*given, *tensors, *saved, *options, *needs]
         return [pool.index(argument) for argument in self.backward.names]
 
-    def call(self, args: tuple[Any, ...], shown: int, once: Any = None) -> tuple[torch.Tensor, ...]:
-        """The first ``shown`` results. once: see _eager."""
+    def call(
+        self, args: tuple[Any, ...], shown: int, once: Once | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The first ``shown`` results."""
         if (
             forward_ad._current_level >= 0
             or _functorch_is_active()
@@ -273,7 +288,8 @@ class Differentiable:
         present = [shape is not None for shape, _ in self.likes(a)]
         grads = [grad if there else None for grad, there in zip(grads, present, strict=True)]
         needs = [needs[i] for i in self.input_positions]
-        args = self._sort_backward((*grads, *tensors, *results, *options, *needs))
+        pool = (*grads, *tensors, *results, *options, *needs)
+        args = [pool[i] for i in self.backward_order]
         found = self.run_backward(args, transformed)
         return {
             i: self.fitted(name, grad, a[i])
@@ -285,7 +301,7 @@ class Differentiable:
 
     # --- the backward operator in plain PyTorch ---------------------------------------------------
 
-    def _gradient_like(self, b, name):
+    def gradient_like(self, b, name):
         argument = getattr(b, name)
         if name in self.gradient_likes:
             shape, dtype = self.gradient_likes[name](b)
@@ -301,7 +317,7 @@ class Differentiable:
         )
         # As if all were needed: the gradient of one depends on the others.
         everything = b._replace(**{name: True for name in b._fields if name.startswith("needs_")})
-        likes = {x: self._gradient_like(everything, x) for x in self.inputs}
+        likes = {x: self.gradient_like(everything, x) for x in self.inputs}
         inputs = [x for x, (shape, _) in likes.items() if shape is not None]
         given = [
             i
@@ -331,7 +347,7 @@ class Differentiable:
         first = getattr(b, self.inputs[0])
         result = []
         for x in self.inputs:
-            shape, dtype = self._gradient_like(b, x)
+            shape, dtype = self.gradient_like(b, x)
             result.append(first.new_zeros(0, dtype=dtype) if shape is None else found[x])
         return tuple(result)
 
@@ -352,38 +368,36 @@ class Differentiable:
 def _eager(op):
     """The operator in training. Its arguments go in one piece beside the inputs that may need
     gradients, as autograd looks at each argument of its own."""
-    signature, sort_backward = op.forward, op._sort_backward
+    signature = op.forward
     forward_op, backward_op = op.forward.op, op.backward.op
     saved_results, differentiable = op.saved_results, op.differentiable
     inputs = [signature.tensors.index(i) for i in op.input_positions]  # among what is saved
+    order = op.backward_order
+    sort = operator.itemgetter(*order)
     results = len(signature.results)
     single = len(op.inputs) == 1
 
-    def back(ctx, grads):
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:-1]
+    def gradients(ctx, grads, saved, needs):
         padding = (None,) * (results - len(grads))
-        args = sort_backward((*grads, *padding, *saved, *ctx.options, *needs))
-        if is_transformed():  # gradients with a tangent, say
-            found = op.run_backward(args, True)
-        elif torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-            # create_graph=True, or compiled autograd
-            found = op.run_backward(args, False)
-        else:
-            with _below_autograd():
-                found = backward_op(*args)
-                if single:
-                    found = (found,)
-        gradients = [None] * (len(needs) + 1)
-        for i, need in enumerate(needs):
-            if need:
-                gradients[i] = op.fitted(op.inputs[i], found[i], saved[inputs[i]])
-        return tuple(gradients)
+        pool = (*grads, *padding, *saved, *ctx.options, *needs)
+        if (
+            is_transformed()  # gradients with a tangent, say
+            or torch.is_grad_enabled()  # create_graph=True
+            or torch.compiler.is_dynamo_compiling()  # compiled autograd
+        ):
+            return op.run_backward([pool[i] for i in order], is_transformed())
+        once = ctx.once
+        with _below_autograd():
+            if once is None or not needs[0] or any(map(is_batch, grads)):
+                found = backward_op(*sort(pool))
+                return (found,) if single else found
+            ctx.spent = True
+            return once.run(sort(pool))
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *given):
-            args, shown, _ = given[-1]
+            args, shown, ctx.once = given[-1]
             with _below_autograd():
                 found = forward_op(*args)
             tensors, ctx.options = signature.split(args)
@@ -392,12 +406,20 @@ def _eager(op):
                 *[found[i] for i in range(shown) if i not in differentiable]
             )
             ctx.set_materialize_grads(False)
+            ctx.spent = False
             return found[:shown]
 
         @staticmethod
         def backward(ctx, *grads):
-            if all(grad is None for grad in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            return back(ctx, grads)
+            if ctx.spent:  # a flag, as saved-tensor hooks hide the version of what is saved
+                raise RuntimeError(ctx.once.refusal)
+            needs, saved = ctx.needs_input_grad[:-1], ctx.saved_tensors
+            result = [None] * (len(needs) + 1)
+            if any(grad is not None for grad in grads):
+                found = gradients(ctx, grads, saved, needs)
+                for i, need in enumerate(needs):
+                    if need:
+                        result[i] = op.fitted(op.inputs[i], found[i], saved[inputs[i]])
+            return tuple(result)
 
     return Eager

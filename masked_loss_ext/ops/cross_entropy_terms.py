@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """cross_entropy_terms: the public function.
 
-The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h, what leads to the operator, and its
-derivatives, in _autograd.py. The operator checks shapes, dtypes and labels.
+The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h; what leads to
+the operator, and its derivatives, in _autograd.py. The operator checks shapes, dtypes and labels.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .. import reference
 from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
 from ..reference import CrossEntropyTerms
 from ._autograd import Differentiable, Like, is_transformed
-from .masked_cross_entropy import _temperature, _with_adjacent_classes
+from .masked_cross_entropy import temperature_tensor, with_adjacent_classes
 
 _NAME = "cross_entropy_terms"
 
@@ -81,14 +81,14 @@ def cross_entropy_terms(
     """
     try:
         if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = _with_adjacent_classes(logits)
+            logits = with_adjacent_classes(logits)
         mask = as_mask(_NAME, "mask", mask)
         context_before, ngram_after = (None, None) if links is None else links
         args = (
             logits,
             as_integers(target),
             mask,
-            None if temperature is None else _temperature(_NAME, temperature, logits),
+            None if temperature is None else temperature_tensor(_NAME, temperature, logits),
             classes,
             context_before,
             ngram_after,
