@@ -187,7 +187,7 @@ class Once(NamedTuple):
     """Another function in the place of the backward operator, for the eager backward that nobody
     differentiates again: once, as it destroys what it reads."""
 
-    run: Callable[..., tuple[torch.Tensor, ...]]  # of the backward operator's arguments
+    run: Callable[..., tuple[torch.Tensor, ...]] | None  # of the backward's arguments; None: spent
     refusal: str  # of another backward
 
 
@@ -225,6 +225,9 @@ class Differentiable:
         self.saved_results = [forward.results.index(result) for result in saved]
         self.input_positions = [forward.names.index(x) for x in self.inputs]
         self.backward_order = self._backward_order(given, saved)
+        self._pick_inputs = _pick(self.input_positions)
+        self._call_op = forward.op._op  # what OpOverload.__call__ calls
+        self._fits = [x in self.gradient_likes for x in self.inputs]
         forward.register_fake(likes, name)
         backward.register_fake(lambda b: [self.gradient_like(b, x) for x in self.inputs], name)
         self._transformed = _transformable(
@@ -255,11 +258,12 @@ class Differentiable:
             or torch.compiler.is_compiling()
         ):
             return self._call_traced(args)[:shown]
-        inputs = [args[i] for i in self.input_positions]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return self._eager.apply(*inputs, (args, shown, once))
+        if torch.is_grad_enabled():
+            for i in self.input_positions:
+                if args[i] is not None and args[i].requires_grad:
+                    return self._eager(*self._pick_inputs(args), (args, shown, once))
         with _below_autograd():
-            return self.forward.op(*args)[:shown]
+            return self._call_op(*args)[:shown]
 
     def _call_traced(self, args):
         if needs_plain():
@@ -276,9 +280,9 @@ class Differentiable:
             return self._gradients(self.backward.arguments(*args))
         return self._transformed_backward.apply(*args)
 
-    def fitted(self, name, gradient, argument):
-        """In the argument's own shape and dtype."""
-        if name in self.gradient_likes:
+    def fitted(self, i, gradient, argument):
+        """That of the i-th input in its own shape and dtype."""
+        if self._fits[i]:
             return gradient.sum_to_size(argument.shape).to(argument.dtype)
         return gradient
 
@@ -292,11 +296,9 @@ class Differentiable:
         args = [pool[i] for i in self.backward_order]
         found = self.run_backward(args, transformed)
         return {
-            i: self.fitted(name, grad, a[i])
-            for i, name, grad, need in zip(
-                self.input_positions, self.inputs, found, needs, strict=True
-            )
-            if need
+            position: self.fitted(i, found[i], a[position])
+            for i, position in enumerate(self.input_positions)
+            if needs[i]
         }
 
     # --- the backward operator in plain PyTorch ---------------------------------------------------
@@ -365,21 +367,29 @@ class Differentiable:
         return dict(zip(positions, pull(tuple(given)), strict=True))
 
 
+def _pick(positions):
+    """Entries of a tuple as a tuple, in C."""
+    if len(positions) < 2:
+        return lambda entries: tuple([entries[i] for i in positions])
+    return operator.itemgetter(*positions)
+
+
 def _eager(op):
-    """The operator in training. Its arguments go in one piece beside the inputs that may need
-    gradients, as autograd looks at each argument of its own."""
+    """The operator in training, where each microsecond counts. Its arguments go in one piece beside
+    the inputs that may need gradients, as autograd looks at each argument of its own."""
     signature = op.forward
-    forward_op, backward_op = op.forward.op, op.backward.op
-    saved_results, differentiable = op.saved_results, op.differentiable
+    forward_op, backward_op = op.forward.op._op, op.backward.op._op
     inputs = [signature.tensors.index(i) for i in op.input_positions]  # among what is saved
-    order = op.backward_order
-    sort = operator.itemgetter(*order)
-    results = len(signature.results)
-    single = len(op.inputs) == 1
+    order, results, single = op.backward_order, len(signature.results), len(op.inputs) == 1
+    pick_tensors, pick_options = _pick(signature.tensors), _pick(signature.options)
+    pick_results, sort = _pick(op.saved_results), _pick(order)
+    # By the number of results that are shown: those among them without a gradient.
+    constant = [
+        [i for i in range(shown) if i not in op.differentiable] for shown in range(results + 1)
+    ]
 
     def gradients(ctx, grads, saved, needs):
-        padding = (None,) * (results - len(grads))
-        pool = (*grads, *padding, *saved, *ctx.options, *needs)
+        pool = (*grads, *(None,) * (results - len(grads)), *saved, *ctx.options, *needs)
         if (
             is_transformed()  # gradients with a tangent, say
             or torch.is_grad_enabled()  # create_graph=True
@@ -391,7 +401,7 @@ def _eager(op):
             if once is None or not needs[0] or any(map(is_batch, grads)):
                 found = backward_op(*sort(pool))
                 return (found,) if single else found
-            ctx.spent = True
+            ctx.once = once._replace(run=None)
             return once.run(sort(pool))
 
     class Eager(torch.autograd.Function):
@@ -400,26 +410,28 @@ def _eager(op):
             args, shown, ctx.once = given[-1]
             with _below_autograd():
                 found = forward_op(*args)
-            tensors, ctx.options = signature.split(args)
-            ctx.save_for_backward(*tensors, *[found[i] for i in saved_results])
-            ctx.mark_non_differentiable(
-                *[found[i] for i in range(shown) if i not in differentiable]
-            )
+            ctx.save_for_backward(*pick_tensors(args), *pick_results(found))
+            ctx.options = pick_options(args)
             ctx.set_materialize_grads(False)
-            ctx.spent = False
+            if constant[shown]:
+                ctx.mark_non_differentiable(*[found[i] for i in constant[shown]])
             return found[:shown]
 
         @staticmethod
         def backward(ctx, *grads):
-            if ctx.spent:  # a flag, as saved-tensor hooks hide the version of what is saved
-                raise RuntimeError(ctx.once.refusal)
-            needs, saved = ctx.needs_input_grad[:-1], ctx.saved_tensors
+            once = ctx.once
+            if once is not None and once.run is None:
+                # Known by itself, as saved-tensor hooks hide the version of what is saved.
+                raise RuntimeError(once.refusal)
+            *needs, _ = ctx.needs_input_grad
             result = [None] * (len(needs) + 1)
-            if any(grad is not None for grad in grads):
+            if any([grad is not None for grad in grads]):
+                saved = ctx.saved_tensors
                 found = gradients(ctx, grads, saved, needs)
                 for i, need in enumerate(needs):
                     if need:
-                        result[i] = op.fitted(op.inputs[i], found[i], saved[inputs[i]])
+                        result[i] = op.fitted(i, found[i], saved[inputs[i]])
             return tuple(result)
 
-    return Eager
+    # Not Function.apply: that is for torch.func, whose transforms do not come here.
+    return super(torch.autograd.Function, Eager).apply

@@ -265,13 +265,18 @@ def row_statistics(
 
 def _call(name, given, inplace_backward=False, gradient_in_forward=False):
     """given: the operator's arguments by name, as the caller has them."""
+    transformed = _functorch_is_active()
     # Fakes of the operator check no shape.
-    early = _functorch_is_active() or torch.compiler.is_dynamo_compiling()
+    early = transformed or torch.compiler.is_dynamo_compiling()
     early = early or type(given["logits"]) is not torch.Tensor
     try:
         if early:
             given = checks.expanded(given) or given
-        a = _prepared(name, given, inplace_backward)
+        a = _prepared(name, given)
+        if inplace_backward and not torch.compiler.is_compiling():
+            checks.check_overwritable(name, a["logits"])
+        if transformed:
+            checks.check_traced(name, a)
         if gradient_in_forward:
             return call_sweep(a, inplace_backward)
         return call(a, 5 if a["statistics"] else 1, inplace_backward)
@@ -291,25 +296,23 @@ def _call(name, given, inplace_backward=False, gradient_in_forward=False):
         del failure  # its traceback holds this frame: a cycle that would keep the logits
 
 
-def _prepared(name, given, inplace_backward):
+def _prepared(name, given):
     """The arguments as the operator takes them."""
-    a = dict(given)
-    logits, mask, weight = given["logits"], given["mask"], given["weight"]
+    a = given.copy()
+    logits, mask, weight, segment_ids = a["logits"], a["mask"], a["weight"], a["segment_ids"]
     if logits.dim() > 0 and logits.stride(-1) != 1:
         a["logits"] = logits = with_adjacent_classes(logits)
+    a["target"] = as_integers(a["target"])
     if mask is not None:
         a["mask"] = as_mask(name, "mask", mask)
-    a["target"], a["segment_ids"] = as_integers(given["target"]), as_integers(given["segment_ids"])
+    if segment_ids is not None:
+        a["segment_ids"] = as_integers(segment_ids)
     if weight is not None:
         check_constant(name, "weight", weight)
         a["weight"] = checks.class_weight(name, weight, logits)
-    a["temperature"] = temperature_tensor(name, given["temperature"], logits)
-    if given["normalizer"] is not None:
-        a["normalizer"] = _number(name, "normalizer", given["normalizer"], logits)
-    if inplace_backward and not torch.compiler.is_compiling():
-        checks.check_overwritable(name, logits)
-    if _functorch_is_active():
-        checks.check_traced(name, a)
+    a["temperature"] = temperature_tensor(name, a["temperature"], logits)
+    if a["normalizer"] is not None:
+        a["normalizer"] = _number(name, "normalizer", a["normalizer"], logits)
     return a
 
 

@@ -10,6 +10,7 @@ Of both there is one backward: a second would read a gradient in the place of lo
 """
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _plain(a) -> tuple[torch.Tensor, ...]:
 
 
 operator = Differentiable(_NAME, _likes, _plain, {"token_weight": _token_weight_gradient_like})
-NAMES = operator.forward.names
+_in_order = itemgetter(*operator.forward.names)
 _FLOATS = operator.forward.floats
 DEFAULTS = operator.forward.arguments._field_defaults
 
@@ -102,7 +103,9 @@ def call(a: dict[str, Any], shown: int, inplace_backward: bool) -> tuple[torch.T
     """a: the operator's arguments by name."""
     if torch.compiler.is_compiling():
         a = _scheduled(a)
-    args = tuple([a[name] for name in NAMES])
+        args = tuple([a[name] for name in operator.forward.names])
+    else:
+        args = _in_order(a)
     return operator.call(args, shown, _overwrite if inplace_backward else None)
 
 
@@ -142,8 +145,7 @@ def call_sweep(a: dict[str, Any], inplace_backward: bool) -> tuple[torch.Tensor,
         or is_transformed()
     ):
         return call(a, 1, inplace_backward)
-    args = tuple([a[name] for name in NAMES])
-    return (_Sweep.apply(a["logits"], (args, inplace_backward)),)
+    return (_Sweep.apply(a["logits"], (_in_order(a), inplace_backward)),)
 
 
 class _Sweep(torch.autograd.Function):
