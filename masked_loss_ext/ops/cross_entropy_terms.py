@@ -14,6 +14,7 @@ from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_
 from ..reference import CrossEntropyTerms
 from ._autograd import Differentiable, Like, is_transformed
 from .masked_cross_entropy import temperature_tensor, with_adjacent_classes
+from .masked_cross_entropy_checks import check_rows
 
 _NAME = "cross_entropy_terms"
 
@@ -96,8 +97,8 @@ def cross_entropy_terms(
             unscaled,
         )
         if is_transformed():
-            _check_traced(*args)
-        results = _operator.call(args, 7)
+            _check_traced(operator.forward.arguments(*args))
+        results = operator.call(args, 7)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     else:
@@ -129,31 +130,25 @@ def _check_types(logits, target, mask, classes, links):
         check_tensor(_NAME, argument, tensor)
 
 
-def _check_traced(
-    logits, target, mask, _, classes, context_before, ngram_after, ignore_index, unscaled
-):
+def _check_traced(a):
     """Under torch.func plain PyTorch stands in for the operator, which checks all of it."""
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(f"{_NAME}: logits must be floating [..., V], got {logits.dtype}")
-    check_integers(_NAME, "target", target)
-    per_row = {
-        "target": target,
-        "mask": mask,
-        "context_before": context_before,
-        "ngram_after": ngram_after,
-    }
-    for argument, tensor in per_row.items():
-        if tensor is not None and tensor.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{_NAME}: {argument} must have the shape of logits {shape_text(logits)} without "
-                f"the last dimension, got {shape_text(tensor)}"
-            )
-    if classes is not None and classes.shape[:-1] != logits.shape[:-1]:
+    check_rows(
+        _NAME,
+        a.logits,
+        {
+            "target": a.target,
+            "mask": a.mask,
+            "context_before": a.context_before,
+            "ngram_after": a.ngram_after,
+        },
+    )
+    check_integers(_NAME, "target", a.target)
+    if a.classes is not None and a.classes.shape[:-1] != a.logits.shape[:-1]:
         raise ValueError(
             f"{_NAME}: classes must be [..., K] with the leading dimensions of logits "
-            f"{shape_text(logits)}, got {shape_text(classes)}"
+            f"{shape_text(a.logits)}, got {shape_text(a.classes)}"
         )
-    if not unscaled and (classes is not None or context_before is not None):
+    if not a.unscaled and (a.classes is not None or a.context_before is not None):
         raise ValueError(f"{_NAME}: classes and links must be None where unscaled is False")
 
 
@@ -178,4 +173,4 @@ def _plain(a) -> tuple[torch.Tensor, ...]:
     return *[a["logits"].new_zeros(0) if term is None else term for term in terms], sums
 
 
-_operator = Differentiable("cross_entropy_terms", _likes, _plain)
+operator = Differentiable("cross_entropy_terms", _likes, _plain)

@@ -230,24 +230,28 @@ def _check_dtypes(name, given):
         )
 
 
-def check_traced(name, given):
-    """Under torch.func plain PyTorch may stand in for the operator, which checks all of it."""
-    logits, target, weight = given["logits"], given["target"], given["weight"]
+def check_rows(name, logits, per_row):
+    """What plain PyTorch, which may stand in for the operator under torch.func, would broadcast."""
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise ValueError(
-            f"{name}: target must be integers (soft labels are not what this function takes), got "
-            f"{target.dtype}"
-        )
-    for argument in _PER_ROW:
-        tensor = given[argument]
+    for argument, tensor in per_row.items():
         if tensor is not None and tensor.shape != logits.shape[:-1]:
             raise ValueError(
                 f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
                 f"the last dimension, got {shape_text(tensor)}"
             )
-    if weight is not None and weight.shape != logits.shape[-1:]:
+
+
+def check_traced(name, given):
+    """Under torch.func: all that the operator would check."""
+    target, weight = given["target"], given["weight"]
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: target must be integers (soft labels are not what this function takes), got "
+            f"{target.dtype}"
+        )
+    check_rows(name, given["logits"], {argument: given[argument] for argument in _PER_ROW})
+    if weight is not None and weight.shape != given["logits"].shape[-1:]:
         raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
     check_shift(name, given["shift"])
     check_choice(name, "reduction", given["reduction"], REDUCTIONS)

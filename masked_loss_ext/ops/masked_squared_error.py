@@ -35,7 +35,7 @@ def masked_squared_error(
     if torch.compiler.is_compiling() and any(map(is_symbolic, weights)):
         edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
     args = (prediction, target, mask, edit_mask, weighting, *weights, reduction)
-    return _operator.call(args, 1)[0]
+    return operator.call(args, 1)[0]
 
 
 def _as_edit_mask(prediction, edit_mask, foreground_weight, background_weight):
@@ -75,6 +75,6 @@ def _plain(a) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.masked_squared_error(*a), count
 
 
-_operator = Differentiable(
+operator = Differentiable(
     "masked_squared_error", _likes, _plain, {"weighting": _weighting_gradient_like}
 )
