@@ -383,26 +383,11 @@ def _eager(op):
     order, results, single = op.backward_order, len(signature.results), len(op.inputs) == 1
     pick_tensors, pick_options = _pick(signature.tensors), _pick(signature.options)
     pick_results, sort = _pick(op.saved_results), _pick(order)
-    # By the number of results that are shown: those among them without a gradient.
+    # By the number of results that are shown: gradients of the others, those without one.
+    padding = [(None,) * (results - shown) for shown in range(results + 1)]
     constant = [
         [i for i in range(shown) if i not in op.differentiable] for shown in range(results + 1)
     ]
-
-    def gradients(ctx, grads, saved, needs):
-        pool = (*grads, *(None,) * (results - len(grads)), *saved, *ctx.options, *needs)
-        if (
-            is_transformed()  # gradients with a tangent, say
-            or torch.is_grad_enabled()  # create_graph=True
-            or torch.compiler.is_dynamo_compiling()  # compiled autograd
-        ):
-            return op.run_backward([pool[i] for i in order], is_transformed())
-        once = ctx.once
-        with _below_autograd():
-            if once is None or not needs[0] or any(map(is_batch, grads)):
-                found = backward_op(*sort(pool))
-                return (found,) if single else found
-            ctx.once = once._replace(run=None)
-            return once.run(sort(pool))
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -423,15 +408,29 @@ def _eager(op):
             if once is not None and once.run is None:
                 # Known by itself, as saved-tensor hooks hide the version of what is saved.
                 raise RuntimeError(once.refusal)
-            *needs, _ = ctx.needs_input_grad
-            result = [None] * (len(needs) + 1)
-            if any([grad is not None for grad in grads]):
-                saved = ctx.saved_tensors
-                found = gradients(ctx, grads, saved, needs)
-                for i, need in enumerate(needs):
-                    if need:
-                        result[i] = op.fitted(i, found[i], saved[inputs[i]])
-            return tuple(result)
+            needs, gradients = ctx.needs_input_grad, [None] * (len(inputs) + 1)
+            if grads[0] is None and not any([grad is not None for grad in grads]):
+                return tuple(gradients)
+            saved = ctx.saved_tensors
+            pool = grads + padding[len(grads)] + saved + ctx.options + needs
+            if (
+                is_transformed()  # gradients with a tangent, say
+                or torch.is_grad_enabled()  # create_graph=True
+                or torch.compiler.is_dynamo_compiling()  # compiled autograd
+            ):
+                found = op.run_backward([pool[i] for i in order], is_transformed())
+            elif once is None or not needs[0] or any(map(is_batch, grads)):
+                with _below_autograd():
+                    found = backward_op(*sort(pool))
+                found = (found,) if single else found
+            else:
+                ctx.once = once._replace(run=None)
+                with _below_autograd():
+                    found = once.run(sort(pool))
+            for i, at in enumerate(inputs):
+                if needs[i]:
+                    gradients[i] = op.fitted(i, found[i], saved[at])
+            return tuple(gradients)
 
     # Not Function.apply: that is for torch.func, whose transforms do not come here.
     return super(torch.autograd.Function, Eager).apply
