@@ -15,7 +15,7 @@ help:
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 10 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 16 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
-	@echo "make lint    ruff and the repository's own checks                                  ~ 5 s"
+	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
 	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 1 min"
 	@echo "make wheel   dist/*.whl (abi3, compiled) and the source archive                    ~ 1 min"
 	@echo "make clean   remove all that these made, .venv too"
@@ -64,6 +64,7 @@ lint: $(VENV)/packages
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "not formatted: $(VENV)/bin/ruff format ."; exit 1; }
 	@$(PY) .ci/check_text.py
+	@$(PY) -m mypy
 
 wheel: setup
 	@rm -rf build/lib* build/bdist*
@@ -73,5 +74,5 @@ wheel: setup
 	@ls dist/*
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info masked_loss_ext/*.so demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info masked_loss_ext/*.so demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

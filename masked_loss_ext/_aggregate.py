@@ -13,12 +13,16 @@ from ._checks import (
     as_integers,
     as_mask,
     as_number,
+    check_any_floating,
     check_choice,
+    check_constant,
     check_device,
     check_integers,
+    check_like,
     check_number,
     check_tensor,
     is_readable,
+    refusal,
     shape_text,
 )
 from .reference.squared_error import accumulate_dtype, select
@@ -28,8 +32,14 @@ REDUCTIONS = ("mean", "sum", "none", *AGGREGATIONS)
 
 
 def aggregate_tokens(
-    loss, mask=None, reduction="mean", *, token_weight=None, segment_ids=None, normalizer=None
-):
+    loss: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    token_weight: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
     r"""Losses of tokens to one number, counted as ``reduction`` says.
 
     For losses that you build per token yourself (from ``row_statistics``, say);
@@ -147,10 +157,8 @@ def over(total, denominator):
 def check_normalizer(name, normalizer, reduction):
     """A Python number; a tensor is not looked at."""
     if reduction in ("sum", "none"):
-        raise ValueError(
-            f"{name}: normalizer must be None for reduction {reduction!r}: only means and "
-            '"sequence_sum" divide'
-        )
+        rule = f'be None for reduction {reduction!r}: only means and "sequence_sum" divide'
+        raise refusal(name, "normalizer", rule, type(normalizer).__name__)
     if type(normalizer) in (int, float) and 0 <= normalizer < 2**63:  # those of training
         return
     if not isinstance(normalizer, torch.Tensor):
@@ -161,44 +169,40 @@ def as_divisor(name, normalizer, like):
     """A 0-d tensor; None stays None."""
     if normalizer is None:
         return None
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"{name}: normalizer must be a number [], got {shape_text(normalizer)}"
-            )
-        check_device(name, "normalizer", normalizer, "the loss", like)
-        if normalizer.is_complex():
-            raise ValueError(f"{name}: normalizer must be a real number, got {normalizer.dtype}")
-        if is_readable(normalizer) and not 0 <= normalizer.item() < math.inf:
-            raise ValueError(
-                f"{name}: normalizer must be finite and not negative, got {normalizer.item():g}"
-            )
-        return normalizer.double()
-    return as_number(normalizer, like.device)
+    if not isinstance(normalizer, torch.Tensor):
+        return as_number(normalizer, like.device)
+    if normalizer.dim() != 0:
+        raise refusal(name, "normalizer", "be a number []", shape_text(normalizer))
+    check_device(name, "normalizer", normalizer, "the loss", like)
+    check_constant(name, "normalizer", normalizer)
+    if normalizer.is_complex():
+        raise refusal(name, "normalizer", "be a real number", normalizer.dtype)
+    if is_readable(normalizer) and not 0 <= normalizer.item() < math.inf:
+        rule = "be finite and not negative"
+        raise refusal(name, "normalizer", rule, f"{normalizer.item():g}")
+    return normalizer.double()
 
 
 def check_weighted(name, reduction, token_weight):
     if reduction == "weighted_mean" and token_weight is None:
-        raise ValueError(
-            f"{name}: token_weight must be given for reduction weighted_mean: it is what the loss "
-            "is weighted by and divided by (a grey mask goes there, too)"
+        rule = (
+            "be given for reduction weighted_mean, which weights and divides by it (a grey mask "
+            "goes there, too)"
         )
+        raise refusal(name, "token_weight", rule, token_weight)
 
 
 def _checked(name, loss, mask, reduction, token_weight, segment_ids):
+    """mask, token_weight and segment_ids, expanded to the loss."""
     check_tensor(name, "loss", loss)
-    if not loss.is_floating_point():
-        raise ValueError(f"{name}: loss must be a floating tensor, got {loss.dtype}")
+    check_any_floating(name, "loss", loss)
     check_choice(name, "reduction", reduction, REDUCTIONS)
     check_weighted(name, reduction, token_weight)
     if loss.dim() == 0 and reduction.startswith("sequence"):
-        raise ValueError(f"{name}: loss must be [..., S] for reduction {reduction}, got []")
+        raise refusal(name, "loss", f"be [..., S] for reduction {reduction}", "[]")
     if token_weight is not None:
         check_tensor(name, "token_weight", token_weight)
-        if not token_weight.is_floating_point():
-            raise ValueError(
-                f"{name}: token_weight must be a floating tensor, got {token_weight.dtype}"
-            )
+        check_any_floating(name, "token_weight", token_weight)
     if segment_ids is not None:
         check_integers(name, "segment_ids", segment_ids)
     if mask is not None:
@@ -208,17 +212,7 @@ def _checked(name, loss, mask, reduction, token_weight, segment_ids):
         "token_weight": token_weight,
         "segment_ids": as_integers(segment_ids),
     }
-    return [_fitted(name, argument, tensor, loss) for argument, tensor in given.items()]
-
-
-def _fitted(name, argument, tensor, loss):
-    if tensor is None:
-        return None
-    check_device(name, argument, tensor, "loss", loss)
-    sizes = zip(tensor.shape, loss.shape, strict=False)
-    if tensor.dim() != loss.dim() or any(size not in (1, n) for size, n in sizes):
-        raise ValueError(
-            f"{name}: {argument} must have the shape of loss {shape_text(loss)}, got "
-            f"{shape_text(tensor)}"
-        )
-    return tensor.expand(loss.shape)
+    for argument, tensor in given.items():
+        if tensor is not None:
+            check_like(name, argument, tensor, "loss", loss, broadcast=True)
+    return [None if tensor is None else tensor.expand(loss.shape) for tensor in given.values()]

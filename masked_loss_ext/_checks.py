@@ -23,10 +23,16 @@ _WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
 _MASKS = frozenset((torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS))
 # kLargestLength of csrc/common/checks.h: sums of a few lengths stay far from the end of int64.
 LARGEST_LENGTH = 2**48
+_ANY = " (a size of 1 stands for any)"
 
 
 class ArgumentError(ValueError, AssertionError):
     """For arguments that callers of older code expect to be refused by an assertion."""
+
+
+def refusal(function, name, rule, got, error=ValueError):
+    """The error to raise, in the words that all of them share."""
+    return error(f"{function}: {name} must {rule}, got {got}")
 
 
 def shape_text(tensor):
@@ -40,27 +46,24 @@ def sizes_text(sizes):
 
 def check_tensor(function, name, value):
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        raise refusal(function, name, "be a torch.Tensor", type(value).__name__, TypeError)
     if value.is_nested:
-        raise ValueError(
-            f"{function}: {name} must be a plain tensor, got a nested one: pad it and give a mask"
-        )
+        got = "a nested one: pad it and give a mask"
+        raise refusal(function, name, "be a plain tensor", got)
     if value.layout != torch.strided:
-        raise ValueError(f"{function}: {name} must be a dense tensor, got layout {value.layout}")
+        raise refusal(function, name, "be a dense tensor", f"layout {value.layout}")
 
 
 def check_rank(function, name, tensor, rank, layout):
     if tensor.dim() != rank:
-        raise ValueError(
-            f"{function}: {name} must have {rank} dimensions {layout}, got {shape_text(tensor)}"
-        )
+        raise refusal(function, name, f"have {rank} dimensions {layout}", shape_text(tensor))
 
 
 def check_int(function, name, value):
     # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
     is_int = isinstance(value, int) or hasattr(value, "__index__")
     if not is_int or isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+        raise refusal(function, name, "be an int", type(value).__name__, TypeError)
 
 
 def check_length(function, name, value, least=0, most=LARGEST_LENGTH):
@@ -68,10 +71,10 @@ def check_length(function, name, value, least=0, most=LARGEST_LENGTH):
     check_int(function, name, value)
     if value < least:
         rule = f"be at least {least}" if least else "not be negative"
-        raise ValueError(f"{function}: {name} must {rule}, got {value}")
+        raise refusal(function, name, rule, value)
     # A bound on a size that is kept symbolic would be one more guard; the operators check it.
     if most is not None and not torch.compiler.is_dynamo_compiling() and value > most:
-        raise ValueError(f"{function}: {name} must be in [{least}, {most}], got {value}")
+        raise refusal(function, name, f"be in [{least}, {most}]", value)
 
 
 def check_number(function, name, value, *, least=None, above=None, most=None):
@@ -79,12 +82,13 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
 
     A tensor is not looked at (that may wait for a GPU) and is none.
     """
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):  # has no value yet
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
-        value = float(value)
+    if type(value) not in (int, float):
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):  # has no value yet
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise refusal(function, name, "be a number", type(value).__name__, TypeError)
+        if not isinstance(value, (int, float)):  # float32 of NumPy, say, in which _LARGEST is inf
+            value = float(value)
     fits = (
         -_LARGEST <= value <= _LARGEST  # comparisons alone: torch.compile keeps a number symbolic
         and (least is None or value >= least)
@@ -92,13 +96,10 @@ def check_number(function, name, value, *, least=None, above=None, most=None):
         and (most is None or value <= most)
     )
     if not fits:
-        ranges = [f"at least {least}" if least is not None else ""]
-        ranges += [f"above {above}" if above is not None else ""]
-        ranges += [f"at most {most}" if most is not None else ""]
-        rule = " and ".join(filter(None, ranges))
-        raise ValueError(
-            f"{function}: {name} must be a finite number{' ' + rule if rule else ''}, got {value}"
-        )
+        bounds = {"at least": least, "above": above, "at most": most}
+        ranges = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
+        rule = f"be a finite number {' and '.join(ranges)}".rstrip()
+        raise refusal(function, name, rule, value)
 
 
 def check_constant(function, name, value):
@@ -135,7 +136,7 @@ def check_flags(function, flags):
         if value is True or value is False:
             continue
         if isinstance(value, torch.Tensor) or value not in (0, 1):
-            raise TypeError(f"{function}: {argument} must be a bool, got {value!r}")
+            raise refusal(function, argument, "be a bool", repr(value), TypeError)
 
 
 def refuse_unknown(function, unknown, known):
@@ -150,15 +151,13 @@ def check_integers(function, name, tensor):
     """A tensor of integers; bool is not one."""
     check_tensor(function, name, tensor)
     if tensor.dtype not in (*_INTEGERS, *CONVERTED_INTEGERS, torch.uint64):
-        raise ValueError(f"{function}: {name} must be integers, got {tensor.dtype}")
+        raise refusal(function, name, "be integers", tensor.dtype)
 
 
 def check_choice(function, name, value, choices, label=""):
     if isinstance(value, torch.Tensor) or value not in choices:  # a tensor compares itself
         *most, last = map(str, choices)
-        raise ValueError(
-            f"{function}: {label}{name} must be {', '.join(most)} or {last}, got {value!r}"
-        )
+        raise refusal(function, label + name, f"be {', '.join(most)} or {last}", repr(value))
 
 
 def check_prediction(function, name, prediction, target_name, target):
@@ -167,31 +166,34 @@ def check_prediction(function, name, prediction, target_name, target):
     check_tensor(function, target_name, target)
     check_floating(function, name, prediction)
     check_floating(function, target_name, target)
-    if target.shape != prediction.shape:
-        raise ValueError(
-            f"{function}: Shape mismatch: {target_name} must have the shape of {name} "
-            f"{shape_text(prediction)}, got {shape_text(target)}"
-        )
-    check_device(function, target_name, target, name, prediction)
+    check_like(function, target_name, target, name, prediction, label="Shape mismatch: ")
+
+
+def check_any_floating(function, name, tensor):
+    if not tensor.is_floating_point():
+        raise refusal(function, name, "be a floating tensor", tensor.dtype)
 
 
 def check_floating(function, name, tensor):
     """Of a dtype that the kernels compute with."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{function}: {name} must be a floating tensor, got {tensor.dtype}")
     if tensor.dtype not in _FLOATING:
-        raise ValueError(
-            f"{function}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
-        )
+        check_any_floating(function, name, tensor)
+        raise refusal(function, name, "be float16, bfloat16, float32 or float64", tensor.dtype)
 
 
 def check_device(function, name, tensor, like_name, like):
     # Moving it here would cost a synchronisation on every step, in silence.
     if tensor.device != like.device:
-        raise ValueError(
-            f"{function}: {name} must be on the device of {like_name} ({like.device}), "
-            f"got {tensor.device}"
-        )
+        rule = f"be on the device of {like_name} ({like.device})"
+        raise refusal(function, name, rule, tensor.device)
+
+
+def check_like(function, name, tensor, like_name, like, *, broadcast=False, label=""):
+    """Of the shape (``broadcast``: a size of 1 stands for any) and on the device of ``like``."""
+    if tensor.shape != like.shape and not (broadcast and broadcasts(tensor.shape, like.shape)):
+        rule = f"have the shape of {like_name} {shape_text(like)}"
+        raise refusal(function, label + name, rule, shape_text(tensor) + _ANY * broadcast)
+    check_device(function, name, tensor, like_name, like)
 
 
 def check_mask(function, name, mask, like_name, like, dims, label=None, broadcast=False):
@@ -204,14 +206,29 @@ def check_mask(function, name, mask, like_name, like, dims, label=None, broadcas
     check_tensor(function, name, mask)
     sizes = like.shape[:dims]
     if mask.shape != sizes and not (broadcast and broadcasts(mask.shape, sizes)):
-        rule = " (a size of 1 stands for any)" if broadcast else ""
-        raise ValueError(
-            f"{function}: {label or name + ' shape'} must be {sizes_text(sizes)}, the "
-            f"first {dims} dimensions of {like_name}, got {shape_text(mask)}{rule}"
-        )
+        rule = f"be {sizes_text(sizes)}, the first {dims} dimensions of {like_name}"
+        got = shape_text(mask) + _ANY * broadcast
+        raise refusal(function, label or f"{name} shape", rule, got)
     check_mask_dtype(function, name, mask)
     check_device(function, name, mask, like_name, like)
     check_not_additive(function, name, mask)
+
+
+def check_label_rows(function, name, labels, mask, segment_ids, *, broadcast=False):
+    """Labels ``[B, S]``, and an attention_mask and segment_ids of that shape or None."""
+    check_integers(function, name, labels)
+    check_rank(function, name, labels, 2, "[B, S]")
+    if mask is not None:
+        check_tensor(function, "attention_mask", mask)
+        if mask.dim() != 2:
+            scores = "a 4-D mask [B, 1, S, S] that attention adds to its scores"
+            got = f"{shape_text(mask)} ({scores} says nothing about targets)"
+            rule = "have 2 dimensions [B, S], the tokenizer's"
+            raise refusal(function, "attention_mask", rule, got)
+        check_mask(function, "attention_mask", mask, name, labels, 2, broadcast=broadcast)
+    if segment_ids is not None:
+        check_integers(function, "segment_ids", segment_ids)
+        check_like(function, "segment_ids", segment_ids, name, labels, broadcast=broadcast)
 
 
 def check_leading_mask(function, name, mask, like_name, like):
@@ -251,10 +268,8 @@ def as_edit_mask(function, name, mask):
 def check_mask_dtype(function, name, mask):
     """Some dtypes can hold a mask and not even be compared with 0."""
     if mask.dtype not in _MASKS:
-        raise ValueError(
-            f"{function}: {name} must be bool, integer or floating, of a dtype that PyTorch "
-            f"computes with, got {mask.dtype}: convert it, to bool say"
-        )
+        rule = "be bool, integer or floating, of a dtype that PyTorch computes with"
+        raise refusal(function, name, rule, f"{mask.dtype}: convert it, to bool say")
 
 
 def as_integers(tensor):
@@ -272,12 +287,9 @@ def check_not_additive(function, name, mask):
     if mask.dtype not in _FLOATING or not is_readable(mask):
         return
     if mask.numel() and not mask.min() >= 0:
-        if mask.isnan().any():
-            raise ValueError(f"{function}: {name} must be on where it is not 0, got NaN entries")
-        raise ValueError(
-            f"{function}: {name} must be on where it is not 0, got negative entries: an additive "
-            "mask? Give mask == 0 instead"
-        )
+        got = "negative entries: an additive mask? Give mask == 0 instead"
+        got = "NaN entries" if mask.isnan().any() else got
+        raise refusal(function, name, "be on where it is not 0", got)
 
 
 def is_readable(tensor):
@@ -296,10 +308,8 @@ def check_weighting(function, weighting, like_name, like):
     check_floating(function, "weighting", weighting)
     pairs = zip(reversed(weighting.shape), reversed(like.shape), strict=False)
     if weighting.dim() > like.dim() or any(w != 1 and w != n for w, n in pairs):
-        raise ValueError(
-            f"{function}: weighting must be broadcastable to {like_name} {shape_text(like)}, "
-            f"got {shape_text(weighting)}"
-        )
+        rule = f"be broadcastable to {like_name} {shape_text(like)}"
+        raise refusal(function, "weighting", rule, shape_text(weighting))
     check_device(function, "weighting", weighting, like_name, like)
 
 

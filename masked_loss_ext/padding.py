@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Ragged -> padded + mask, and back; masks -> labels; image masks -> token masks."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -15,14 +17,17 @@ from ._checks import (
     check_mask_dtype,
     check_rank,
     check_tensor,
-    is_traced,
+    is_readable,
+    refusal,
     shape_text,
 )
 
 PATCH = 16  # pixels per latent token and side: 8 by the autoencoder, 2 by packing
 
 
-def lengths_to_mask(lengths, max_len=None, *, clip=False):
+def lengths_to_mask(
+    lengths: torch.Tensor | Sequence[int], max_len: int | None = None, *, clip: bool = False
+) -> torch.Tensor:
     """Mask of right-padded rows: ``mask[b, t] = t < lengths[b]``.
 
     >>> lengths_to_mask([1, 3])
@@ -43,29 +48,26 @@ def lengths_to_mask(lengths, max_len=None, *, clip=False):
     """
     name = "lengths_to_mask"
     check_flags(name, {"clip": clip})
-    host = not isinstance(lengths, torch.Tensor)
-    if host:
-        lengths = _tensor_of(name, lengths)
-    check_integers(name, "lengths", lengths)
-    check_rank(name, "lengths", lengths, 1, "[B]")
+    counts = lengths if isinstance(lengths, torch.Tensor) else _tensor_of(name, lengths)
+    check_integers(name, "lengths", counts)
+    check_rank(name, "lengths", counts, 1, "[B]")
     if max_len is not None:
         check_length(name, "max_len", max_len)
-    elif lengths.device.type == "meta":
+    elif counts.device.type == "meta":
         raise ValueError(f"{name}: max_len must be given where lengths has no data (device meta)")
-    lengths = lengths.to(torch.int64)  # unsigned ones have no maximum
-    shortest, longest = _extremes(lengths) if _has_values(lengths) else (0, max_len)
-    if shortest < 0:
-        raise ValueError(f"{name}: lengths must not be negative, got {shortest}")
+    counts = counts.to(torch.int64)  # unsigned ones have no maximum
+    if is_readable(counts) and counts.numel():
+        check_length(name, "lengths", int(counts.min()), most=None)
+        longest = int(counts.max())
+        if max_len is not None and longest > max_len and not clip:
+            rule = f"be at most max_len {max_len}"
+            raise refusal(name, "lengths", rule, f"{longest}; clip=True cuts them")
     if max_len is None:
-        max_len = int(lengths.max()) if longest is None else longest
+        max_len = int(counts.max()) if counts.numel() else 0
         check_length(name, "lengths", max_len)
-    elif longest > max_len and not clip:
-        raise ValueError(
-            f"{name}: lengths must be at most max_len {max_len}, got {longest}; clip=True cuts them"
-        )
-    if host:
-        lengths = lengths.to(torch.empty(0).device)  # the default, as torch.compile can trace it
-    return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(1)
+    if not isinstance(lengths, torch.Tensor):
+        counts = counts.to(torch.empty(0).device)  # the default, as torch.compile can trace it
+    return torch.arange(max_len, device=counts.device) < counts.unsqueeze(1)
 
 
 def _tensor_of(function, lengths):
@@ -77,29 +79,19 @@ def _tensor_of(function, lengths):
         if not values:
             return torch.zeros(0, dtype=torch.int64, device="cpu")
         if bool in map(type, values):  # beside ints it would become one
-            raise ValueError(f"{function}: lengths must be integers, got {torch.bool}")
+            raise refusal(function, "lengths", "be integers", torch.bool)
     elif not array:
-        raise TypeError(
-            f"{function}: lengths must be a tensor or a list of ints, got {type(lengths).__name__}"
-        )
+        rule, got = "be a tensor or a list of ints", type(lengths).__name__
+        raise refusal(function, "lengths", rule, got, TypeError)
     try:
         return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{function}: lengths must be ints of at most 64 bits: {error}") from None
 
 
-def _has_values(tensor):
-    """Values that may be looked at without waiting for a device, and without a break in a graph."""
-    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not is_traced()
-
-
-def _extremes(tensor):
-    if tensor.numel() == 0:
-        return 0, 0
-    return tuple(int(value) for value in tensor.aminmax())
-
-
-def pad_latents_for_multi_res(latents, max_seq_len=None):
+def pad_latents_for_multi_res(
+    latents: Iterable[torch.Tensor], max_seq_len: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack latents of unequal length, zero-padded on the right, with the mask of what is real.
 
     >>> padded, mask = pad_latents_for_multi_res([torch.ones(1, 2), torch.ones(3, 2)])
@@ -116,28 +108,27 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     """
     name = "pad_latents_for_multi_res"
     if isinstance(latents, torch.Tensor) or not hasattr(latents, "__iter__"):
-        raise TypeError(f"{name}: latents must be a list of tensors, got {type(latents).__name__}")
+        got = type(latents).__name__
+        raise refusal(name, "latents", "be a list of tensors", got, TypeError)
     latents = list(latents)
     if not latents:
         raise ValueError(f"{name}: Cannot pad empty latent list: latents must hold at least one")
+    first = latents[0]
     for i, latent in enumerate(latents):
-        check_tensor(name, f"latents[{i}]", latent)
+        one = f"latents[{i}]"
+        check_tensor(name, one, latent)
         if latent.dim() != 2:
             raise ValueError(
                 f"{name}: Expected 2D latent tensor [n, C] at index {i}, got {shape_text(latent)}"
             )
-        if latent.shape[1] != latents[0].shape[1]:
-            raise ValueError(
-                f"{name}: Channel mismatch: latents[{i}] must have {latents[0].shape[1]} channels "
-                f"like the first, got {latent.shape[1]}"
-            )
-        if _kind(latent) > _kind(latents[0]):
-            raise ValueError(
-                f"{name}: latents[{i}] must be of a dtype that fits that of the first "
-                f"{latents[0].dtype}, got {latent.dtype}"
-            )
-        if latent.device.type == "meta" != latents[0].device.type:
-            check_device(name, f"latents[{i}]", latent, "latents[0]", latents[0])
+        if latent.shape[1] != first.shape[1]:
+            rule = f"have {first.shape[1]} channels like the first"
+            raise refusal(name, f"Channel mismatch: {one}", rule, latent.shape[1])
+        if _kind(latent) > _kind(first):
+            rule = f"be of a dtype that fits that of the first {first.dtype}"
+            raise refusal(name, one, rule, latent.dtype)
+        if latent.device.type == "meta" != first.device.type:
+            check_device(name, one, latent, "latents[0]", first)
     if max_seq_len is not None:
         check_length(name, "max_seq_len", max_seq_len)
     lengths = [latent.shape[0] for latent in latents]
@@ -145,7 +136,6 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     for i, n in enumerate(lengths):
         if n > length:
             raise ValueError(f"{name}: latents[{i}] of length {n} exceeds max_seq_len {length}")
-    first = latents[0]
     padded = torch.nn.utils.rnn.pad_sequence([x.to(first) for x in latents], batch_first=True)
     padded = F.pad(padded, (0, 0, 0, length - max(lengths)))
     return padded, lengths_to_mask(torch.tensor(lengths, device=first.device), length)
@@ -160,7 +150,7 @@ def _kind(tensor):
     return 0 if tensor.dtype == torch.bool else 1
 
 
-def unpad(padded, mask):
+def unpad(padded: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     """The rows of a padded batch without their padding.
 
     >>> [row.tolist() for row in unpad(torch.tensor([[1, 2], [3, 0]]), lengths_to_mask([2, 1]))]
@@ -184,7 +174,9 @@ def unpad(padded, mask):
     return list(padded[keep].split(keep.sum(1).tolist()))
 
 
-def mask_labels(labels, mask, *, ignore_index=-100):
+def mask_labels(
+    labels: torch.Tensor, mask: torch.Tensor, *, ignore_index: int = -100
+) -> torch.Tensor:
     """Labels for a loss that takes no mask: ``ignore_index`` wherever the mask is off.
 
     >>> mask_labels(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
@@ -216,14 +208,12 @@ def mask_labels(labels, mask, *, ignore_index=-100):
     check_int(name, "ignore_index", ignore_index)
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
-        raise ValueError(
-            f"{name}: ignore_index must fit the dtype of labels {labels.dtype}, "
-            f"{limits.min} to {limits.max}, got {ignore_index}"
-        )
+        rule = f"fit the dtype of labels {labels.dtype}, {limits.min} to {limits.max}"
+        raise refusal(name, "ignore_index", rule, ignore_index)
     return torch.where(mask != 0, labels, ignore_index)
 
 
-def map_mask_to_latent(image_mask):
+def map_mask_to_latent(image_mask: torch.Tensor) -> torch.Tensor:
     """Pixel mask -> one value per latent token of 16 x 16 pixels.
 
     8 x 8 average pooling (the autoencoder's stride; a rest of the image is dropped), then the
@@ -242,17 +232,19 @@ def map_mask_to_latent(image_mask):
     Returns:
         ``[B, (H // 16) * (W // 16)]`` float32 (float64), in [0, 1]: an edit mask for the losses.
     """
-    check_tensor("map_mask_to_latent", "image_mask", image_mask)
-    check_rank("map_mask_to_latent", "image_mask", image_mask, 3, "[B, H, W]")
-    check_mask_dtype("map_mask_to_latent", "image_mask", image_mask)
+    name = "map_mask_to_latent"
+    check_tensor(name, "image_mask", image_mask)
+    check_rank(name, "image_mask", image_mask, 3, "[B, H, W]")
+    check_mask_dtype(name, "image_mask", image_mask)
     if not image_mask.is_floating_point():
-        image_mask = as_mask("map_mask_to_latent", "image_mask", image_mask) != 0
+        image_mask = as_mask(name, "image_mask", image_mask) != 0
     height, width = image_mask.shape[1:]
     if height // 8 % 2 or width // 8 % 2:
-        raise ValueError(
-            f"map_mask_to_latent: image_mask must have H // 8 and W // 8 even, so that 8 x 8 cells "
-            f"group two by two into {PATCH} x {PATCH} tokens, got {shape_text(image_mask)}"
+        rule = (
+            "have H // 8 and W // 8 even, so that 8 x 8 cells group two by two into "
+            f"{PATCH} x {PATCH} tokens"
         )
+        raise refusal(name, "image_mask", rule, shape_text(image_mask))
     if image_mask.dtype != torch.float64:
         image_mask = image_mask.to(torch.float32)
     if height < PATCH or width < PATCH:  # no token; the pooling functions refuse this
@@ -260,9 +252,8 @@ def map_mask_to_latent(image_mask):
     cells = F.avg_pool2d(image_mask.unsqueeze(1), 8)
     tokens = F.max_pool2d(cells, 2).flatten(1)
     # Resampling an image may leave a little more than 1; two is another scale, and NaN is none.
-    if _has_values(tokens) and tokens.numel() and not (tokens.max() <= 2 and tokens.min() >= -1):
-        raise ValueError(
-            f"map_mask_to_latent: image_mask must be in [0, 1], got averages of 8 x 8 pixels from "
-            f"{tokens.min():g} to {tokens.max():g}; divide a mask of 0 to 255 by 255"
-        )
+    if is_readable(tokens) and tokens.numel() and not (tokens.max() <= 2 and tokens.min() >= -1):
+        got = f"averages of 8 x 8 pixels from {tokens.min():g} to {tokens.max():g}"
+        got += "; divide a mask of 0 to 255 by 255"
+        raise refusal(name, "image_mask", "be in [0, 1]", got)
     return tokens

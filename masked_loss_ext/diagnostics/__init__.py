@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Does a loss, or a whole training step, read what its mask excludes?"""
 
-from .._checks import as_mask, check_choice, check_int, check_number, check_tensor
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from .._checks import as_mask, check_choice, check_int, check_number, check_tensor, refusal
 from ._batch import shape_of, sort_entries
 from ._check import Check
 from ._report import Change, PaddingLeak, PaddingReport, Shift, Tolerance
-from ._step import Runner
+from ._step import NAME, Runner
 
-_NAME = "check_padding"
+Parameters: TypeAlias = (
+    torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[torch.Tensor | tuple[str, torch.Tensor]]
+)
 __all__ = ["Change", "PaddingLeak", "PaddingReport", "Shift", "check_padding"]
 
 
 def check_padding(
-    step,
-    batch,
-    mask,
+    step: Callable[[Any], Any],
+    batch: Any,
+    mask: torch.Tensor,
     *,
-    parameters=(),
-    rtol=None,
-    atol=0.0,
-    nonfinite=True,
-    trim=True,
-    ignore_index=None,
-):
+    parameters: Parameters = (),
+    rtol: float | None = None,
+    atol: float = 0.0,
+    nonfinite: bool = True,
+    trim: bool = True,
+    ignore_index: int | None = None,
+) -> PaddingReport:
     """Whether a loss or training step reads its padding: runs it with other content there.
 
     Only what the mask excludes is changed, one entry of the batch after the other and all at once;
@@ -97,12 +104,19 @@ def check_padding(
         ValueError: the mask excludes nothing, or no entry begins with its shape: there would be
             nothing to check. What the step raises on the unchanged batch passes through.
     """
-    _check_options(step, rtol, atol, nonfinite=nonfinite, trim=trim)
-    ignore_index = _checked_ignore_index(ignore_index)
+    if not callable(step):
+        raise refusal(NAME, "step", "be callable", type(step).__name__, TypeError)
+    if rtol is not None:
+        check_number(NAME, "rtol", rtol, least=0)
+    check_number(NAME, "atol", atol, least=0)
+    check_choice(NAME, "nonfinite", nonfinite, (True, False))
+    check_choice(NAME, "trim", trim, (True, False))
+    if ignore_index is not None:
+        ignore_index = _checked_ignore_index(ignore_index)
     entries = _entries(batch, mask)
     runner = Runner(step, batch, parameters)
-    options = {"nonfinite": nonfinite, "ignore_index": ignore_index}
-    check = Check(entries, runner, Tolerance(rtol, atol), **options)
+    tolerance = Tolerance(rtol, atol)
+    check = Check(entries, runner, tolerance, nonfinite=nonfinite, ignore_index=ignore_index)
     try:
         check.run_unchanged()
         check.run_changed()
@@ -113,59 +127,35 @@ def check_padding(
     return check.report()
 
 
-def _check_options(step, rtol, atol, **switches):
-    if not callable(step):
-        raise TypeError(f"{_NAME}: step must be callable, got {type(step).__name__}")
-    if rtol is not None:
-        check_number(_NAME, "rtol", rtol, least=0)
-    check_number(_NAME, "atol", atol, least=0)
-    for name, value in switches.items():
-        check_choice(_NAME, name, value, (True, False))
-
-
 def _checked_ignore_index(value):
-    if value is None:
-        return None
     if isinstance(value, bool):
-        raise TypeError(f"{_NAME}: ignore_index must be an int or None, got bool")
-    check_int(_NAME, "ignore_index", value)
+        raise refusal(NAME, "ignore_index", "be an int or None", "bool", TypeError)
+    check_int(NAME, "ignore_index", value)
     if not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"{_NAME}: ignore_index must fit int64, got {value}")
+        raise refusal(NAME, "ignore_index", "fit int64", value)
     return int(value)
-
-
-def _check_mask(mask):
-    check_tensor(_NAME, "mask", mask)
-    if mask.is_meta:
-        raise ValueError(f"{_NAME}: mask must hold data, got a tensor on the device meta")
-    if mask.dim() == 0 or mask.is_complex():
-        raise ValueError(
-            f"{_NAME}: mask must have the first dimensions of the batch's entries, got "
-            f"{list(mask.shape)} {mask.dtype}"
-        )
-    if as_mask(_NAME, "mask", mask).dtype != mask.dtype or not mask.is_floating_point():
-        return
-    if (mask < 0).any():  # as_mask does not look where that means waiting
-        raise ValueError(
-            f"{_NAME}: mask must be on where it is not 0, got negative entries: an additive mask? "
-            "Give mask == 0 instead"
-        )
-    if mask.isnan().any():
-        raise ValueError(f"{_NAME}: mask must be on where it is not 0, got NaN entries")
 
 
 def _entries(batch, mask):
     _check_mask(mask)
     if (mask != 0).all():
-        raise ValueError(
-            f"{_NAME}: mask must exclude something, got {list(mask.shape)} with every position on: "
-            "there is nothing to check"
-        )
+        got = f"{list(mask.shape)} with every position on: there is nothing to check"
+        raise refusal(NAME, "mask", "exclude something", got)
     entries = sort_entries(batch, mask)
     if not entries.checked:
+        rule = "have the first dimensions of an entry of batch that is not a mask itself"
         shapes = {entry: shape_of(tensor) for entry, tensor in entries.tensors.items()}
-        raise ValueError(
-            f"{_NAME}: mask must have the first dimensions of an entry of batch that is not a mask "
-            f"itself, got {list(mask.shape)} and {shapes}; taken for the mask: {entries.masks}"
-        )
+        got = f"{list(mask.shape)} and {shapes}; taken for the mask: {entries.masks}"
+        raise refusal(NAME, "mask", rule, got)
     return entries
+
+
+def _check_mask(mask):
+    check_tensor(NAME, "mask", mask)
+    if mask.is_meta:
+        raise refusal(NAME, "mask", "hold data", "a tensor on the device meta")
+    if mask.dim() == 0 or mask.is_complex():
+        rule = "have the first dimensions of the batch's entries"
+        raise refusal(NAME, "mask", rule, f"{list(mask.shape)} {mask.dtype}")
+    # On the CPU, for here one may wait for the device.
+    as_mask(NAME, "mask", mask.detach().cpu())

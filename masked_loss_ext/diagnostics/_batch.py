@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The batch: its tensors by name, which the mask is about, and what to put into the padding."""
+"""The batch: its tensors by name, which the mask is about, what to put into the padding, and the
+same batch without it."""
 
 import copy
 import dataclasses
@@ -15,33 +16,30 @@ ADDITIVE = -1e4  # what is at most this switches a key off when it is added to a
 
 def map_tensors(function, value, path=""):
     """The same nest of containers with ``function(name, tensor)`` in place of each tensor."""
+
+    def mapped(name, item):
+        return map_tensors(function, item, f"{path}.{name}" if path else str(name))
+
     if isinstance(value, torch.Tensor):
         return function(path or "batch", value)
     if isinstance(value, Mapping):
-        items = {key: map_tensors(function, item, _join(path, key)) for key, item in value.items()}
-        return _mapping_like(value, items)
+        mapping = {key: mapped(key, item) for key, item in value.items()}
+        return mapping if type(value) is dict else _mapping_like(value, mapping)
+    if hasattr(value, "_fields") and isinstance(value, tuple):  # a named tuple
+        return type(value)(*map(mapped, value._fields, value))
     if isinstance(value, (list, tuple)):
-        fields = getattr(value, "_fields", None)  # of a named tuple
-        names = [f"{path}[{i}]" for i in range(len(value))]
-        names = [_join(path, name) for name in fields] if fields else names
-        items = [map_tensors(function, *pair) for pair in zip(value, names, strict=True)]
-        return type(value)(*items) if fields else type(value)(items)
+        items = [map_tensors(function, item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
         for field in dataclasses.fields(value):
-            item = map_tensors(function, getattr(value, field.name), _join(path, field.name))
+            item = mapped(field.name, getattr(value, field.name))
             object.__setattr__(result, field.name, item)  # frozen ones too
         return result
     return value
 
 
-def _join(path, name):
-    return f"{path}.{name}" if path else str(name)
-
-
 def _mapping_like(value, items):
-    if type(value) is dict:
-        return items
     try:  # keeps the class, which the step may ask for attributes
         result = copy.copy(value)
         for key, item in items.items():
@@ -51,38 +49,30 @@ def _mapping_like(value, items):
         return items
 
 
-def tensors_of(batch):
-    """name -> tensor, in the order of the batch."""
-    found = {}
-    map_tensors(found.setdefault, batch)
-    return found
-
-
 class Entries(NamedTuple):
     """The batch's tensors, sorted by what the mask says about them."""
 
     keep: torch.Tensor  # bool, of the mask's shape (without trailing 1s that no entry has)
-    tensors: dict  # all of them
-    checked: list  # names: padding is where keep is off
-    masks: list  # names: these say what is padding, and stay
-    others: list  # names: their shape does not begin with the mask's
+    tensors: dict[str, torch.Tensor]  # all of them, in the order of the batch
+    checked: list[str]  # padding is where keep is off
+    masks: list[str]  # these say what is padding, and stay
+    others: list[str]  # their shape does not begin with the mask's
 
 
 def sort_entries(batch, mask):
-    tensors = tensors_of(batch)
+    tensors = {}
+    map_tensors(tensors.setdefault, batch)
     plain = {name: tensor for name, tensor in tensors.items() if _is_plain(tensor)}
     keep = mask.detach() != 0
-    matching, masks = _sorted(plain, mask, keep)
-    while matching == masks and keep.dim() > 1 and keep.shape[-1] == 1:
+    while True:
+        matching = [name for name, t in plain.items() if t.shape[: keep.dim()] == keep.shape]
+        masks = [name for name in matching if _is_mask(plain[name], mask, keep)]
+        if matching != masks or keep.dim() == 1 or keep.shape[-1] != 1:
+            break
         keep = keep.squeeze(-1)
-        matching, masks = _sorted(plain, mask, keep)
-    return Entries(
-        keep=keep,
-        tensors=tensors,
-        checked=[name for name in matching if name not in masks],
-        masks=masks,
-        others=[name for name in tensors if name not in matching],
-    )
+    checked = [name for name in matching if name not in masks]
+    others = [name for name in tensors if name not in matching]
+    return Entries(keep, tensors, checked, masks, others)
 
 
 def _is_plain(tensor):
@@ -97,9 +87,15 @@ def shape_of(tensor):
     return "nested" if tensor.is_nested else list(tensor.shape)
 
 
-def _sorted(tensors, mask, keep):
-    matching = [name for name, t in tensors.items() if t.shape[: keep.dim()] == keep.shape]
-    return matching, [name for name in matching if _is_mask(tensors[name], mask, keep)]
+def inside(tensor, where):
+    """The entries of a tensor where a mask of its first dimensions is on."""
+    return tensor.detach()[where.to(tensor.device)]
+
+
+def largest(tensor):
+    """Of the absolute values that are finite."""
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _is_mask(tensor, mask, keep):
@@ -110,15 +106,17 @@ def _is_mask(tensor, mask, keep):
     """
     if tensor is mask or (tensor.shape == mask.shape and tensor.data_ptr() == mask.data_ptr()):
         return True
-    keep = keep.to(tensor.device)
     if tensor.is_complex() or tensor.numel() != keep.numel() or not keep.any():
         return False
-    on, off = tensor.detach()[keep], tensor.detach()[~keep]
+    on, off = inside(tensor, keep), inside(tensor, ~keep)
     zero_on, zero_off = (on == 0).all(), (off == 0).all()
     same = (on == 1).all() & zero_off
     complement = zero_on & (off == 1).all()
     additive = zero_on & (off <= ADDITIVE).all() & tensor.is_floating_point()
     return bool(same | complement | additive)
+
+
+# --- other content -------------------------------------------------------------------------------
 
 
 def is_floating(tensor):
@@ -131,10 +129,9 @@ def split_labels(tensor, ignore_index):
     tensor = tensor.detach().long()
     values = tensor.unique()
     negative = values[values < 0]
-    ignored = [int(negative)] if negative.numel() == 1 else []
-    if ignore_index is not None:
-        ignored.append(ignore_index)
-    ignored = torch.tensor(ignored, dtype=torch.int64, device=tensor.device)
+    said = [int(negative)] if negative.numel() == 1 else []
+    said += [] if ignore_index is None else [ignore_index]
+    ignored = torch.tensor(said, dtype=torch.int64, device=tensor.device)
     return torch.isin(tensor, ignored), values[~torch.isin(values, ignored)]
 
 
@@ -145,48 +142,110 @@ def kinds_of(tensor, drop, *, nonfinite, ignore_index):
     if tensor.dtype == torch.bool:
         return [FLIPPED]
     ignored, values = split_labels(tensor, ignore_index)
-    inside = ignored[drop.to(tensor.device)]
-    kinds = [OTHER] if values.numel() > 1 and not inside.all() else []
-    return kinds + ([UNIGNORED] if values.numel() and inside.any() else [])
+    ignored = inside(ignored, drop)
+    kinds = [OTHER] if values.numel() > 1 and not ignored.all() else []
+    return kinds + ([UNIGNORED] if values.numel() and ignored.any() else [])
 
 
 def changed(tensor, drop, kind, generator, ignore_index=None):
     """A copy with other content where ``drop``; all else has the same bits."""
-    drop = drop.to(tensor.device)
-    result = tensor.detach().clone()
-    inside = result[drop]
+    result, old = tensor.detach().clone(), inside(tensor, drop)
     if kind == FLIPPED:
-        result[drop] = ~inside
+        new = ~old
     elif kind in (OTHER, UNIGNORED):
         ignored, values = split_labels(tensor, ignore_index)
-        ignored, inside = ignored[drop], inside.long()
-        new = _other_integers(inside, values, generator, other=kind == OTHER)
-        new = torch.where(ignored == (kind == UNIGNORED), new, inside)
-        result[drop] = new.to(result.dtype)
+        new = _other_integers(old.long(), values, generator, other=kind == OTHER)
+        new = torch.where(inside(ignored, drop) == (kind == UNIGNORED), new, old.long())
     else:
-        result[drop] = _other_numbers(tensor.detach(), inside, kind, generator)
+        new = _other_numbers(tensor.detach(), old, kind, generator)
+    result[drop.to(tensor.device)] = new.to(result.dtype)
     return result
 
 
-def _other_integers(inside, values, generator, *, other):
+def _other_integers(old, values, generator, *, other):
     """Drawn from ``values`` (sorted, all that occur), so that each is a valid index or label."""
-    shape = inside.shape
-    draw = torch.randint(int(other), len(values), shape, generator=generator, device="cpu")
-    place = torch.searchsorted(values, inside) if other else 0
-    return values[(place + draw.to(inside.device)) % len(values)]
+    draw = torch.randint(int(other), len(values), old.shape, generator=generator, device="cpu")
+    place = torch.searchsorted(values, old) if other else 0
+    return values[(place + draw.to(old.device)) % len(values)]
 
 
-def _other_numbers(tensor, inside, kind, generator):
+def _other_numbers(tensor, old, kind, generator):
     # Drawn on the CPU: the same on every device, and no device's generator moves.
     wide = torch.complex64 if tensor.is_complex() else torch.float32
-    noise = torch.randn(inside.shape, generator=generator, dtype=wide, device="cpu")
+    noise = torch.randn(old.shape, generator=generator, dtype=wide, device="cpu")
     if kind == NAN:
-        return torch.full_like(inside, float("nan"))
+        return torch.full_like(old, float("nan"))
     if kind == INF:
         noise = torch.where(noise.real < 0, -float("inf"), float("inf"))
-        return noise.to(inside.device, inside.dtype)
-    finite = tensor[tensor.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
+        return noise.to(old.device, old.dtype)
     # Ten times what is there, but so that a product of two does not overflow.
-    scale = min(10 * (largest or 1.0), torch.finfo(tensor.dtype).max ** 0.5)
-    return (noise * scale).to(inside.device, inside.dtype)
+    scale = min(10 * (largest(tensor) or 1.0), torch.finfo(tensor.dtype).max ** 0.5)
+    return (noise * scale).to(old.device, old.dtype)
+
+
+# --- without padding -----------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """A batch of copies of one padded row, and the same without the padding."""
+
+    row: str  # which one, in words
+    length: str  # "3 of 5"
+    share: float  # of the row that is cut off
+    padded: dict[str, torch.Tensor]
+    alone: dict[str, torch.Tensor]
+
+
+def cut_padding(entries, ignore_index):
+    """A Cut, or why there is none.
+
+    The batch is cut, never lengthened: positions beyond those it has may not exist in the model,
+    and on a GPU an index out of range ends the process. Every row becomes the same one, so that
+    entries of one number per row (lengths) stay true of what is left.
+    """
+    keep = entries.keep
+    if keep.dim() > 2:
+        return f"the mask has {keep.dim()} dimensions, rows are known of one or two"
+    if not entries.masks and not _labels_are_masked(entries, ignore_index):
+        return "the mask is not an entry of the batch, so it cannot be cut along"
+    rows = keep if keep.dim() == 2 else keep[None]
+    found = _row_with_padding(rows)
+    if found is None:
+        return "no row has padding at one of its ends"
+    row, start, stop = found
+    padded = dict(entries.tensors)
+    for name, tensor in padded.items():
+        if keep.dim() == 2 and tensor.layout == torch.strided and not tensor.is_nested:
+            if tensor.dim() and tensor.shape[0] == len(rows):
+                padded[name] = tensor.detach()[row : row + 1].expand_as(tensor)
+    alone = {
+        name: padded[name].narrow(keep.dim() - 1, start, stop - start)
+        for name in entries.checked + entries.masks
+    }
+    total = rows.shape[1]
+    return Cut(
+        row=f"row {row}" if keep.dim() == 2 else "the row",
+        length=f"{stop - start} of {total}",
+        share=1 - (stop - start) / total,
+        padded=padded,
+        alone=padded | alone,
+    )
+
+
+def _row_with_padding(rows):
+    """(row, start, stop): the one nearest to half padding, at the right if any is padded there."""
+    right, left, total = [], [], rows.shape[1]
+    for row, kept in enumerate(rows.cpu()):
+        places = kept.nonzero().flatten().tolist()
+        if places and places[-1] + 1 < total:
+            right.append((row, 0, places[-1] + 1))
+        elif places and places[0]:
+            left.append((row, places[0], total))
+    return min(right or left, key=lambda f: abs(2 * (f[2] - f[1]) - total), default=None)
+
+
+def _labels_are_masked(entries, ignore_index):
+    """Whether an integer entry holds ignored labels throughout the padding, as a mask would."""
+    integers = (entries.tensors[name] for name in entries.checked)
+    integers = (t for t in integers if not is_floating(t) and t.dtype != torch.bool)
+    return any(inside(split_labels(t, ignore_index)[0], ~entries.keep).all() for t in integers)

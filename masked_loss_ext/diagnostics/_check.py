@@ -3,10 +3,23 @@
 
 import torch
 
-from . import _notes
-from ._batch import INF, NAN, OTHER, RANDOM, UNIGNORED, changed, is_floating, kinds_of
+from .._checks import refusal
+from ._batch import (
+    INF,
+    NAN,
+    OTHER,
+    RANDOM,
+    UNIGNORED,
+    changed,
+    cut_padding,
+    inside,
+    is_floating,
+    kinds_of,
+    shape_of,
+)
 from ._report import (
     CLOSE,
+    CUT,
     LEAK,
     LOSS,
     ROUNDING,
@@ -14,31 +27,42 @@ from ._report import (
     Change,
     PaddingReport,
     Tolerance,
-    distance,
+    suggestions,
 )
-from ._trim import cut_padding
+from ._step import NAME
 
 REPETITIONS = 3  # of a step that is not reproducible, to see how far its runs differ
 
 
 class Check:
+    """What the runs found: ``changes``, and the ``notes`` about what was not checked."""
+
     def __init__(self, entries, runner, tolerance, *, nonfinite, ignore_index):
         self.entries, self.runner, self.tolerance = entries, runner, tolerance
-        self.drop = ~entries.keep
-        self.ignore_index = ignore_index
+        self.drop, self.ignore_index = ~entries.keep, ignore_index
         self.generator = torch.Generator().manual_seed(0)  # its own: no other one moves
+        options = {"nonfinite": nonfinite, "ignore_index": ignore_index}
         self.kinds = {
-            name: kinds_of(
-                entries.tensors[name], self.drop, nonfinite=nonfinite, ignore_index=ignore_index
-            )
-            for name in entries.checked
+            name: kinds_of(entries.tensors[name], self.drop, **options) for name in entries.checked
         }
         if not any(self.kinds.values()):
-            raise ValueError(
-                "check_padding: batch must hold an entry whose padding can be changed, got one "
-                f"single value throughout in each of {entries.checked}"
-            )
-        self.changes, self.notes = [], _notes.of_entries(entries, self.kinds)
+            rule = "hold an entry whose padding can be changed"
+            got = f"one single value throughout in each of {entries.checked}"
+            raise refusal(NAME, "batch", rule, got)
+        self.changes, self.notes = [], []
+        self._note_what_is_left_alone()
+
+    def _note_what_is_left_alone(self):
+        masks, others = self.entries.masks, self.entries.others
+        if masks:
+            self.notes.append(f"taken for the mask and left alone: {', '.join(masks)}.")
+        if others:
+            shapes = ", ".join(f"{name} {shape_of(self.entries.tensors[name])}" for name in others)
+            keep = list(self.drop.shape)
+            self.notes.append(f"not checked, shape does not begin with {keep}: {shapes}.")
+        constant = ", ".join(name for name, kinds in self.kinds.items() if not kinds)
+        if constant:
+            self.notes.append(f"not checked, there is no other value to put in: {constant}.")
 
     # --- the batch as it is ------------------------------------------------------------------
 
@@ -47,7 +71,13 @@ class Check:
         self.before = self._run_with_leaves()
         self.tolerance.set_gradients(self.before.gradients.values())
         if not self.before.differentiated:
-            self.notes.append(_notes.loss_only(self.runner))
+            self.notes.append(
+                "no gradient was compared: the step returned a loss that is detached or whose "
+                "graph is used up, and left no gradients behind."
+                if self.runner.leaves or self.runner.parameters
+                else "no gradient was compared: the batch has no floating entry; give "
+                "parameters=model."
+            )
         for _ in range(REPETITIONS):
             again = self.runner({})
             shifts = [self._loss_shift(again), *(self._gradient_shifts(again) or ())]
@@ -55,17 +85,27 @@ class Check:
                 self.tolerance.add_noise(shift)
             if all(shift.verdict == SAME for shift in shifts):
                 break
-        self.reproducible = not any(self.tolerance.noise.values())
+        noise = self.tolerance.noise
+        self.reproducible = not any(noise.values())
         if not self.reproducible:
-            self.notes.append(_notes.not_reproducible(self.tolerance.noise))
-        if self.runner.step_updates_parameters:
-            self.notes.append(_notes.UPDATES)
+            name = max(noise, key=lambda name: noise[name])
+            self.notes.append(
+                "runs of the unchanged batch differ (random numbers from elsewhere, state, or "
+                f"nondeterministic kernels), most in {name}: {noise[name]:.1e}. Only what exceeds "
+                "three times that counts."
+            )
+        if self.runner.updates_parameters:
+            self.notes.append(
+                "the step updates its parameters. They were put back after each run; an "
+                "optimiser's own state was not: leave its step out."
+            )
         self._add("batch", "as given", self.before)
 
     def _run_with_leaves(self):
         """Every floating entry is differentiated by, where the step allows it."""
-        asked = {name for name, t in self.entries.tensors.items() if t.requires_grad}
-        floating = {n for n in self.entries.checked if is_floating(self.entries.tensors[n])}
+        tensors = self.entries.tensors
+        asked = {name for name, tensor in tensors.items() if tensor.requires_grad}
+        floating = {name for name in self.entries.checked if is_floating(tensors[name])}
         self.runner.leaves = asked | floating
         if floating <= asked:
             return self.runner({})
@@ -74,7 +114,10 @@ class Check:
         except Exception:  # in-place on a leaf, or an operator without that derivative
             self.runner.leaves = asked
         before = self.runner({})
-        self.notes.append(_notes.not_leaves(floating - asked))
+        self.notes.append(
+            f"no gradient of {', '.join(sorted(floating - asked))}: the step raises an error when "
+            "it is to be differentiated by."
+        )
         return before
 
     # --- other content in the padding ----------------------------------------------------------
@@ -92,10 +135,8 @@ class Check:
                 if kind in available:
                     self._run("all at once", kind, plain | dict.fromkeys(floating, kind))
         if not self.before.loss.isfinite() and not any(c.verdict == LEAK for c in self.changes):
-            raise ValueError(
-                "check_padding: step must return a finite loss, got "
-                f"{self.before.loss.item()} whatever stands in the padding: nothing to compare"
-            )
+            got = f"{self.before.loss.item()} whatever stands in the padding: nothing to compare"
+            raise refusal(NAME, "step", "return a finite loss", got)
 
     def _run(self, label, kind, plan):
         tensors = {
@@ -107,64 +148,56 @@ class Check:
         try:
             after = self.runner(tensors)
         except Exception as error:  # the step looked at the padding, and did not like it
-            self.changes.append(Change(label, kind, error=_notes.first_line(error)))
+            self.changes.append(Change(label, kind, error=_first_line(error)))
         else:
             self._add(label, kind, after)
 
     def _add(self, label, kind, after):
-        change = Change(label, kind, self._loss_shift(after), self._gradient_shifts(after))
-        change.padding = self._padding_shifts(after)
-        if kind == UNIGNORED:
-            change.by_label()
-        self.changes.append(change)
+        shifts = self._loss_shift(after), self._gradient_shifts(after), self._padding_shifts(after)
+        self.changes.append(Change(label, kind, *shifts))
 
     # --- without padding -------------------------------------------------------------------------
 
     def run_trimmed(self):
         """The loss of one row, padded and cut to its length."""
+        reason = self._trim()
+        if reason:
+            self.notes.append(f"whether the amount of padding matters was not checked: {reason}.")
+
+    def _trim(self):
+        """Why it was not done, if it was not."""
         if self.before.drew_random_numbers:
-            self.notes.append(
-                _notes.not_trimmed(
-                    "the step draws random numbers (dropout?), and how many depends on the shape"
-                )
-            )
-            return
-        cut, reason = cut_padding(self.entries, self.ignore_index)
-        if cut is None:
-            self.notes.append(_notes.not_trimmed(reason))
-            return
+            return "the step draws random numbers (dropout?), and how many depends on the shape"
+        cut = cut_padding(self.entries, self.ignore_index)
+        if isinstance(cut, str):
+            return cut
         try:
             padded, alone = self.runner(cut.padded), self.runner(cut.alone)
         except Exception as error:
-            self.notes.append(_notes.not_trimmed(f"the step raised {_notes.first_line(error)}"))
-            return
+            return f"the step raised {_first_line(error)}"
         if not padded.loss.isfinite():
-            self.notes.append(_notes.not_trimmed(f"the loss of {cut.row} is not finite"))
-            return
+            return f"the loss of {cut.row} is not finite"
         # Other shapes, other kernels: no bits are expected, but a factor of 1 - share would show.
         judge = Tolerance(min(0.01, cut.share / 4), self.tolerance.atol)
         judge.noise = self.tolerance.noise
-        shift = distance(LOSS, padded.loss, alone.loss, judge)
+        shift = judge.shift(LOSS, padded.loss, alone.loss)
         if shift.verdict == ROUNDING:
             shift = shift._replace(verdict=CLOSE)
-        self.changes.append(Change(cut.row, f"none: cut to {cut.length}", shift))
+        self.changes.append(Change(cut.row, f"{CUT}: cut to {cut.length}", shift))
 
     # --- comparisons -----------------------------------------------------------------------------
 
     def _loss_shift(self, after):
-        return distance(LOSS, self.before.loss, after.loss, self.tolerance)
+        return self.tolerance.shift(LOSS, self.before.loss, after.loss)
 
     def _gradient_shifts(self, after):
         """Of each gradient, at kept positions."""
         if not self.before.differentiated:
             return None
-        shifts = []
-        for name, gradient in self.before.gradients.items():
-            pair = [
-                self._inside(name, g, self.entries.keep)
-                for g in (gradient, after.gradients.get(name))
-            ]
-            shifts.append(distance(name, *pair, self.tolerance))
+        shifts = [
+            self.tolerance.shift(name, self._kept(name, self.before), self._kept(name, after))
+            for name in self.before.gradients
+        ]
         return [shift for shift in shifts if shift.verdict != SAME]
 
     def _padding_shifts(self, after):
@@ -173,33 +206,30 @@ class Check:
             return None
         shifts = []
         for name in self.entries.checked:
-            inside = self._inside(name, after.gradients.get(name), self.drop)
-            if inside is None or not inside.any():
-                continue
-            kept = self._inside(name, self.before.gradients.get(name), self.entries.keep)
-            shifts.append(self._from_zero(name, inside, kept))
+            gradient = after.gradients.get(name)
+            padding = None if gradient is None else inside(gradient, self.drop)
+            if padding is not None and padding.any():
+                kept = self._kept(name, self.before)
+                shifts.append(self.tolerance.from_zero(name, padding, kept))
         return shifts
 
-    def _from_zero(self, name, inside, kept):
-        shift = distance(name, None, inside, lambda *_: LEAK)
-        scale = 0.0
-        if kept is not None and kept.numel():
-            scale = float(kept.abs().nan_to_num(0.0, 0.0, 0.0).max())
-        allowed = self.tolerance.atol + self.tolerance.relative(inside.dtype) * scale
-        small = not shift.nonfinite and shift.absolute <= allowed
-        relative = shift.absolute / scale if scale else float("inf")
-        return shift._replace(relative=relative, verdict=ROUNDING if small else LEAK)
-
-    def _inside(self, name, gradient, where):
+    def _kept(self, name, outcome):
+        gradient = outcome.gradients.get(name)
         if gradient is None or name not in self.entries.checked:
             return gradient
-        return gradient[where.to(gradient.device)]
+        return inside(gradient, self.entries.keep)
 
     def report(self):
         return PaddingReport(
             changes=self.changes,
-            notes=self.notes + _notes.of_findings(self.changes, self.entries, self.drop),
+            notes=self.notes + [*suggestions(self.changes, self.entries)],
             reproducible=self.reproducible,
             kept=int(self.entries.keep.sum()),
             total=self.entries.keep.numel(),
         )
+
+
+def _first_line(error):
+    text = (str(error).strip().splitlines() or [""])[0]
+    text = text if len(text) <= 70 else text[:67] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

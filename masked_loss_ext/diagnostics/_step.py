@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from .._checks import refusal
 from ._batch import map_tensors
 
+NAME = "check_padding"
 MOST_ITEMS = 100  # of a container that is looked through for modules: longer ones are data
 
 
@@ -35,15 +37,19 @@ class Runner:
         if isinstance(parameters, torch.nn.Module):
             modules.append(parameters)
         self.parameters = name_parameters(parameters, modules)
+        self.updates_parameters = False
         self.leaves = set()  # names of the batch's entries to differentiate by
         known = list(self.parameters.values())
         for module in modules:
             known += [*module.parameters(), *module.buffers()]
-        self.state = _State(list({id(t): t for t in known}.values()))
+        known = {id(tensor): tensor for tensor in known}.values()
+        self._values = [(tensor, tensor.detach().clone()) for tensor in known]
+        self._gradients = [(tensor, tensor.grad) for tensor in known if tensor.is_leaf]
+        self._random = [(get, put, get()) for get, put in _random_states()]
 
     def __call__(self, tensors):
         """``tensors``: name -> what replaces the batch's entry of that name."""
-        self.state.reset()
+        self.restore(gradients=False)
         fed = {}
 
         def feed(name, tensor):
@@ -60,94 +66,49 @@ class Runner:
             loss=loss.detach().clone(),
             gradients={name: _dense(g) for name, g in (gradients or {}).items()},
             differentiated=gradients is not None,
-            drew_random_numbers=self.state.random_numbers_were_drawn(),
+            drew_random_numbers=not all(_equal(get(), state) for get, _, state in self._random),
         )
 
-    def restore(self):
-        self.state.restore()
-
-    @property
-    def step_updates_parameters(self):
-        return self.state.parameters_changed
-
-
-class _State:
-    """Values and gradients of tensors, and the states of the random generators."""
-
-    def __init__(self, tensors):
-        self.values = [(t, t.detach().clone()) for t in tensors]
-        self.gradients = [(t, t.grad) for t in tensors if t.is_leaf]
-        self.random = _random_state()
-        self.parameters_changed = False
-
-    def reset(self):
-        self._put_values_back()
-        for tensor, _ in self.gradients:
-            tensor.grad = None
-        _set_random_state(self.random)
-
-    def restore(self):
-        self._put_values_back()
-        for tensor, gradient in self.gradients:
-            tensor.grad = gradient
-        _set_random_state(self.random)
-
-    def _put_values_back(self):
-        for tensor, value in self.values:
+    def restore(self, gradients=True):
+        """All that was there before the first run; ``gradients`` False: none instead."""
+        for tensor, value in self._values:
             # Not without need: it would spoil a graph of the caller's that has saved the tensor.
             if not torch.equal(tensor, value):
-                self.parameters_changed |= tensor.requires_grad
+                self.updates_parameters |= tensor.requires_grad
                 with torch.no_grad():
                     tensor.copy_(value)
-
-    def random_numbers_were_drawn(self):
-        return not _same_random_state(self.random, _random_state())
-
-
-def _random_state():
-    numpy = sys.modules.get("numpy")
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "torch": [torch.get_rng_state()],
-        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state() if numpy else None,
-    }
+        for tensor, gradient in self._gradients:
+            tensor.grad = gradient if gradients else None
+        for _, put, state in self._random:
+            put(state)
 
 
-def _set_random_state(state):
-    torch.set_rng_state(state["torch"][0])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    if state["numpy"] is not None:
-        sys.modules["numpy"].random.set_state(state["numpy"])
+def _random_states():
+    """(function that gets it, function that sets it) of each random state there is."""
+    yield torch.get_rng_state, torch.set_rng_state
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        yield torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
+    yield random.getstate, random.setstate
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        yield numpy.get_state, numpy.set_state
 
 
-def _same_random_state(a, b):
-    tensors = zip(a["torch"] + a["cuda"], b["torch"] + b["cuda"], strict=False)
-    if not all(torch.equal(x, y) for x, y in tensors) or a["python"] != b["python"]:
-        return False
-    if a["numpy"] is None or b["numpy"] is None:
-        return True
-    return all(
-        (x == y) if isinstance(x, (str, numbers.Number)) else (x == y).all()
-        for x, y in zip(a["numpy"], b["numpy"], strict=True)
-    )
+def _equal(a, b):
+    if isinstance(a, (list, tuple)):
+        return all(map(_equal, a, b))
+    equal = a == b  # of tensors and arrays, one answer per entry
+    return bool(equal.all() if hasattr(equal, "all") else equal)
 
 
 def _as_loss(loss):
     if isinstance(loss, numbers.Real):
         loss = torch.tensor(float(loss), dtype=torch.float64)
     if not isinstance(loss, torch.Tensor):
-        raise TypeError(
-            f"check_padding: step must return a scalar loss, got {type(loss).__name__}; "
-            "lambda batch: step(batch)[0] takes the first of several results"
-        )
+        got = f"{type(loss).__name__}; lambda batch: step(batch)[0] takes the first of several"
+        raise refusal(NAME, "step", "return a scalar loss", got, TypeError)
     if loss.numel() != 1 or loss.is_complex():
-        raise ValueError(
-            f"check_padding: step must return a scalar loss, got {list(loss.shape)} {loss.dtype}"
-        )
+        raise refusal(NAME, "step", "return a scalar loss", f"{list(loss.shape)} {loss.dtype}")
     return (loss if loss.is_floating_point() else loss.double()).reshape(())
 
 
@@ -178,10 +139,8 @@ def name_parameters(parameters, modules):
     if isinstance(parameters, torch.nn.Module):
         parameters = parameters.named_parameters()
     if isinstance(parameters, (torch.Tensor, str)) or not hasattr(parameters, "__iter__"):
-        raise TypeError(
-            "check_padding: parameters must be a module or an iterable of tensors or of (name, "
-            f"tensor) pairs, got {type(parameters).__name__}"
-        )
+        rule = "be a module or an iterable of tensors or of (name, tensor) pairs"
+        raise refusal(NAME, "parameters", rule, type(parameters).__name__, TypeError)
     if hasattr(parameters, "items"):
         parameters = parameters.items()
     names = {id(p): name for module in modules for name, p in module.named_parameters()}
@@ -190,10 +149,8 @@ def name_parameters(parameters, modules):
         pair = isinstance(item, tuple) and len(item) == 2
         name, tensor = item if pair else (names.get(id(item), str(i)), item)
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"check_padding: parameters[{i}] must be a tensor or a (name, tensor) pair, got "
-                f"{type(tensor).__name__}"
-            )
+            rule = "be a tensor or a (name, tensor) pair"
+            raise refusal(NAME, f"parameters[{i}]", rule, type(tensor).__name__, TypeError)
         if tensor.requires_grad:
             result[str(name) if name not in result else f"{name} ({i})"] = tensor
     return result

@@ -4,6 +4,7 @@
 import functools
 import inspect
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from .._checks import (
     check_length,
     check_number,
     check_tensor,
+    refusal,
     refuse_unknown,
     shape_text,
 )
@@ -29,15 +31,15 @@ _IGNORED = -100  # what the Trainer counts by
 
 
 def causal_lm_loss(
-    outputs,
-    labels=None,
-    num_items_in_batch=None,
+    outputs: Any,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     *,
-    shift=None,
-    shift_labels=None,
-    virtual_tokens=0,
-    **options,
-):
+    shift: int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    virtual_tokens: int = 0,
+    **options: Any,
+) -> Any:
     r"""Cross entropy of each token given those before it, for ``Trainer(compute_loss_func=...)``.
 
     .. math:: L = \frac1N \sum_{b,\,t:\ y_{b,t+1} \ne -100}
@@ -90,22 +92,31 @@ def causal_lm_loss(
     if not options.keys() <= _OPTIONS.keys():
         _refuse(options)
     logits, source = _logits(outputs)
-    words = {"logits": source, "target": "labels" if shift_labels is None else "shift_labels"}
-    target, shift = _target(labels, shift_labels, shift)
-    target, options = _beside(logits, words, target, options)
+    target, shift, name = _target(labels, shift_labels, shift)
+    target = _beside(name, target, source, logits)
+    for key in _PER_TOKEN:
+        options[key] = _beside(key, options.get(key), source, logits)
     if virtual_tokens != 0:
-        _check_virtual(virtual_tokens, logits, words, target)
-        target, options = _behind(virtual_tokens, words["target"], target, options)
-    count = _count(num_items_in_batch, words["logits"], logits)
+        check_length(_NAME, "virtual_tokens", virtual_tokens)
+        check_integers(_NAME, name, target)
+        if _positions_more(logits, target) != virtual_tokens:
+            rule = f"be how many positions {source} {shape_text(logits)} has more than {name} "
+            rule += shape_text(target)
+            raise refusal(_NAME, "virtual_tokens", rule, virtual_tokens)
+        target, options = _behind(virtual_tokens, name, target, options)
+    count = _count(num_items_in_batch, source, logits)
     try:
         return masked_cross_entropy(logits, target, shift=shift, normalizer=count, **options)
     except (ValueError, TypeError, IndexError) as error:
-        raise type(error)(_in_our_words(str(error), words) + _advice(logits, target)) from None
+        words = {"logits": source, "target": name, "normalizer": "num_items_in_batch"}
+        words["masked_cross_entropy"] = _NAME
+        text = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
+        raise type(error)(text + _advice(logits, target)) from None
 
 
 def counted_tokens(labels, *, shift=None, shift_labels=None, virtual_tokens=0, **options):
     """How many labels causal_lm_loss counts, ``[]`` on their device."""
-    labels, shift = _target(labels, shift_labels, shift)
+    labels, shift, _ = _target(labels, shift_labels, shift)
     check_tensor(_NAME, "labels", labels)
     check_length(_NAME, "shift", shift)
     if virtual_tokens:
@@ -142,73 +153,50 @@ def _logits(outputs):
         source = "outputs.logits"
     if logits is None:
         held = list(outputs) if hasattr(outputs, "keys") else type(outputs).__name__
-        raise ValueError(f"{_NAME}: outputs must hold logits, got {held}")
+        raise refusal(_NAME, "outputs", "hold logits", held)
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"{_NAME}: {source} must be a torch.Tensor, got {type(logits).__name__}")
+        raise refusal(_NAME, source, "be a torch.Tensor", type(logits).__name__, TypeError)
     return logits, source
 
 
 def _target(labels, shift_labels, shift):
-    """The labels to take and by how much they are still to be shifted."""
-    name = "labels" if shift_labels is None else "shift_labels"
-    target = labels if shift_labels is None else shift_labels
+    """The labels to take, by how much they are still to be shifted, and their name."""
+    name, target = "labels", labels
+    if shift_labels is not None:
+        name, target = "shift_labels", shift_labels
     if not isinstance(target, torch.Tensor):
-        raise ValueError(
-            f"{_NAME}: {name} must be a tensor, got {type(target).__name__}: the collator "
-            "has to make them"
-        )
+        got = f"{type(target).__name__}: the collator has to make them"
+        raise refusal(_NAME, name, "be a tensor", got)
     if shift_labels is None:
-        return target, 1 if shift is None else shift
+        return target, 1 if shift is None else shift, name
     if shift is not None and shift != 0:
-        raise ValueError(
-            f"{_NAME}: shift must be 0 or None beside shift_labels, which are shifted, got {shift}"
-        )
-    return target, 0
+        rule = "be 0 or None beside shift_labels, which are shifted"
+        raise refusal(_NAME, "shift", rule, shift)
+    return target, 0, name
 
 
 def _count(num_items_in_batch, source, logits):
     """The denominator, on the device of the logits."""
     name = "num_items_in_batch"
-    if num_items_in_batch is None:
-        return None
     if not isinstance(num_items_in_batch, torch.Tensor):
-        check_number(_NAME, name, num_items_in_batch, least=0)
+        if num_items_in_batch is not None:
+            check_number(_NAME, name, num_items_in_batch, least=0)
         return num_items_in_batch
-    _check_not_meta(name, num_items_in_batch, source, logits)
-    if num_items_in_batch.numel() == 0:
-        raise ValueError(f"{_NAME}: {name} must hold a number, got an empty tensor")
+    count = _beside(name, num_items_in_batch, source, logits)
+    if count.numel() == 0:
+        raise refusal(_NAME, name, "hold a number", "an empty tensor")
     # Under DataParallel there is one copy of the count per replica, for a model whose replicas'
     # losses are averaged; this loss is of all of them, so all copies divide it.
-    return num_items_in_batch.to(logits.device).sum()
+    return count.sum()
 
 
-def _beside(logits, words, target, options):
-    """All that belongs to the tokens, on the device of the logits (the last of several)."""
-    _check_not_meta(words["target"], target, words["logits"], logits)
-    moved = {}
-    for name in _PER_TOKEN:
-        value = options.get(name)
-        if isinstance(value, torch.Tensor):
-            _check_not_meta(name, value, words["logits"], logits)
-            moved[name] = value.to(logits.device)
-    return target.to(logits.device), {**options, **moved}
-
-
-def _check_not_meta(name, tensor, like_name, like):
-    if tensor.is_meta and not like.is_meta:
-        check_device(_NAME, name, tensor, like_name, like)
-
-
-def _check_virtual(virtual_tokens, logits, words, target):
-    check_length(_NAME, "virtual_tokens", virtual_tokens)
-    check_integers(_NAME, words["target"], target)
-    more = logits.shape[-2] - target.shape[-1] if logits.dim() > 1 and target.dim() else None
-    if more != virtual_tokens:
-        raise ValueError(
-            f"{_NAME}: virtual_tokens must be how many positions {words['logits']} "
-            f"{shape_text(logits)} has more than {words['target']} {shape_text(target)}, got "
-            f"{virtual_tokens}"
-        )
+def _beside(name, value, source, logits):
+    """A tensor on the device of the logits (the last of several); anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_meta and not logits.is_meta:
+        check_device(_NAME, name, value, source, logits)
+    return value.to(logits.device)
 
 
 def _behind(n, name, target, options):
@@ -221,10 +209,8 @@ def _behind(n, name, target, options):
         if not isinstance(tensor, torch.Tensor):
             continue
         if tensor.dim() == 0 or tensor.shape[-1] + n != target.shape[-1]:
-            raise ValueError(
-                f"{_NAME}: {key} must be of the positions of {name}, without virtual tokens, got "
-                f"{shape_text(tensor)}"
-            )
+            rule = f"be of the positions of {name}, without virtual tokens"
+            raise refusal(_NAME, key, rule, shape_text(tensor))
         # The virtual tokens are in the first document.
         like = tensor[..., :1] if key == "segment_ids" else torch.zeros_like(tensor[..., :1])
         options[key] = torch.cat([like.expand(*tensor.shape[:-1], n), tensor], -1)
@@ -240,16 +226,14 @@ def _refuse(options):
     refuse_unknown(_NAME, unknown, ["shift_labels", "virtual_tokens", *_OPTIONS])
 
 
-def _in_our_words(text, words):
-    words = words | {"normalizer": "num_items_in_batch", "masked_cross_entropy": _NAME}
-    return re.sub(r"\b(" + "|".join(words) + r")\b", lambda found: words[found[0]], text)
+def _positions_more(logits, target):
+    """By how much a row of logits is longer than one of labels."""
+    return logits.shape[-2] - target.shape[-1] if logits.dim() > 1 and target.dim() else None
 
 
 def _advice(logits, target):
     """What a user of prompt tuning would have to say."""
-    if logits.is_nested or target.is_nested or not 0 < target.dim() == logits.dim() - 1:
+    if logits.is_nested or target.is_nested or logits.shape[:-2] != target.shape[:-1]:
         return ""
-    more = logits.shape[-2] - target.shape[-1]
-    if more <= 0 or logits.shape[:-2] != target.shape[:-1]:
-        return ""
-    return f"; are there {more} virtual tokens in front? Then virtual_tokens={more}"
+    more = _positions_more(logits, target) or 0
+    return f"; are there {more} virtual tokens in front? Then virtual_tokens={more}" * (more > 0)

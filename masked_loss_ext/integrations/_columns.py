@@ -3,12 +3,15 @@
 
 import functools
 import inspect
+from typing import Any
+
+from .._checks import refusal
 
 _NAME = "pass_columns"
 _OWN = ("outputs", "labels", "num_items_in_batch")  # what the Trainer passes itself
 
 
-def pass_columns(trainer, *columns, **renamed):
+def pass_columns(trainer: Any, *columns: str, **renamed: str) -> Any:
     """Have ``trainer`` give columns of the batch to its compute_loss_func, as keywords.
 
     A compute_loss_func gets the model's outputs, the labels and their count. What else the loss
@@ -53,7 +56,7 @@ def pass_columns(trainer, *columns, **renamed):
         finally:
             trainer.compute_loss_func = loss_func
 
-    compute_loss_with_columns.passed = {*getattr(compute_loss, "passed", ()), *names}
+    trainer.passed_columns = {*_passed(trainer), *names}
     trainer.compute_loss = compute_loss_with_columns
     return trainer
 
@@ -62,9 +65,8 @@ def check_trainer(function, trainer):
     """A Trainer, or what looks like one, that has a compute_loss_func."""
     needs = ("compute_loss", "compute_loss_func", "callback_handler")
     if not all(hasattr(trainer, name) for name in needs):
-        raise TypeError(
-            f"{function}: trainer must be a transformers Trainer, got {type(trainer).__name__}"
-        )
+        got = type(trainer).__name__
+        raise refusal(function, "trainer", "be a transformers Trainer", got, TypeError)
     if trainer.compute_loss_func is None:
         raise ValueError(
             f"{function}: the trainer must have a compute_loss_func, for one "
@@ -72,21 +74,23 @@ def check_trainer(function, trainer):
         )
 
 
+def _passed(trainer):
+    return getattr(trainer, "passed_columns", ())
+
+
 def _names(trainer, columns, renamed):
     """keyword -> column."""
     names = {}
     for keyword, column in [*((name, name) for name in columns), *renamed.items()]:
         if not isinstance(column, str):
-            raise TypeError(f"{_NAME}: columns must be strings, got {type(column).__name__}")
+            raise refusal(_NAME, "columns", "be strings", type(column).__name__, TypeError)
         if keyword in _OWN:
-            raise ValueError(
-                f"{_NAME}: columns must be others than {', '.join(_OWN)}, got {keyword}"
-            )
-        if keyword in names or keyword in getattr(trainer.compute_loss, "passed", ()):
-            raise ValueError(f"{_NAME}: columns must be passed once, got {keyword} twice")
+            raise refusal(_NAME, "columns", f"be others than {', '.join(_OWN)}", keyword)
+        if keyword in names or keyword in _passed(trainer):
+            raise refusal(_NAME, "columns", "be passed once", f"{keyword} twice")
         names[keyword] = column
     if not names:
-        raise ValueError(f"{_NAME}: columns must name at least one, got none")
+        raise refusal(_NAME, "columns", "name at least one", "none")
     return names
 
 
@@ -98,17 +102,17 @@ def _parameters(trainer):
     found = inspect.signature(model.forward).parameters.values()
     names = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if not names:
-        raise ValueError(
-            f"{_NAME}: the forward of {type(model).__name__} must name its parameters, got "
-            "(*args, **kwargs): nothing says whether it needs a column itself"
-        )
+        got = "(*args, **kwargs): nothing says whether it needs a column itself"
+        forward = f"the forward of {type(model).__name__}"
+        raise refusal(_NAME, forward, "name its parameters", got)
     return names
 
 
 def _take(inputs, name, parameters):
     if name not in inputs:
-        raise ValueError(
-            f"{_NAME}: the batch must have {name}, got {list(inputs)}; a column of the dataset "
-            "reaches the collator with TrainingArguments(remove_unused_columns=False)"
+        got = (
+            f"{list(inputs)}; a column of the dataset reaches the collator with "
+            "TrainingArguments(remove_unused_columns=False)"
         )
+        raise refusal(_NAME, "the batch", f"have {name}", got)
     return inputs[name] if name in parameters else inputs.pop(name)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The loss per token, over everything since the last log: sum of the losses / number of tokens."""
+"""The loss per token, over everything since the last log: sum of the losses / number of tokens;
+and whether the first batch with padding leaks."""
 
 import warnings
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from .._checks import check_length
+from .._checks import check_length, refusal
+from ..diagnostics import PaddingReport, check_padding
 from ._causal_lm import counted_tokens, keywords_of
 from ._columns import check_trainer
-from ._first_step import PaddingCheck
+
+_NAME = "TokenLossCallback"
+_CHECKS = (True, False, "raise", "warn")
 
 
 class TokenSum:
@@ -31,6 +36,61 @@ class TokenSum:
             torch.distributed.all_reduce(both)
         loss, tokens = both.tolist()
         return loss, int(tokens)
+
+
+class PaddingCheck:
+    """Waits for a batch with padding, then runs check_padding on the model and the loss.
+
+    The batch is put together where it is seen: the model's own inputs by a hook on its forward,
+    which has no labels where the Trainer has a compute_loss_func; labels, their count and columns
+    of the batch by the loss that is called next.
+    """
+
+    def __init__(self, model, loss_func, autocast):
+        self.model, self.loss_func, self.autocast = model, loss_func, autocast
+        self.inputs = self.of_loss = None
+        self.seen_mask = False
+        self.hook = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+
+    def _keep_inputs(self, module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if self.of_loss or not torch.is_grad_enabled() or not isinstance(mask, torch.Tensor):
+            return
+        self.seen_mask = True
+        if mask.dim() == 2 and not mask.all():  # waits for the device, until there is padding
+            self.inputs = dict(kwargs)
+
+    def keep_loss(self, labels, num_items_in_batch, columns):
+        """What the loss got for the batch that the model has just been given, if it is kept."""
+        if self.inputs is not None and self.of_loss is None:
+            self.of_loss = labels, num_items_in_batch, columns
+
+    def run(self):
+        """The report."""
+        self.hook.remove()
+        inputs, (labels, count, columns) = self.inputs, self.of_loss
+        of_loss = {"labels": labels, **columns}
+        fixed = {}  # what attention_mask says nothing about: lengths may agree by chance
+        if "decoder_input_ids" in inputs:
+            fixed = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
+            fixed |= of_loss
+
+        def step(batch):
+            batch = {**batch, **fixed}
+            with self.autocast():
+                outputs = self.model(**{name: batch[name] for name in inputs})
+                more = {name: batch[name] for name in columns}
+                return self.loss_func(outputs, batch["labels"], num_items_in_batch=count, **more)
+
+        batch = {k: v for k, v in (inputs | of_loss).items() if k not in fixed}
+        return check_padding(step, batch, batch["attention_mask"], parameters=self.model)
+
+    def give_up(self):
+        """At the end of a training in which no batch had padding."""
+        self.hook.remove()
+        why = "no batch had padding"
+        why = why if self.seen_mask else "the model got no attention_mask [B, S]"
+        warnings.warn(f"{_NAME}: padding was not checked: {why}", stacklevel=2)
 
 
 class TokenLossCallback(TrainerCallback):
@@ -59,27 +119,23 @@ class TokenLossCallback(TrainerCallback):
     ``padding_report`` holds what the check returned, None before.
     """
 
-    def __init__(self, *, check_padding=False, shift=None):
-        if not isinstance(check_padding, bool) and not (
-            isinstance(check_padding, str) and check_padding in ("raise", "warn")
-        ):
-            raise ValueError(
-                "TokenLossCallback: check_padding must be True, False, 'raise' or 'warn', "
-                f"got {check_padding!r}"
-            )
+    def __init__(self, *, check_padding: bool | str = False, shift: int | None = None) -> None:
+        if not isinstance(check_padding, (bool, str)) or check_padding not in _CHECKS:
+            rule = "be True, False, 'raise' or 'warn'"
+            raise refusal(_NAME, "check_padding", rule, repr(check_padding))
         if shift is not None:
-            check_length("TokenLossCallback", "shift", shift)
+            check_length(_NAME, "shift", shift)
         self.check_padding, self.shift = check_padding, shift
-        self.padding_report = None
-        self._loss_func = None
-        self._check = None
+        self.padding_report: PaddingReport | None = None
+        self._loss_func: Any = None
+        self._check: PaddingCheck | None = None
         self._training, self._evaluation = TokenSum(), TokenSum()
 
-    def attach(self, trainer):
+    def attach(self, trainer: Any) -> "TokenLossCallback":
         """Follow the losses of ``trainer``; returns the callback. Call it before ``train``."""
-        check_trainer("TokenLossCallback", trainer)
+        check_trainer(_NAME, trainer)
         if self._loss_func is not None:
-            raise ValueError("TokenLossCallback: attached already; make one for each trainer")
+            raise ValueError(f"{_NAME}: attached already; make one for each trainer")
         self._loss_func = trainer.compute_loss_func
         self._autocast = trainer.compute_loss_context_manager
         trainer.compute_loss_func = self._followed_loss
@@ -98,10 +154,8 @@ class TokenLossCallback(TrainerCallback):
         loss = self._loss_func(outputs, labels, num_items_in_batch=num_items_in_batch, **columns)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise TypeError(
-                "TokenLossCallback: the trainer's compute_loss_func must return one number in a "
-                f"tensor, got {got}"
-            )
+            rule = "return one number in a tensor"
+            raise refusal(_NAME, "the trainer's compute_loss_func", rule, got, TypeError)
         if tokens is None:  # here the loss has checked what is counted
             tokens = self._count(labels, columns)
         count = torch.as_tensor(tokens if given is None else given, device=loss.device).sum()
@@ -116,58 +170,56 @@ class TokenLossCallback(TrainerCallback):
         told = keywords_of(self._loss_func)
         told = {} if told is None else {**told, **columns}
         if not isinstance(labels, torch.Tensor) and told.get("shift_labels") is None:
-            raise TypeError(
-                f"TokenLossCallback: labels must be a tensor, got {type(labels).__name__}: their "
-                "number would not be known"
-            )
+            got = f"{type(labels).__name__}: their number would not be known"
+            raise refusal(_NAME, "labels", "be a tensor", got, TypeError)
         if self.shift is not None:
             told["shift"] = self.shift
         return counted_tokens(labels, **told)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Begin anew; wait for a batch with padding where it is to be checked."""
         if self._loss_func is None:
             raise ValueError(
-                "TokenLossCallback: call TokenLossCallback().attach(trainer); it has to follow the "
+                f"{_NAME}: call TokenLossCallback().attach(trainer); it has to follow the "
                 "trainer's loss, which callbacks=[...] does not show it"
             )
         self._training = TokenSum()
         if self.check_padding and self.padding_report is None:
             self._check = PaddingCheck(model, self._loss_func, self._autocast)
 
-    def _run_check(self):
-        """After a backward, whose graph is gone, and before the update of the parameters."""
-        if self._check is None or not self._check.ready:
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The check, if it is due: the graph is gone, and the parameters are not yet updated."""
+        if self._check is None or self._check.of_loss is None:
             return
         check, self._check = self._check, None
-        self.padding_report = check.run()
+        self.padding_report = report = check.run()
         if self.check_padding != "warn":
-            self.padding_report.raise_if_leaking()
-        elif not self.padding_report:
-            warnings.warn(f"TokenLossCallback: {self.padding_report}", stacklevel=2)
+            report.raise_if_leaking()
+        elif not report:
+            warnings.warn(f"{_NAME}: {report}", stacklevel=2)
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        """The check, if it is due."""
-        self._run_check()
+    on_pre_optimizer_step = on_substep_end
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """The check, if it is due."""
-        self._run_check()
-
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say so where there was nothing to check."""
         if self._check is not None:
             self._check.give_up()
             self._check = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
         """Add what was followed to a log of training ("loss") or of an evaluation ("eval_loss")."""
         if "loss" in (logs or {}):
             self._add_to(logs, state, self._training, "", args.device)
         else:
             self._add_evaluation(logs, state, args.device)
 
-    def on_predict(self, args, state, control, metrics=None, **kwargs):
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any
+    ) -> None:
         """As on_log; the Trainer does not log predictions."""
         self._add_evaluation(metrics, None, args.device)
 

@@ -19,11 +19,12 @@ masks the label of a token that is not predicted, and both are the same.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from .._checks import as_mask, check_choice, check_integers, check_tensor
+from .._checks import as_mask, check_choice, check_integers, check_tensor, refusal
 from ._causal_lm import causal_lm_loss
 from ._columns import pass_columns
 
@@ -38,6 +39,7 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from None
 
+_NAME = "MaskLabels"
 __all__ = ["MaskLabels", "TokenLossCallback", "causal_lm_loss", "pass_columns"]
 
 
@@ -65,38 +67,41 @@ class MaskLabels:
         mask: name of the mask in the batch.
     """
 
-    def __init__(self, collator, *, mask_sources=True, mask="attention_mask"):
+    def __init__(
+        self,
+        collator: Callable[..., Any],
+        *,
+        mask_sources: bool = True,
+        mask: str = "attention_mask",
+    ) -> None:
         if not callable(collator):
-            raise TypeError(f"MaskLabels: collator must be callable, got {type(collator).__name__}")
-        check_choice("MaskLabels", "mask_sources", mask_sources, (True, False))
+            raise refusal(_NAME, "collator", "be callable", type(collator).__name__, TypeError)
+        check_choice(_NAME, "mask_sources", mask_sources, (True, False))
         if not isinstance(mask, str):
-            raise TypeError(f"MaskLabels: mask must be a name, got {type(mask).__name__}")
+            raise refusal(_NAME, "mask", "be a name", type(mask).__name__, TypeError)
         self.collator = collator
         self.mask_sources = mask_sources
         self.mask = mask
 
-    def __repr__(self):
-        return (
-            f"MaskLabels({self.collator!r}, mask_sources={self.mask_sources}, mask={self.mask!r})"
-        )
+    def __repr__(self) -> str:
+        return f"{_NAME}({self.collator!r}, mask_sources={self.mask_sources}, mask={self.mask!r})"
 
-    def __call__(self, features, *args, **kwargs):
+    def __call__(self, features: list, *args: Any, **kwargs: Any) -> Any:
         """The collator's batch, of its own type, with other labels."""
         batch = self.collator(features, *args, **kwargs)
         if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"MaskLabels: the collator must return a mapping, got {type(batch).__name__}"
-            )
-        batch = copy.copy(batch)
+            got = type(batch).__name__
+            raise refusal(_NAME, "the collator", "return a mapping", got, TypeError)
         labels, mask = self._tensor(batch, "labels"), self._tensor(batch, self.mask)
         self._check(batch, labels, mask)
-        counts = as_mask("MaskLabels", self.mask, mask) != 0
+        counts = as_mask(_NAME, self.mask, mask) != 0
         if self.mask_sources:
             predicted = torch.zeros_like(counts)
             predicted[:, 1:] = counts[:, :-1]
             counts = counts & predicted
-        batch["labels"] = torch.where(counts, labels, -100)  # what the Trainer counts by
-        return batch
+        result: Any = copy.copy(batch)
+        result["labels"] = torch.where(counts, labels, -100)  # what the Trainer counts by
+        return result
 
     @staticmethod
     def _tensor(batch, name):
@@ -104,35 +109,29 @@ class MaskLabels:
             advice = "without it nothing says what is padding"
             if name == "labels":
                 advice = "labels may be a copy of input_ids: they are shifted by the loss"
-            raise ValueError(
-                f"MaskLabels: the collator's batch must have {name}, got {list(batch)}; {advice}"
-            )
+            got = f"{list(batch)}; {advice}"
+            raise refusal(_NAME, "the collator's batch", f"have {name}", got)
         value = batch[name]
         if not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"MaskLabels: {name} must be a tensor, got {type(value).__name__}: "
-                'let the collator return "pt"'
-            )
-        check_tensor("MaskLabels", name, value)
+            got = f'{type(value).__name__}: let the collator return "pt"'
+            raise refusal(_NAME, name, "be a tensor", got)
+        check_tensor(_NAME, name, value)
         return value
 
     def _check(self, batch, labels, mask):
         decoder = [name for name in batch if str(name).startswith("decoder_")]
         if decoder and not self.mask.startswith("decoder_"):
-            raise ValueError(
-                f"MaskLabels: mask must be about the labels, got {self.mask} beside {decoder}, "
-                'which is the encoder\'s: mask="decoder_attention_mask", mask_sources=False; or '
-                "let the collator pad labels with -100, as DataCollatorForSeq2Seq does"
+            got = (
+                f"{self.mask} beside {decoder}, which is the encoder's: "
+                'mask="decoder_attention_mask", mask_sources=False; or let the collator pad '
+                "labels with -100, as DataCollatorForSeq2Seq does"
             )
+            raise refusal(_NAME, "mask", "be about the labels", got)
         if labels.dim() != 2 or mask.shape != labels.shape:
-            raise ValueError(
-                f"MaskLabels: {self.mask} must be [B, S] like labels, got "
-                f"{list(mask.shape)} for labels of {list(labels.shape)}"
-            )
-        check_integers("MaskLabels", "labels", labels)
+            got = f"{list(mask.shape)} for labels of {list(labels.shape)}"
+            raise refusal(_NAME, self.mask, "be [B, S] like labels", got)
+        check_integers(_NAME, "labels", labels)
         if not labels.dtype.is_signed:
-            raise ValueError(
-                f"MaskLabels: labels must be of a signed dtype, which -100 fits, got {labels.dtype}"
-            )
+            raise refusal(_NAME, "labels", "be of a signed dtype, which -100 fits", labels.dtype)
         if mask.is_floating_point() and mask.isnan().any():
-            raise ValueError(f"MaskLabels: {self.mask} must be numbers, got NaN")
+            raise refusal(_NAME, self.mask, "be numbers", "NaN")

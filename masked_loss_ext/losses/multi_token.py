@@ -2,21 +2,21 @@
 """Several heads that predict the next tokens: one logits tensor per distance."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from .._checks import (
     ArgumentError,
-    broadcasts,
     check_device,
     check_floating,
     check_int,
-    check_integers,
+    check_label_rows,
     check_length,
-    check_mask,
     check_number,
     check_rank,
     check_tensor,
+    refusal,
     shape_text,
 )
 from ..ops.masked_cross_entropy import masked_cross_entropy
@@ -77,28 +77,24 @@ class MultiTokenPredictionLoss(torch.nn.Module):
 
     def __init__(
         self,
-        n_pred_tokens=4,
-        aux_loss_weights=(1.0, 0.5, 0.3, 0.2),
-        ignore_index=-100,
+        n_pred_tokens: int = 4,
+        aux_loss_weights: Iterable[float] | torch.Tensor = (1.0, 0.5, 0.3, 0.2),
+        ignore_index: int = -100,
         *,
-        mask_sources=False,
-        renormalize_empty_heads=False,
-        inplace_backward=False,
-    ):
+        mask_sources: bool = False,
+        renormalize_empty_heads: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
         super().__init__()
         check_length(_NAME, "n_pred_tokens", n_pred_tokens)
         check_int(_NAME, "ignore_index", ignore_index)
         weights = _numbers(aux_loss_weights)
         if len(weights) != n_pred_tokens:
-            raise ArgumentError(
-                f"{_NAME}: aux_loss_weights must have one entry per head, n_pred_tokens "
-                f"{n_pred_tokens}, got {len(weights)}"
-            )
+            rule = f"have one entry per head, n_pred_tokens {n_pred_tokens}"
+            raise refusal(_NAME, "aux_loss_weights", rule, len(weights), ArgumentError)
         total = sum(weights)
         if not (total > 0 and math.isfinite(total)):
-            raise ValueError(
-                f"{_NAME}: aux_loss_weights must have a positive, finite sum, got {weights}"
-            )
+            raise refusal(_NAME, "aux_loss_weights", "have a positive, finite sum", weights)
         self.n_pred_tokens = n_pred_tokens
         self.aux_loss_weights = tuple(weight / total for weight in weights)
         self.ignore_index = ignore_index
@@ -107,8 +103,14 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         self.inplace_backward = inplace_backward
 
     def forward(
-        self, logits_list, labels, attention_mask=None, *, segment_ids=None, normalizer=None
-    ):
+        self,
+        logits_list: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum and a dict of its parts.
 
         Args:
@@ -127,9 +129,9 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             They become numbers where they are printed (``f"{value:.3f}"``), and only then wait for
             the device.
         """
-        self._check(logits_list, labels, attention_mask, segment_ids)
-        attention_mask, segment_ids = _for_batch(labels, attention_mask, segment_ids)
-        segments = self._segments(attention_mask, segment_ids)
+        attention_mask, segments = self._rows(labels, attention_mask, segment_ids)
+        self._check_logits(logits_list, labels)
+        divisors = self._divisors(normalizer)
         losses = [
             masked_cross_entropy(
                 logits,
@@ -141,31 +143,50 @@ class MultiTokenPredictionLoss(torch.nn.Module):
                 normalizer=divisor,
                 inplace_backward=self.inplace_backward,
             )
-            for i, (logits, divisor) in enumerate(
-                zip(logits_list, self._divisors(normalizer), strict=True)
-            )
+            for i, (logits, divisor) in enumerate(zip(logits_list, divisors, strict=True))
         ]
         total = losses[0] * self.aux_loss_weights[0]
         for w, loss in zip(self.aux_loss_weights[1:], losses[1:], strict=True):
             total = torch.add(total, loss, alpha=w)
         if self.renormalize_empty_heads:
-            counts = normalizer
+            counts = divisors
             if not _is_per_head(normalizer):
-                counts = self._count(labels, attention_mask, segments)
-            total = total * self._renormalization(counts).to(total.dtype)
+                counts = self._counts(labels, attention_mask, segments)
+            # 1 / the share of the weights that heads with targets have; on the device.
+            weighted = zip(self.aux_loss_weights, counts, strict=True)
+            kept = sum((count != 0).double() * w for w, count in weighted)
+            total = total * (1 / torch.where(kept > 0, kept, 1.0)).to(total.dtype)
         loss_dict = {f"loss_t{i + 1}": loss.detach() for i, loss in enumerate(losses)}
         # Its own memory: a caller may scale the total in place.
         loss_dict["total_multitoken_loss"] = total.detach().clone()
         return total, loss_dict
 
-    def count_targets(self, labels, attention_mask=None, *, segment_ids=None):
+    def count_targets(
+        self,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """How many targets each head has, ``[n]`` int64: add them up over the micro-batches of a
         step and give the sum as ``normalizer``. Arguments as in ``forward``."""
-        _check_rows(labels, attention_mask, segment_ids)
-        attention_mask, segment_ids = _for_batch(labels, attention_mask, segment_ids)
-        return self._count(labels, attention_mask, self._segments(attention_mask, segment_ids))
+        rows = self._rows(labels, attention_mask, segment_ids)
+        return torch.stack(self._counts(labels, *rows))
 
-    def _count(self, labels, attention_mask, segments):
+    def _rows(self, labels, attention_mask, segment_ids):
+        """The mask and the segments, ``[B, S]``; a position that may not predict is in a segment
+        that has no target."""
+        check_label_rows(_NAME, "labels", labels, attention_mask, segment_ids, broadcast=True)
+        if attention_mask is not None:
+            attention_mask = attention_mask.expand(labels.shape)
+        if segment_ids is not None:
+            segment_ids = segment_ids.expand(labels.shape)
+        if self.mask_sources and attention_mask is not None:
+            off = (attention_mask == 0).long()
+            segment_ids = off if segment_ids is None else 2 * segment_ids.long() + off
+        return attention_mask, segment_ids
+
+    def _counts(self, labels, attention_mask, segments):
         on = labels.long() != self.ignore_index  # -100 and uint8 156 would be equal
         if attention_mask is not None:
             on = on & (attention_mask != 0)
@@ -175,14 +196,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             if segments is not None:
                 targets = targets & (segments[:, k:] == segments[:, :-k])
             counts.append(targets.sum())
-        return torch.stack(counts)
-
-    def _segments(self, attention_mask, segment_ids):
-        """Segments such that a position that may not predict shares none with any target."""
-        if not self.mask_sources or attention_mask is None:
-            return segment_ids
-        off = (attention_mask == 0).long()
-        return off if segment_ids is None else 2 * segment_ids.long() + off
+        return counts
 
     def _divisors(self, normalizer):
         if not isinstance(normalizer, (torch.Tensor, type(None))):
@@ -190,44 +204,28 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         if not _is_per_head(normalizer):
             return [normalizer] * self.n_pred_tokens
         if normalizer.shape != (self.n_pred_tokens,):
-            raise ArgumentError(
-                f"{_NAME}: normalizer must be a number or have one entry per head "
-                f"[{self.n_pred_tokens}], got {shape_text(normalizer)}"
-            )
+            rule = f"be a number or have one entry per head [{self.n_pred_tokens}]"
+            raise refusal(_NAME, "normalizer", rule, shape_text(normalizer), ArgumentError)
         return normalizer.unbind()
 
-    def _renormalization(self, counts):
-        """1 / the share of the weights that heads with targets have; on the device."""
-        kept = sum(
-            (count != 0).double() * w
-            for w, count in zip(self.aux_loss_weights, counts.unbind(), strict=True)
-        )
-        return 1 / torch.where(kept > 0, kept, 1.0)
-
-    def _check(self, logits_list, labels, attention_mask, segment_ids):
+    def _check_logits(self, logits_list, labels):
         if not isinstance(logits_list, (list, tuple)):
-            raise TypeError(
-                f"{_NAME}: logits_list must be a list of tensors, got {type(logits_list).__name__}"
-            )
+            got = type(logits_list).__name__
+            raise refusal(_NAME, "logits_list", "be a list of tensors", got, TypeError)
         if len(logits_list) != self.n_pred_tokens:
-            raise ArgumentError(
-                f"{_NAME}: logits_list must have one tensor per head, n_pred_tokens "
-                f"{self.n_pred_tokens}, got {len(logits_list)}"
-            )
-        _check_rows(labels, attention_mask, segment_ids)
+            rule = f"have one tensor per head, n_pred_tokens {self.n_pred_tokens}"
+            raise refusal(_NAME, "logits_list", rule, len(logits_list), ArgumentError)
         for i, logits in enumerate(logits_list):
             name = f"logits_list[{i}]"
             check_tensor(_NAME, name, logits)
             check_rank(_NAME, name, logits, 3, "[B, S, V]")
             check_floating(_NAME, name, logits)
             if logits.shape[:2] != labels.shape:
-                raise ValueError(
-                    f"{_NAME}: {name} must have the B and S of labels {shape_text(labels)}, "
-                    f"got {shape_text(logits)}"
-                )
+                rule = f"have the B and S of labels {shape_text(labels)}"
+                raise refusal(_NAME, name, rule, shape_text(logits))
             check_device(_NAME, name, logits, "labels", labels)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         weights = ", ".join([f"{weight:.4g}" for weight in self.aux_loss_weights])
         text = f"n_pred_tokens={self.n_pred_tokens}, aux_loss_weights=({weights})"
         if self.ignore_index != -100:
@@ -244,9 +242,8 @@ def _numbers(weights):
         check_rank(_NAME, "aux_loss_weights", weights, 1, "[n_pred_tokens]")
         weights = weights.tolist()
     if isinstance(weights, str) or not hasattr(weights, "__iter__"):
-        raise TypeError(
-            f"{_NAME}: aux_loss_weights must be a list of numbers, got {type(weights).__name__}"
-        )
+        got = type(weights).__name__
+        raise refusal(_NAME, "aux_loss_weights", "be a list of numbers", got, TypeError)
     weights = list(weights)
     for i, weight in enumerate(weights):
         check_number(_NAME, f"aux_loss_weights[{i}]", weight, least=0)
@@ -255,33 +252,3 @@ def _numbers(weights):
 
 def _is_per_head(normalizer):
     return isinstance(normalizer, torch.Tensor) and normalizer.dim() > 0
-
-
-def _for_batch(labels, *rows):
-    """``[1, S]`` rows as ``[B, S]``: one mask, or one layout of documents, for all of a batch."""
-    return [
-        row if row is None or row.shape == labels.shape else row.expand(labels.shape)
-        for row in rows
-    ]
-
-
-def _check_rows(labels, attention_mask, segment_ids):
-    check_integers(_NAME, "labels", labels)
-    check_rank(_NAME, "labels", labels, 2, "[B, S]")
-    if attention_mask is not None:
-        check_tensor(_NAME, "attention_mask", attention_mask)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"{_NAME}: attention_mask must have 2 dimensions [B, S], the tokenizer's, got "
-            f"{shape_text(attention_mask)} (a 4-D mask [B, 1, S, S] that attention adds to its "
-            "scores says nothing about targets)"
-        )
-    check_mask(_NAME, "attention_mask", attention_mask, "labels", labels, 2, broadcast=True)
-    if segment_ids is not None:
-        check_integers(_NAME, "segment_ids", segment_ids)
-        if not broadcasts(segment_ids.shape, labels.shape):
-            raise ValueError(
-                f"{_NAME}: segment_ids must have the shape of labels {shape_text(labels)}, "
-                f"got {shape_text(segment_ids)} (a size of 1 stands for any)"
-            )
-        check_device(_NAME, "segment_ids", segment_ids, "labels", labels)

@@ -2,13 +2,20 @@
 """Token losses to one number, sequence by sequence as one would count by hand."""
 
 import torch
+from torch import Tensor
 
 from .squared_error import accumulate_dtype, select
 
 
 def aggregate_tokens(
-    loss, mask=None, reduction="mean", *, token_weight=None, segment_ids=None, normalizer=None
-):
+    loss: Tensor,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    token_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
     """What ``masked_loss_ext.aggregate_tokens`` says; tensors of the loss's shape."""
     on = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask != 0
     loss = select(on, loss.to(accumulate_dtype(loss, loss)))
@@ -25,7 +32,7 @@ def aggregated(loss, on, share, reduction, segment_ids=None, normalizer=None):
     if reduction == "sum":
         return loss.sum()
     if reduction in ("mean", "weighted_mean"):
-        return _over(loss.sum(), share.sum() if normalizer is None else normalizer)
+        return _over(loss.sum(), share.double().sum() if normalizer is None else normalizer)
     sums = [loss.sum() * 0]
     flat = [t.reshape(-1, t.shape[-1]) for t in (loss, share, on)] if loss.numel() else [()] * 3
     for i, (row, parts, counts) in enumerate(zip(*flat, strict=True)):
@@ -51,6 +58,6 @@ def _pieces(ids, length):
 
 
 def _over(total, denominator):
-    denominator = torch.as_tensor(denominator, device=total.device)
+    denominator = torch.as_tensor(denominator, device=total.device).double()
     nothing = denominator == 0
     return torch.where(nothing, 0, total / torch.where(nothing, 1, denominator)).to(total.dtype)

@@ -18,9 +18,11 @@ ignore_index; with a shift k both are those of position t + k, which must lie in
 where segment_ids are given, in the segment of t.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .aggregate import aggregated
 from .squared_error import accumulate_dtype, select
@@ -35,10 +37,10 @@ class RowStatistics(NamedTuple):
     hit       whether the target is the (first) largest entry; None without a target
     """
 
-    lse: torch.Tensor
-    entropy: torch.Tensor
-    log_prob: torch.Tensor | None
-    hit: torch.Tensor | None
+    lse: Tensor
+    entropy: Tensor
+    log_prob: Tensor | None
+    hit: Tensor | None
 
 
 def shifted(tensor, shift, fill):
@@ -91,6 +93,9 @@ def _one_or_nan(lse):
 
 def statistics_of(z, labels, on):
     """RowStatistics of z; banned classes (-inf) have probability, gradient and entropy term 0."""
+    if z.numel() == 0:
+        nothing = z.sum(-1)
+        return RowStatistics(nothing, nothing, *((None, None) if labels is None else (nothing, on)))
     lse = torch.logsumexp(z, -1)
     banned = z == -torch.inf
     finite = z.masked_fill(banned, 0)  # 0 * -inf must not come about, in the derivative neither
@@ -133,93 +138,75 @@ def focal_factor(ce, gamma):
 
 
 def masked_cross_entropy(
-    logits,
-    target,
-    mask=None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
     *,
-    ignore_index=-100,
-    weight=None,
-    token_weight=None,
-    label_smoothing=0.0,
-    temperature=1.0,
-    softcap=None,
-    z_loss=0.0,
-    focal_gamma=0.0,
-    shift=0,
-    segment_ids=None,
-    reduction="mean",
-    normalizer=None,
-    class_dim=-1,
-    return_stats=False,
-):
-    """Sum of the row losses over a denominator ("mean"), their sum, or each ("none").
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | Tensor | None = None,
+    z_loss: float | Tensor = 0.0,
+    focal_gamma: float | Tensor = 0.0,
+    shift: int = 0,
+    segment_ids: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    class_dim: int = -1,
+    return_stats: bool = False,
+) -> Any:
+    """The row losses, reduced as aggregate.py says.
 
-    The denominator is ``normalizer``, else the number of rows that count or, with class weights,
-    the sum of their w_y; where it is 0 so is the loss. The other reductions are those of
-    aggregate.py, where a row adds as much to a denominator.
+    To a denominator a row that counts adds 1 or, with class weights, its w_y.
     """
     logits = logits.movedim(class_dim, -1)
     labels, on = counted_rows(logits, target, mask, ignore_index, shift, segment_ids)
     z = scaled_logits(logits, on, temperature, softcap)
-    if token_weight is not None:
-        token_weight = shifted(token_weight, shift, 0)
-    if logits.shape[-1] == 0 or on.numel() == 0:
+    token_weights = None if token_weight is None else shifted(token_weight, shift, 0)
+    stats = statistics_of(z, labels, on) if return_stats else None
+    if z.numel() == 0:
         loss, w_y = z.sum(-1), z.sum(-1)
-        stats = RowStatistics(z.sum(-1), z.sum(-1), z.sum(-1), on)
     else:
         loss, w_y = row_losses(
-            z, labels, on, weight, token_weight, label_smoothing, z_loss, focal_gamma
+            z, labels, on, weight, token_weights, label_smoothing, z_loss, focal_gamma
         )
-        stats = statistics_of(z, labels, on) if return_stats else None
-    if reduction == "mean":
-        if normalizer is None:
-            normalizer = on.sum() if weight is None else w_y.double().sum()
-        denominator = torch.as_tensor(normalizer, device=loss.device).double()
-        total = loss.sum() / torch.where(denominator == 0, 1, denominator)
-        loss = torch.where(denominator == 0, 0, total).to(loss.dtype)
-    elif reduction == "sum":
-        loss = loss.sum()
-    elif reduction != "none":
-        share = on.to(loss.dtype) if weight is None else w_y
-        if reduction == "weighted_mean":
-            share = share * select(on, token_weight.to(loss.dtype))
-        loss = aggregated(loss, on, share, reduction, segment_ids, normalizer)
+    share = on.to(loss.dtype) if weight is None else w_y
+    if reduction == "weighted_mean" and token_weights is not None:
+        share = share * select(on, token_weights.to(loss.dtype))
+    loss = aggregated(loss, on, share, reduction, segment_ids, normalizer)
     return (loss, stats) if return_stats else loss
 
 
 def row_statistics(
-    logits,
-    target=None,
-    mask=None,
+    logits: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
-    ignore_index=-100,
-    temperature=1.0,
-    softcap=None,
-    class_dim=-1,
-):
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | Tensor | None = None,
+    class_dim: int = -1,
+) -> RowStatistics:
     """The statistics of the rows that count, without a loss."""
     logits = logits.movedim(class_dim, -1)
     labels, on = counted_rows(logits, target, mask, ignore_index)
-    z = scaled_logits(logits, on, temperature, softcap)
-    if logits.shape[-1] == 0 or on.numel() == 0:
-        nothing = z.sum(-1)
-        log_prob, hit = (None, None) if target is None else (nothing, on)
-        return RowStatistics(nothing, nothing, log_prob, hit)
-    return statistics_of(z, labels, on)
+    return statistics_of(scaled_logits(logits, on, temperature, softcap), labels, on)
 
 
 def multi_token_prediction_loss(
-    logits_list,
-    labels,
-    attention_mask=None,
-    weights=(0.5, 0.25, 0.15, 0.1),
+    logits_list: list[Tensor],
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    weights: Sequence[float] = (0.5, 0.25, 0.15, 0.1),
     *,
-    ignore_index=-100,
-    segment_ids=None,
-    mask_sources=False,
-    renormalize_empty_heads=False,
-    normalizer=None,
-):
+    ignore_index: int = -100,
+    segment_ids: Tensor | None = None,
+    mask_sources: bool = False,
+    renormalize_empty_heads: bool = False,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """Head i predicts the label i + 1 positions on: sum_i weights[i] * mean cross entropy."""
     losses, counts = [], []
     for i, logits in enumerate(logits_list):
@@ -239,6 +226,6 @@ def multi_token_prediction_loss(
     return total, losses
 
 
-def mask_labels(labels, mask, *, ignore_index=-100):
+def mask_labels(labels: Tensor, mask: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Labels with ignore_index wherever the mask is off."""
     return torch.where(mask != 0, labels, ignore_index)

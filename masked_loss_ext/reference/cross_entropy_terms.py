@@ -21,6 +21,7 @@ once).
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .cross_entropy import counted_rows, scaled_logits
 from .squared_error import select
@@ -32,13 +33,13 @@ LARGEST_LOG_PROB = -(2.0**-24)
 class CrossEntropyTerms(NamedTuple):
     """Per row; None what was not asked for. The formulas stand in ops/cross_entropy_terms.py."""
 
-    scaled_log_prob: torch.Tensor
-    scaled_mean_log_prob: torch.Tensor
-    log_prob: torch.Tensor | None
-    entropy: torch.Tensor | None
-    class_log_prob: torch.Tensor | None
-    unlikelihood: torch.Tensor | None
-    candidates: torch.Tensor | None
+    scaled_log_prob: Tensor
+    scaled_mean_log_prob: Tensor
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    class_log_prob: Tensor | None
+    unlikelihood: Tensor | None
+    candidates: Tensor | None
 
 
 def _log_softmax(z):
@@ -84,16 +85,16 @@ def _unlikelihood(log_p, labels, on, links):
 
 
 def cross_entropy_terms(
-    logits,
-    target,
-    mask=None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
     *,
-    temperature=None,
-    classes=None,
-    links=None,
-    ignore_index=-100,
-    unscaled=True,
-):
+    temperature: float | Tensor | None = None,
+    classes: Tensor | None = None,
+    links: tuple[Tensor, Tensor] | None = None,
+    ignore_index: int = -100,
+    unscaled: bool = True,
+) -> CrossEntropyTerms:
     """The terms above; ``classes`` [..., K], negative where none is asked for (0)."""
     labels, on = counted_rows(logits, target, mask, ignore_index)
     z = scaled_logits(logits, on)

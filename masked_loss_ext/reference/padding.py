@@ -3,11 +3,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .squared_error import accumulate_dtype
 
 
-def pad_latents_for_multi_res(latents, max_seq_len=None):
+def pad_latents_for_multi_res(
+    latents: list[Tensor], max_seq_len: int | None = None
+) -> tuple[Tensor, Tensor]:
     """[n_i, C] latents -> zero-padded [B, T, C] and bool mask [B, T]."""
     length = max(latent.shape[0] for latent in latents) if max_seq_len is None else max_seq_len
     first = latents[0]
@@ -17,18 +20,18 @@ def pad_latents_for_multi_res(latents, max_seq_len=None):
     )
 
 
-def lengths_to_mask(lengths, max_len=None):
+def lengths_to_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     """[B] lengths -> bool [B, T], True at t < length."""
     length = int(lengths.max()) if max_len is None else max_len
     return torch.stack([torch.arange(length, device=lengths.device) < n for n in lengths])
 
 
-def unpad(padded, mask):
+def unpad(padded: Tensor, mask: Tensor) -> list[Tensor]:
     """Padded [B, T, ...] -> list of the rows' kept entries [n_i, ...]."""
     return [row[keep != 0] for row, keep in zip(padded, mask, strict=True)]
 
 
-def map_mask_to_latent(image_mask):
+def map_mask_to_latent(image_mask: Tensor) -> Tensor:
     """[B, H, W] -> [B, (H//16) * (W//16)]: the strongest 8x8 average of each 2x2 group."""
     if not image_mask.is_floating_point():
         image_mask = image_mask != 0

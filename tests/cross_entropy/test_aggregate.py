@@ -193,6 +193,11 @@ BAD = [
         "normalizer must be finite and not negative, got nan",
     ),
     (
+        {"normalizer": torch.tensor(2.0, requires_grad=True)},
+        ValueError,
+        "normalizer must not require a gradient: it would get none; detach it",
+    ),
+    (
         {"normalizer": torch.tensor(2j)},
         ValueError,
         "normalizer must be a real number, got torch.complex64",
@@ -333,6 +338,9 @@ def test_what_does_not_go_with_an_aggregation():
         text = f"reduction must be mean or sum for gradient_in_forward, got {reduction}"
         check(lambda r=reduction: f(x, y, reduction=r, gradient_in_forward=True), ValueError, text)
     check(lambda: f(x, y, reduction="weighted_mean"), ValueError, "token_weight must be given")
+    n, text = torch.tensor(2.0, requires_grad=True), "normalizer must not require a gradient"
+    for reduction in ("mean", "sequence_mean", "sequence_sum"):
+        check(lambda r=reduction: f(x, y, reduction=r, normalizer=n), ValueError, text)
     text = "logits must be [..., S, V] for reduction sequence_mean, got [5]"
     check(lambda: f(x[0, 0], y[0, 0], reduction="sequence_mean"), ValueError, text)
     with pytest.raises(IndexError, match=r"target at row \[1, 2\]"):

@@ -20,7 +20,7 @@ from torch import nn
 
 import masked_loss_ext as mle
 from masked_loss_ext.diagnostics import PaddingLeak, check_padding
-from masked_loss_ext.diagnostics._report import Tolerance, distance
+from masked_loss_ext.diagnostics._report import Tolerance
 
 # --- what it leaves behind -----------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ def test_verdicts(size, rtol, atol, noise, verdict):
     after = before + torch.tensor([0.0, 4 * size], dtype=torch.float64)
     judge = Tolerance(rtol, atol)
     judge.noise["w"] = 4 * noise
-    shift = distance("w", before, after, judge)
+    shift = judge.shift("w", before, after)
     assert shift.verdict == verdict
     if size == size:
         assert shift.relative == pytest.approx(size, rel=1e-6)
@@ -135,19 +135,19 @@ def test_verdicts(size, rtol, atol, noise, verdict):
 def test_gradients_that_are_zero_but_for_rounding():
     judge = Tolerance(None, 0.0)
     tiny = torch.tensor([1e-12])
-    assert distance("key bias", tiny, -tiny, judge).verdict == "LEAK"
+    assert judge.shift("key bias", tiny, -tiny).verdict == "LEAK"
     judge.set_gradients([torch.tensor([3.0]), tiny, None])
-    assert distance("key bias", tiny, -tiny, judge).verdict == "rounding"
-    assert distance("key bias", tiny, tiny + 1e-6, judge).verdict == "LEAK"
-    assert distance("loss", tiny, -tiny, judge).verdict == "LEAK"
+    assert judge.shift("key bias", tiny, -tiny).verdict == "rounding"
+    assert judge.shift("key bias", tiny, tiny + 1e-6).verdict == "LEAK"
+    assert judge.shift("loss", tiny, -tiny).verdict == "LEAK"
 
 
 def test_half_precision_is_judged_by_its_own_rounding():
     one = torch.ones(1, dtype=torch.bfloat16)
     judge = Tolerance(None, 0.0)
-    assert distance("w", one, one + 2**-7, judge).verdict == "rounding"
-    assert distance("w", one, one + 2**-6, judge).verdict == "LEAK"
-    assert distance("w", one.float(), one.float() + 2**-7, judge).verdict == "LEAK"
+    assert judge.shift("w", one, one + 2**-7).verdict == "rounding"
+    assert judge.shift("w", one, one + 2**-6).verdict == "LEAK"
+    assert judge.shift("w", one.float(), one.float() + 2**-7).verdict == "LEAK"
 
 
 def test_report_is_a_table():

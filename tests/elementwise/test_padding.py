@@ -3,7 +3,6 @@
 
 from array import array
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -33,20 +32,18 @@ def test_lengths_to_mask(max_len, dtype):
     [
         range(3),
         (0, 1, 2),
-        np.array([0, 1, 2]),
-        np.array([0, 1, 2], dtype=np.uint16),
-        np.array([2, 1, 0])[::-1],
-        np.array([0, 1, 2], dtype=object),
-        np.array([0, 1, 2], dtype=">i4"),
-        np.frombuffer(bytes([0, 1, 2]), dtype=np.uint8),
         array("q", [0, 1, 2]),
-        [np.int64(0), 1, torch.tensor(2)],
+        [0, 1, torch.tensor(2)],
         torch.tensor([0, 1, 2], dtype=torch.uint32),
         torch.tensor([0, 1, 2], dtype=torch.uint64),
     ],
     ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
 )
 def test_lengths_of_any_kind(lengths):
+    check_lengths(lengths)
+
+
+def check_lengths(lengths):
     expected = [[False, False], [True, False], [True, True]]
     assert mle.lengths_to_mask(lengths).tolist() == expected
     assert mle.lengths_to_mask(lengths, 2).tolist() == expected
@@ -87,16 +84,16 @@ def test_masks_of_lists_are_on_the_default_device():
 
 
 def test_no_lengths():
-    assert mle.lengths_to_mask([]).shape == mle.lengths_to_mask(np.array([])).shape == (0, 0)
+    assert mle.lengths_to_mask([]).shape == (0, 0)
     assert mle.lengths_to_mask(torch.zeros(0, dtype=torch.int64), 4).shape == (0, 4)
 
 
+JAGGED = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
 BAD_LENGTHS = [
     (([1.5, 2],), ValueError, "lengths must be integers, got torch.float32"),
     ((torch.tensor([1.0]),), ValueError, "lengths must be integers, got torch.float32"),
     (([True],), ValueError, "lengths must be integers, got torch.bool"),
     (([2, True],), ValueError, "lengths must be integers, got torch.bool"),
-    ((np.array([True]),), ValueError, "lengths must be integers, got torch.bool"),
     ((torch.ones(2, 2, dtype=torch.int64),), ValueError, "lengths must have 1 dimensions [B]"),
     ((3,), TypeError, "lengths must be a tensor or a list of ints, got int"),
     ((iter([1]),), TypeError, "lengths must be a tensor or a list of ints, got list_iterator"),
@@ -108,11 +105,9 @@ BAD_LENGTHS = [
     (([10**30],), ValueError, "lengths must be ints of at most 64 bits"),
     ((["1"],), ValueError, "lengths must be ints of at most 64 bits"),
     (([None],), ValueError, "lengths must be ints of at most 64 bits"),
-    ((np.array([1.5]),), ValueError, "lengths must be integers, got torch.float32"),
-    ((np.array(3),), ValueError, "lengths must have 1 dimensions [B], got []"),
     ((torch.empty(2, dtype=torch.int1),), ValueError, "lengths must be integers, got torch.int1"),
     ((torch.tensor([1]).to_sparse(),), ValueError, "lengths must be a dense tensor"),
-    ((torch.nested.nested_tensor([torch.ones(2)]),), ValueError, "lengths must be a plain tensor"),
+    ((JAGGED,), ValueError, "lengths must be a plain tensor, got a nested one"),
     ((torch.ones(2, device="meta").long(),), ValueError, "max_len must be given where lengths has"),
     (([1], True), TypeError, "max_len must be an int, got bool"),
     (([1], 2**50), ValueError, f"max_len must be in [0, {2**48}], got {2**50}"),
@@ -120,12 +115,15 @@ BAD_LENGTHS = [
     (("12",), TypeError, "lengths must be a tensor or a list of ints, got str"),
     (([1], -1), ValueError, "max_len must not be negative, got -1"),
     (([1], 2.0), TypeError, "max_len must be an int, got float"),
-    ((np.array(0),), ValueError, "lengths must have 1 dimensions [B], got []"),
 ]
 
 
 @pytest.mark.parametrize("arguments,kind,text", BAD_LENGTHS)
 def test_bad_lengths(arguments, kind, text):
+    check_bad_lengths(arguments, kind, text)
+
+
+def check_bad_lengths(arguments, kind, text):
     with pytest.raises(kind) as caught:
         mle.lengths_to_mask(*arguments)
     assert f"lengths_to_mask: {text}" in str(caught.value)
