@@ -16,6 +16,7 @@ Training does not come there.
 """
 
 import collections
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -77,6 +78,11 @@ def refuse_derivative(op: Any, instead: str) -> None:
     torch.library.impl(op._schema.name, "Autograd", refuse)
 
 
+def _blank(tensor, like):
+    shape, dtype = like
+    return tensor.new_empty((0,) if shape is None else shape, dtype=dtype)
+
+
 class Signature:
     """The arguments of an operator by name, from its schema; which of them are tensors."""
 
@@ -115,10 +121,7 @@ class Signature:
             a = self.arguments(*args, **kwargs)
             tensors = [t for t in self.split(a)[0] if t is not None]
             refuse_two_devices(name, *tensors)
-            found = tuple(
-                tensors[0].new_empty((0,) if shape is None else shape, dtype=dtype)
-                for shape, dtype in likes(a)
-            )
+            found = tuple([_blank(tensors[0], like) for like in likes(a)])
             if len(found) > 1:
                 return found
             return found[0] if found else None
@@ -201,8 +204,8 @@ class Differentiable:
 
     Args:
         likes: arguments -> shape and dtype of each result.
-        plain: arguments -> the results, in plain PyTorch; what only the backward operator reads may
-            be anything.
+        plain: arguments -> the results, in plain PyTorch; None, or fewer, where they are left out
+            or only the backward operator reads them.
         gradient_likes: by argument, of those whose gradients the backward operator does not give in
             their own shape and dtype: arguments of the backward -> what it gives. That must reduce
             to the argument's shape by a sum.
@@ -212,12 +215,12 @@ class Differentiable:
         self,
         name: str,
         likes: Callable[[Any], Iterable[Like]],
-        plain: Callable[[Any], tuple[torch.Tensor, ...]],
+        plain: Callable[[Any], tuple[torch.Tensor | None, ...]],
         gradient_likes: dict[str, Callable[[Any], Like]] | None = None,
     ):
         self.forward = forward = Signature(name)
         self.backward = backward = Signature(f"_{name}_backward")
-        self.likes, self.plain, self.gradient_likes = likes, plain, gradient_likes or {}
+        self.likes, self._given_plain, self.gradient_likes = likes, plain, gradient_likes or {}
         self.inputs = [result.removeprefix("grad_") for result in backward.results]
         given = [f"grad_{result}" for result in forward.results]
         self.differentiable = [i for i, grad in enumerate(given) if grad in backward.names]
@@ -231,7 +234,7 @@ class Differentiable:
         forward.register_fake(likes, name)
         backward.register_fake(lambda b: [self.gradient_like(b, x) for x in self.inputs], name)
         self._transformed = _transformable(
-            forward, self.saved_results, self.differentiable, plain, self._derivative
+            forward, self.saved_results, self.differentiable, self.plain, self._derivative
         )
         self._transformed_backward = _transformable(
             backward, [], range(len(self.inputs)), self._gradients, self._second_derivative
@@ -301,7 +304,18 @@ class Differentiable:
             if needs[i]
         }
 
-    # --- the backward operator in plain PyTorch ---------------------------------------------------
+    # --- in plain PyTorch -------------------------------------------------------------------------
+
+    def plain(self, a):
+        """All results: same shapes, same dtypes."""
+        found = itertools.zip_longest(self._given_plain(a), self.likes(a))
+        first = a[self.forward.tensors[0]]
+        return tuple(
+            [
+                _blank(first, like).fill_(0) if x is None or like[0] is None else x
+                for x, like in found
+            ]
+        )
 
     def gradient_like(self, b, name):
         argument = getattr(b, name)
@@ -346,12 +360,11 @@ class Differentiable:
         """Same shapes, same dtypes."""
         function, names = self._pullback(b)
         found = dict(zip(names, function(*[getattr(b, name) for name in names]), strict=False))
+        likes = {x: self.gradient_like(b, x) for x in self.inputs}
         first = getattr(b, self.inputs[0])
-        result = []
-        for x in self.inputs:
-            shape, dtype = self.gradient_like(b, x)
-            result.append(first.new_zeros(0, dtype=dtype) if shape is None else found[x])
-        return tuple(result)
+        return tuple(
+            [_blank(first, like) if like[0] is None else found[x] for x, like in likes.items()]
+        )
 
     def _second_derivative(self, transformed, upstream, tensors, results, options, needs):
         """Of the sum of upstream * gradients, by position among the backward's arguments."""

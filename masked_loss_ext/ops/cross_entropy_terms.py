@@ -165,12 +165,10 @@ def _likes(a) -> Iterator[Like]:
     yield (*rows, 4), torch.float64
 
 
-def _plain(a) -> tuple[torch.Tensor, ...]:
-    a = a._asdict()
-    links = (a.pop("context_before"), a.pop("ngram_after"))
-    terms = reference.cross_entropy_terms(**a, links=None if links[0] is None else links)
-    sums = a["logits"].new_full((*a["logits"].shape[:-1], 4), torch.nan, dtype=torch.float64)
-    return *[a["logits"].new_zeros(0) if term is None else term for term in terms], sums
+def _plain(a) -> CrossEntropyTerms:
+    options = a._asdict()
+    links = (options.pop("context_before"), options.pop("ngram_after"))
+    return reference.cross_entropy_terms(**options, links=None if links[0] is None else links)
 
 
 operator = Differentiable("cross_entropy_terms", _likes, _plain)

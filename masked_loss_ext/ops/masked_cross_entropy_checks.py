@@ -43,7 +43,6 @@ _MAY_BE_NUMBERS = ("temperature", "normalizer")
 # One entry per row, and whether one of the last dimension stands for all of it: one label for all
 # positions of a sequence is a mistake, one mask entry or weight per sample is not.
 _PER_ROW = {"target": False, "mask": True, "token_weight": True, "segment_ids": False}
-_MOST = {"label_smoothing": 1, "z_loss": None, "focal_gamma": None}  # factors, at least 0
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -115,7 +114,8 @@ def _expand_traced(tensor, rows, last):
 
 def check_options(name, given):
     """Numbers of training pass by their types and ranges; the others are looked at one by one."""
-    for argument, most in _MOST.items():
+    # Constants of the code: torch.compile guards those of the module.
+    for argument, most in (("label_smoothing", 1), ("z_loss", None), ("focal_gamma", None)):
         value = given[argument]
         # A tensor is none: it would lose its derivative, and be waited for.
         if type(value) is not float or not 0 <= value <= (most or _LARGEST):

@@ -17,7 +17,6 @@ import torch
 
 from .. import reference
 from .._checks import as_number, is_symbolic
-from ..reference.cross_entropy import counted_rows, row_losses, scaled_logits
 from ..reference.squared_error import select
 from ._autograd import (
     Differentiable,
@@ -53,47 +52,26 @@ def _token_weight_gradient_like(b) -> Like:
     return rows, reference.accumulate_dtype(b.logits, b.logits)
 
 
-# --- in plain PyTorch ----------------------------------------------------------------------------
-
-
-def _plain(a) -> tuple[torch.Tensor, ...]:
+def _plain(a) -> tuple[torch.Tensor | None, ...]:
     options = a._asdict()
     if a.schedule is not None:
         options |= zip(_FLOATS, a.schedule.tolist(), strict=True)
-    smooths = a.schedule is not None or a.label_smoothing > 0
-    for name in ("schedule", "statistics"):
-        del options[name]
+    del options["schedule"], options["statistics"]
     options["temperature"] = 1.0 if a.temperature is None else a.temperature
     options["softcap"] = options["softcap"] or None
-    labels, on = counted_rows(a.logits, a.target, a.mask, a.ignore_index, a.shift, a.segment_ids)
-    z = scaled_logits(a.logits, on, options["temperature"], options["softcap"])
-    nothing, unlabelled = z.new_zeros(0), z.new_zeros(0, dtype=torch.bool)
-    # What the operator keeps for its own backward, which nobody reads here.
-    kept = z.new_full((2,), torch.nan, dtype=torch.float64), z.new_full((*on.shape, 2), torch.nan)
     if a.target is None:
-        keywords = {name: options[name] for name in ("temperature", "softcap")}
-        stats = reference.row_statistics(a.logits, None, on, **keywords)
-        entropy = stats.entropy if a.statistics else nothing
-        return z.new_zeros(()), stats.lse, entropy, nothing, unlabelled, nothing, *kept
+        z = {name: options[name] for name in ("temperature", "softcap")}
+        stats = reference.row_statistics(a.logits, None, a.mask, **z)
+        return stats.lse.new_zeros(()), *stats
     loss, stats = reference.masked_cross_entropy(**options, return_stats=True)
-    return (
-        loss,
-        stats.lse,
-        stats.entropy if a.statistics else nothing,
-        stats.log_prob,
-        stats.hit if a.statistics else unlabelled,
-        # With smoothing 1 and nothing else the row loss is that sum over V.
-        row_losses(z, labels, on, a.weight, None, 1.0, 0.0, 0.0)[0] * z.shape[-1]
-        if smooths
-        else nothing,
-        *kept,
-    )
+    return loss, *stats
 
 
 operator = Differentiable(_NAME, _likes, _plain, {"token_weight": _token_weight_gradient_like})
 _in_order = itemgetter(*operator.forward.names)
 _FLOATS = operator.forward.floats
-DEFAULTS = operator.forward.arguments._field_defaults
+_Arguments = operator.forward.arguments
+DEFAULTS = _Arguments._field_defaults
 
 
 # --- the ways ------------------------------------------------------------------------------------
@@ -103,7 +81,7 @@ def call(a: dict[str, Any], shown: int, inplace_backward: bool) -> tuple[torch.T
     """a: the operator's arguments by name."""
     if torch.compiler.is_compiling():
         a = _scheduled(a)
-        args = tuple([a[name] for name in operator.forward.names])
+        args = _Arguments(**a)
     else:
         args = _in_order(a)
     return operator.call(args, shown, _overwrite if inplace_backward else None)
