@@ -9,7 +9,6 @@ import torch
 from .._checks import check_flags, check_tensor, shape_text
 from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import Number, masked_cross_entropy
-from ..reference import RowStatistics
 
 # What comes with each batch; the function's other arguments are the module's.
 _OF_A_CALL = ("logits", "target", "mask", "token_weight", "segment_ids", "normalizer")
@@ -17,6 +16,13 @@ _EVERY = inspect.signature(masked_cross_entropy).parameters
 _SIGNATURE = inspect.Signature([p for name, p in _EVERY.items() if name not in _OF_A_CALL])
 _DEFAULTS = {name: p.default for name, p in _SIGNATURE.parameters.items()}
 _FLAGS = [name for name, p in _SIGNATURE.parameters.items() if p.annotation is bool]
+
+
+def _with_the_signature(init: Any) -> Any:
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    keywords = [self, *_SIGNATURE.parameters.values()]
+    init.__signature__ = inspect.Signature(keywords, return_annotation=None)
+    return init
 
 
 class MaskedCrossEntropyLoss(torch.nn.Module):
@@ -50,7 +56,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
     An untrained model is near :math:`\ln V`: 10.825 for a vocabulary of 50257.
     """
 
-    def __init__(self, **keywords: Any):
+    @_with_the_signature
+    def __init__(self, **keywords: Any) -> None:
         super().__init__()
         name = type(self).__name__
         given = _DEFAULTS | _SIGNATURE.bind(**keywords).arguments
@@ -74,13 +81,6 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             if keyword not in self._buffers:
                 setattr(self, keyword, value)
 
-    __init__.__signature__ = inspect.Signature(
-        [
-            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            *_SIGNATURE.parameters.values(),
-        ]
-    )
-
     def forward(
         self,
         logits: torch.Tensor,
@@ -90,7 +90,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         token_weight: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         normalizer: Number | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, RowStatistics]:
+    ) -> Any:
         """The loss, or (loss, ``RowStatistics``); arguments as in ``masked_cross_entropy``."""
         return masked_cross_entropy(
             logits,

@@ -93,7 +93,8 @@ class Signature:
         self.names = [a.name for a in arguments]
         self.results = [r.name for r in op._schema.returns]
         defaults = [a.default_value for a in arguments if a.has_default_value()]
-        self.arguments = collections.namedtuple("Arguments", self.names, defaults=defaults)
+        make: Any = collections.namedtuple
+        self.arguments = make("Arguments", self.names, defaults=defaults)
         types = [str(a.type) for a in arguments]
         is_tensor = ["Tensor" in kind for kind in types]
         self.floats = [
@@ -224,7 +225,8 @@ class Differentiable:
         self.inputs = [result.removeprefix("grad_") for result in backward.results]
         given = [f"grad_{result}" for result in forward.results]
         self.differentiable = [i for i, grad in enumerate(given) if grad in backward.names]
-        saved = [result for result in forward.results if result in backward.names]
+        # A result may have the name of an argument; the backward then means the argument.
+        saved = [r for r in forward.results if r in backward.names and r not in forward.names]
         self.saved_results = [forward.results.index(result) for result in saved]
         self.input_positions = [forward.names.index(x) for x in self.inputs]
         self.backward_order = self._backward_order(given, saved)

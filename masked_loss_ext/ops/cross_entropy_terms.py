@@ -103,8 +103,8 @@ def cross_entropy_terms(
         failure = error
     else:
         asked = (True, True, unscaled, unscaled, classes is not None, *(links is not None,) * 2)
-        return CrossEntropyTerms(
-            *(term if there else None for term, there in zip(results, asked, strict=True))
+        return CrossEntropyTerms._make(
+            term if there else None for term, there in zip(results, asked, strict=True)
         )
     try:
         _check_types(logits, target, mask, classes, links)

@@ -7,6 +7,7 @@ Python adds stands in masked_cross_entropy_checks.py.
 """
 
 import numbers
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def masked_cross_entropy(
     inplace_backward: bool = False,
     gradient_in_forward: bool = False,
     return_stats: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, RowStatistics]:
+) -> Any:  # a union would have every caller ask which of the two it is
     r"""Cross entropy of the rows that count, from one read of their logits.
 
     A row counts where ``mask`` is on and its label is not ``ignore_index``; the others are not

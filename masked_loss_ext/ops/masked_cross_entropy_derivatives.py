@@ -98,7 +98,7 @@ def _scheduled(a):
     return {**a, **dict.fromkeys(_FLOATS, 0.0), "schedule": schedule}
 
 
-def _overwrite(args):
+def _write_over(args):
     """The gradient as a new tensor on the storage of the logits, whose version goes up so that
     whoever saved them is told."""
     b = dict(zip(operator.backward.names, args, strict=True))
@@ -108,7 +108,7 @@ def _overwrite(args):
 
 
 _overwrite = Once(
-    _overwrite,
+    _write_over,
     f"{_NAME}: inplace_backward=True has one backward: the gradient stands where the logits were",
 )
 
