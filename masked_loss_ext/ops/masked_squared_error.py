@@ -12,7 +12,7 @@ import torch
 from .. import reference
 from .._checks import as_edit_mask, as_mask, as_number, check_constant, is_symbolic
 from ..reference.squared_error import align_leading
-from ._autograd import Differentiable, Like
+from ._autograd import Differentiable, Like, _functorch_is_active  # noqa: F401 (for unified)
 
 
 def masked_squared_error(
