@@ -12,7 +12,7 @@ import torch
 from .. import reference
 from .._checks import as_edit_mask, as_mask, as_number, check_constant, is_symbolic
 from ..reference.squared_error import align_leading
-from ._autograd import Differentiable, Like, _functorch_is_active  # noqa: F401 (for unified)
+from ._autograd import Differentiable, Like
 
 
 def masked_squared_error(
@@ -78,3 +78,6 @@ def _plain(a) -> tuple[torch.Tensor, torch.Tensor]:
 operator = Differentiable(
     "masked_squared_error", _likes, _plain, {"weighting": _weighting_gradient_like}
 )
+
+# Until unified/ takes it from _checks.
+from ._autograd import _functorch_is_active  # noqa: E402, F401
