@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .._checks import check_flags
-from ..ops.masked_squared_error import _functorch_is_active
+from ..ops._autograd import _functorch_is_active
 from ._options import LossModule
 
 # private, but what torch.utils.checkpoint itself asks: -1 unless a backward pass is running

@@ -23,7 +23,6 @@ UNUSED = {
         *("on_train_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end"),
         *("on_log", "on_predict"),
     )},
-    ("gradients", "count"): "the backward operator's signature; plain PyTorch counts again",
     ("AuxiliaryFreeMoEBalancer.forward", "expert_outputs"): "said so in the docstring",
     ("Component.needs", "rows"): "a component that needs nothing of the read",
     ("Component.term", "call"): "each component has its own",

@@ -82,6 +82,7 @@ NUMBERS = [
     ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
     ({"temperature": None}, TypeError, "temperature", "number", "got NoneType"),
+    ({"temperature": True}, TypeError, "temperature", "number", "got bool"),
     ({"softcap": 0.0}, ValueError, "softcap", "above 0", "got 0"),
     ({"softcap": -3.0}, ValueError, "softcap", "above 0", "got -3"),
     ({"softcap": math.nan}, ValueError, "softcap", "above 0", "got nan"),
@@ -197,7 +198,7 @@ def test_what_has_a_meaning_beside_the_usual():
     assert torch.equal(f(x, y, softcap=mle.MaskedCrossEntropyLoss(softcap=math.inf).softcap), plain)
     torch.testing.assert_close(f(x, y, softcap=1e6), plain)
     torch.testing.assert_close(f(x, y, temperature=1e39), torch.tensor(math.log(3)))
-    for one in (1, 1.0, True):
+    for one in (1, 1.0):
         assert torch.equal(f(x, y, temperature=one), plain)
     assert torch.equal(f(x, y, normalizer=0), torch.tensor(0.0))
     # At the smallest temperature z is large, and still a float32.
