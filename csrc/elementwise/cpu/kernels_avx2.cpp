@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// All other includes stand above the target: code of headers keeps the baseline instructions.
-#include "elementwise/cpu/kernels.h"
+// Headers with functions that other files share stand above the target: these keep the baseline
+// instructions. Those of formula.h are this file's own, and inline what is compiled for the target.
+#include <math.h>
+
 #include "common/cpu/row_cursor.h"
-#include "elementwise/formula.h"
 
 #if defined(__x86_64__)
 #include "common/cpu/target_avx2.inc"
+
+#include "elementwise/cpu/kernels.h"
 
 namespace masked_loss_ext {
 namespace {

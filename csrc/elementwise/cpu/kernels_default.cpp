@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every include stands above the pragma: code that comes from headers keeps the baseline instruction set.
-#include "elementwise/cpu/kernels.h"
 #include "common/cpu/row_cursor.h"
-#include "elementwise/formula.h"
+#include "elementwise/cpu/kernels.h"
 
 namespace masked_loss_ext {
 namespace {
