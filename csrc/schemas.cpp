@@ -45,11 +45,23 @@
 //   softcap                 0 for none
 //   shift                   position t of the last row dimension is scored against target t + shift
 //   reduction               "mean" sum / denominator -> [], "sum" -> [], "none" -> [...]
+//   schedule      [4]       float64 on the CPU: label_smoothing, softcap, z_loss, focal_gamma, in the place
+//                           of these, where they change from step to step of a compiled graph
 // Returns, in float32 (float64 where logits is): the loss; per row log-sum-exp, entropy (with
 // `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
-// one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing, else [0]), all 0
-// at rows that do not count; the denominator [] (float64); and what the backward needs besides, row_sums
-// [..., 2] (cross_entropy/formula.h).
+// one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing or a schedule, else
+// [0]), all 0 at rows that do not count; and what the backward needs besides: totals [2] (float64), the
+// denominator and the sum of the class weights (V where nothing needs that), and row_sums [..., 2]
+// (cross_entropy/formula.h).
+#define MASKED_LOSS_EXT_ROW_ARGUMENTS(logits)                                                       \
+  logits ", Tensor? target, Tensor? mask=None, Tensor? weight=None, Tensor? token_weight=None, "     \
+  "Tensor? segment_ids=None, Tensor? temperature=None, Tensor? normalizer=None, "                    \
+  "int ignore_index=-100, float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, "          \
+  "float focal_gamma=0.0, SymInt shift=0, str reduction=\"mean\", bool statistics=False, "           \
+  "Tensor? schedule=None"
+#define MASKED_LOSS_EXT_ROW_GRADIENTS                                                               \
+  "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_prob, "               \
+  "Tensor row_sums, Tensor entropy, Tensor log_prob, Tensor smooth_distance, Tensor totals"
 
 // What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms/formula.h).
 //   logits, target, mask, temperature as above; target may not be None
@@ -100,45 +112,25 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "float background_weight, str reduction, str loss, Tensor? delta, Tensor count, "
       "bool needs_prediction, bool needs_target, bool needs_weighting) -> (Tensor grad_prediction, "
       "Tensor grad_target, Tensor grad_weighting)");
-  m.def(
-      "masked_cross_entropy(Tensor logits, Tensor? target, Tensor? mask=None, Tensor? weight=None, "
-      "Tensor? token_weight=None, Tensor? segment_ids=None, Tensor? temperature=None, "
-      "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, "
-      "float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, SymInt shift=0, "
-      "str reduction=\"mean\", bool statistics=False) -> (Tensor loss, Tensor lse, Tensor entropy, "
-      "Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor denominator, Tensor row_sums)");
+  m.def("masked_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> (Tensor loss, "
+        "Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor totals, "
+        "Tensor row_sums)");
   // grad_* may be absent; grad_logits is contiguous, with no elements where it is not needed, and so
   // is grad_token_weight (in the dtype of the loss).
-  m.def(
-      "_masked_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
-      "Tensor? grad_log_prob, Tensor logits, Tensor? target, Tensor? mask, Tensor? weight, "
-      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor row_sums, Tensor entropy, "
-      "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
-      "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
-      "str reduction, bool needs_logits, bool needs_token_weight) -> (Tensor grad_logits, "
-      "Tensor grad_token_weight)");
+  m.def("_masked_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ", bool needs_logits=True, "
+        "bool needs_token_weight=True) -> (Tensor grad_logits, Tensor grad_token_weight)");
   // The same, with grad_logits written over the logits. The caller bumps their version.
-  m.def(
-      "_masked_cross_entropy_backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
-      "Tensor? grad_log_prob, Tensor(a!) logits, Tensor? target, Tensor? mask, Tensor? weight, "
-      "Tensor? token_weight, Tensor? segment_ids, Tensor? temperature, Tensor row_sums, Tensor entropy, "
-      "Tensor log_prob, Tensor smooth_distance, Tensor denominator, int ignore_index, "
-      "float label_smoothing, float softcap, float z_loss, float focal_gamma, SymInt shift, "
-      "str reduction, bool needs_token_weight) -> Tensor grad_token_weight");
-  // Loss and gradient of the logits for an incoming gradient of 1, in one sweep; reduction mean or sum.
-  m.def(
-      "_masked_cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? mask=None, "
-      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
-      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
-      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
-      "SymInt shift=0, str reduction=\"mean\") -> (Tensor loss, Tensor grad_logits)");
+  m.def("_masked_cross_entropy_backward_(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor(a!) logits") ", bool needs_token_weight=True) -> "
+        "Tensor grad_token_weight");
+  // Loss and gradient of the logits for an incoming gradient of 1, in one sweep; with a target, for
+  // reduction mean or sum; statistics are not made.
+  m.def("_masked_cross_entropy_sweep(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> "
+        "(Tensor loss, Tensor grad_logits)");
   // The same, with the gradient written over the logits. The caller bumps their version.
-  m.def(
-      "_masked_cross_entropy_with_gradient_(Tensor(a!) logits, Tensor target, Tensor? mask=None, "
-      "Tensor? weight=None, Tensor? token_weight=None, Tensor? segment_ids=None, "
-      "Tensor? temperature=None, Tensor? normalizer=None, int ignore_index=-100, "
-      "float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, float focal_gamma=0.0, "
-      "SymInt shift=0, str reduction=\"mean\") -> Tensor loss");
+  m.def("_masked_cross_entropy_sweep_(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor(a!) logits") ") -> "
+        "Tensor loss");
   // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
   // of 0 stays 0.
   m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");

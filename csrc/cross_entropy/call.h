@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CPU and the CUDA side of masked_cross_entropy do before a kernel runs: check, lay out, name
-// the shapes of the results.
+// masked_cross_entropy, its backward and its sweep (loss and gradient in one pass), for every device:
+// arguments, checks, results. A Device is Cpu or Cuda with forward(), backward(), sweep() and scale() of a
+// RowProblem. A keyword is a word of the schema, a field of RowArguments and a check.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,39 +9,51 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/layout_builder.h"
+#include "common/operator.h"
 #include "cross_entropy/formula.h"
 
 namespace masked_loss_ext {
 
-enum class RowReduction { kMean, kSum, kNone };
-
 struct CrossEntropyInputs {
-  const Tensor& logits;
-  const std::optional<Tensor>& target;
-  const std::optional<Tensor>& mask;
-  const std::optional<Tensor>& weight;
-  const std::optional<Tensor>& token_weight;
-  const std::optional<Tensor>& segment_ids;
-  const std::optional<Tensor>& temperature;
+  Tensor logits;
+  std::optional<Tensor> target, mask, weight, token_weight, segment_ids, temperature, normalizer;
 };
+
+// In the order of the schema.
+struct RowArguments : CrossEntropyInputs {
+  int64_t ignore_index;
+  CrossEntropyOptions options;
+  int64_t shift;
+  std::string reduction;
+  bool statistics;
+  std::optional<Tensor> schedule;
+
+  explicit RowArguments(Arguments& in)
+      : CrossEntropyInputs{in.tensor(),          in.optional_tensor(), in.optional_tensor(),
+                           in.optional_tensor(), in.optional_tensor(), in.optional_tensor(),
+                           in.optional_tensor(), in.optional_tensor()},
+        ignore_index(in.integer()),
+        options{in.number(), in.number(), in.number(), in.number()},
+        shift(in.integer()),
+        reduction(in.text()),
+        statistics(in.flag()),
+        schedule(in.optional_tensor()) {}
+
+  bool smooths() const { return schedule.has_value() || options.label_smoothing > 0; }
+};
+
+// --- checks ------------------------------------------------------------------------------------------
 
 inline RowReduction parse_row_reduction(const char* op, const std::string& name) {
   if (name == "mean") return RowReduction::kMean;
   if (name == "sum") return RowReduction::kSum;
   if (name == "none") return RowReduction::kNone;
   fail(op, ": reduction must be mean, sum or none, got ", name);
-}
-
-// Of the loss with its gradient: one gradient per row is known before the incoming ones only where those
-// are all one number.
-inline RowReduction scalar_reduction(const char* op, const std::string& name) {
-  const RowReduction reduction = parse_row_reduction(op, name);
-  if (reduction == RowReduction::kNone) fail(op, ": reduction must be mean or sum, got ", name);
-  return reduction;
 }
 
 // float64 where the logits are, else float32.
@@ -51,6 +64,12 @@ inline ScalarType accumulate_type(const Tensor& logits) {
 inline std::vector<int64_t> row_sizes(const Tensor& logits) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d + 1 < logits.dim(); ++d) sizes.push_back(logits.size(d));
+  return sizes;
+}
+
+inline std::vector<int64_t> row_sizes(const Tensor& logits, int64_t each) {
+  std::vector<int64_t> sizes = row_sizes(logits);
+  sizes.push_back(each);
   return sizes;
 }
 
@@ -112,15 +131,12 @@ inline void check_number(const char* op, const char* name, const std::optional<T
   check_same_device(op, name, *tensor, logits, "logits");
 }
 
-// What a gradient that is already there is multiplied with.
-inline void check_scaling(const char* op, const Tensor& grad_logits, const Tensor& grad_loss) {
-  check_logits(op, grad_logits);
-  check_overwritable(op, "grad_logits", grad_logits);
-  check_number(op, "grad_loss", grad_loss, grad_logits);
-  if (grad_loss.scalar_type() != accumulate_type(grad_logits)) {
-    fail(op, ": grad_loss must have the dtype of the loss, got ",
-         torch::headeronly::toString(grad_loss.scalar_type()));
-  }
+inline void check_loss_type(const char* op, const char* name, const Tensor& tensor,
+                            const Tensor& logits) {
+  if (tensor.scalar_type() == accumulate_type(logits)) return;
+  fail(op, ": ", name, " must have the dtype of the loss, ",
+       torch::headeronly::toString(accumulate_type(logits)), ", got ",
+       torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const Tensor& logits) {
@@ -128,11 +144,7 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& log
   if (weight.dim() != 1 || weight.size(0) != classes) {
     fail(op, ": weight must have one entry per class [", classes, "], got ", shape_text(weight));
   }
-  if (weight.scalar_type() != accumulate_type(logits)) {
-    fail(op, ": weight must have the dtype of the loss, ",
-         torch::headeronly::toString(accumulate_type(logits)), ", got ",
-         torch::headeronly::toString(weight.scalar_type()));
-  }
+  check_loss_type(op, "weight", weight, logits);
   check_same_device(op, "weight", weight, logits, "logits");
 }
 
@@ -171,30 +183,64 @@ inline void check_inputs(const char* op, const CrossEntropyInputs& in,
     check_per_row(op, "segment_ids", *in.segment_ids, in.logits);
   }
   check_number(op, "temperature", in.temperature, in.logits);
+  check_number(op, "normalizer", in.normalizer, in.logits);
 }
 
-// What is read, for as long as this lives: contiguous copies where the caller's are not, which is one entry
-// per row beside V logits, or per class; of the logits only where a row of them is no stretch of memory.
-struct RowInputs {
-  Tensor logits;
-  std::optional<Tensor> target, mask, weight, token_weight, segment_ids;
+// One value per row; where none is needed, what the forward leaves without elements may be so.
+inline void check_row_values(const char* op, const char* name, const Tensor& tensor,
+                             const Tensor& logits, bool needed = true) {
+  check_loss_type(op, name, tensor, logits);
+  if (!needed && tensor.numel() == 0) return check_same_device(op, name, tensor, logits, "logits");
+  check_per_row(op, name, tensor, logits);
+}
 
-  explicit RowInputs(const CrossEntropyInputs& in)
-      : logits(has_contiguous_rows(in.logits) ? in.logits : torch::stable::contiguous(in.logits)),
-        target(contiguous(in.target)),
-        mask(contiguous(in.mask)),
-        weight(contiguous(in.weight)),
-        token_weight(contiguous(in.token_weight)),
-        segment_ids(contiguous(in.segment_ids)) {}
-
-  static std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-    if (!tensor || tensor->is_contiguous()) return tensor;
-    return torch::stable::contiguous(*tensor);
+// What the forward returned of `type` and of these sizes.
+inline void check_saved(const char* op, const char* name, const Tensor& tensor,
+                        const std::vector<int64_t>& sizes, ScalarType type, const char* shape,
+                        const Tensor& logits) {
+  bool same = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == sizes[d];
+  if (!same) {
+    fail(op, ": ", name, " must be what the forward returned, ", torch::headeronly::toString(type), " ",
+         shape, ", got ", torch::headeronly::toString(tensor.scalar_type()), " ", shape_text(tensor));
   }
+  check_same_device(op, name, tensor, logits, "logits");
+}
+
+inline void check_row_sums(const char* op, const char* name, const Tensor& sums, int64_t count,
+                           ScalarType type, const Tensor& logits) {
+  const std::string shape = "[..., " + std::to_string(count) + "]";
+  check_saved(op, name, sums, row_sizes(logits, count), type, shape.c_str(), logits);
+}
+
+// --- from tensors to a RowProblem ----------------------------------------------------------------------
+
+// Arrays of what is read, for as long as this lives: of contiguous copies where the tensors are not (class
+// weights, gradients that autograd expanded, what a hook on saved tensors packed in its own way), which is
+// one entry per row beside V logits. Absent what has no elements.
+class ReadTensors {
+ public:
+  Array operator()(const Tensor& tensor) {
+    if (tensor.numel() == 0) return {};
+    if (tensor.is_contiguous()) return array_of(tensor);
+    held_.push_back(torch::stable::contiguous(tensor));
+    return array_of(held_.back());
+  }
+  Array operator()(const std::optional<Tensor>& tensor) { return tensor ? (*this)(*tensor) : Array{}; }
+
+ private:
+  std::vector<Tensor> held_;
 };
 
-inline CountedRows counted_rows(const RowInputs& in, int64_t ignore_index, int64_t shift) {
-  const Tensor& logits = in.logits;
+// Where each row of the logits (kPrediction) and of their gradient (kGrad) begins: offset_at().
+inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* grad_logits) {
+  LayoutBuilder builder(row_sizes(logits));
+  builder.add(kPrediction, logits);
+  if (grad_logits != nullptr) builder.add(kGrad, *grad_logits);
+  return builder.build(op);
+}
+
+inline CountedRows counted_rows(const Tensor& logits, int64_t ignore_index, int64_t shift) {
   const int64_t dims = logits.dim();
   CountedRows q;
   q.rows = 1;
@@ -203,18 +249,267 @@ inline CountedRows counted_rows(const RowInputs& in, int64_t ignore_index, int64
   q.row_length = dims > 1 ? logits.size(dims - 2) : 1;
   q.shift = std::min(shift, q.row_length);  // beyond the row there is nothing: no sum overflows
   q.ignore_index = ignore_index;
-  q.target = array_of(in.target);
-  q.mask = array_of(in.mask);
-  q.segment_ids = array_of(in.segment_ids);
   return q;
 }
 
-// Where each row of the logits (kPrediction) and of their gradient (kGrad) begins: offset_at().
-inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* grad_logits) {
-  LayoutBuilder builder(row_sizes(logits));
-  builder.add(kPrediction, logits);
-  if (grad_logits != nullptr) builder.add(kGrad, *grad_logits);
-  return builder.build(op);
+// The checked arguments as a problem, for as long as this lives; results and gradients are not in it yet.
+struct RowCall {
+  const char* const op;
+  const Tensor logits;  // with rows that are each one stretch of memory
+  ReadTensors read;
+  RowProblem problem;
+
+  // The problem of a room whose rows are those of these inputs.
+  RowCall(const char* name, const CrossEntropyInputs& in, int64_t ignore_index, int64_t shift)
+      : op(name),
+        logits(has_contiguous_rows(in.logits) ? in.logits : torch::stable::contiguous(in.logits)) {
+    problem.counted = counted_rows(logits, ignore_index, shift);
+    problem.counted.target = read(in.target);
+    problem.counted.mask = read(in.mask);
+    problem.counted.segment_ids = read(in.segment_ids);
+    problem.logits = array_of(logits);
+    problem.weight = read(in.weight);
+    problem.token_weight = read(in.token_weight);
+    problem.temperature = read(in.temperature);
+    problem.normalizer = read(in.normalizer);
+  }
+
+  RowCall(const char* name, const RowArguments& in) : RowCall(name, checked(name, in), in.ignore_index, in.shift) {
+    problem.options = options_of(name, in);
+    problem.statistics = in.statistics;
+    problem.reduction = parse_row_reduction(op, in.reduction);
+    // Without labels there is no loss, and nothing to divide.
+    if (!in.target) problem.reduction = RowReduction::kSum;
+    if (!in.target) problem.options.label_smoothing = 0;
+  }
+
+  // The gradient of the logits is written there, or, with null, not made.
+  void set_layout(const Tensor* grad_logits) {
+    problem.layout = row_layout(op, logits, grad_logits);
+    if (grad_logits != nullptr) problem.grad_logits = array_of(*grad_logits);
+  }
+
+ private:
+  static CrossEntropyOptions options_of(const char* op, const RowArguments& in) {
+    if (!in.schedule) return in.options;
+    const Tensor numbers = torch::stable::contiguous(*in.schedule);
+    const auto* value = static_cast<const double*>(numbers.const_data_ptr());
+    return {value[0], value[1], value[2], value[3]};
+  }
+
+  static const RowArguments& checked(const char* op, const RowArguments& in) {
+    parse_row_reduction(op, in.reduction);
+    if (in.schedule) {
+      const Tensor& numbers = *in.schedule;
+      const bool fits = numbers.scalar_type() == ScalarType::Double && numbers.dim() == 1 &&
+                        numbers.size(0) == 4 && numbers.is_cpu();
+      if (!fits) fail(op, ": schedule must be float64 [4] on the CPU, got ", shape_text(numbers));
+    }
+    check_inputs(op, in, options_of(op, in), in.shift);
+    return in;
+  }
+};
+
+// Makes a result and puts it into the problem; where it is not needed it has no elements.
+template <class Device>
+Tensor make_result(const Tensor& like, Array& place, bool needed, const std::vector<int64_t>& sizes,
+                   ScalarType type) {
+  if (!needed) return Device::empty(like, {0}, type);
+  const Tensor result = Device::empty(like, sizes, type);
+  place = array_of(result);
+  return result;
+}
+
+// --- the operators ------------------------------------------------------------------------------------
+
+template <class Device>
+struct RowForward {
+  const RowArguments in;
+
+  explicit RowForward(Arguments& arguments) : in(arguments) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
+    RowCall call("masked_cross_entropy", in);
+    RowProblem& q = call.problem;
+    const typename Device::Scope scope(in.logits);
+    const bool has_target = in.target.has_value();
+    const ScalarType type = accumulate_type(in.logits);
+    const std::vector<int64_t> rows = row_sizes(in.logits), none;
+    const auto make = [&](Array& place, bool needed, const std::vector<int64_t>& sizes, ScalarType of) {
+      return make_result<Device>(in.logits, place, needed, sizes, of);
+    };
+    const Tensor loss = make(q.loss, true, q.reduction == RowReduction::kNone ? rows : none, type);
+    const Tensor lse = make(q.lse, true, rows, type);
+    const Tensor entropy = make(q.entropy, in.statistics, rows, type);
+    const Tensor log_prob = make(q.log_prob, has_target, rows, type);
+    const Tensor hit = make(q.hit, in.statistics && has_target, rows, ScalarType::Bool);
+    const Tensor distance = make(q.smooth_distance, in.smooths() && has_target, rows, type);
+    const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
+    const Tensor sums = make(q.row_sums, true, row_sizes(in.logits, kRowSums), type);
+    call.set_layout(nullptr);
+    Device::forward(call.op, q, in.logits);
+    return {loss, lse, entropy, log_prob, hit, distance, totals, sums};
+  }
+};
+
+// What the backward is given before the arguments of the forward.
+struct RowGradientArguments {
+  const std::optional<Tensor> grad_loss, grad_lse, grad_entropy, grad_log_prob;
+  const Tensor row_sums, entropy, log_prob, smooth_distance, totals;
+
+  explicit RowGradientArguments(Arguments& in)
+      : grad_loss(in.optional_tensor()),
+        grad_lse(in.optional_tensor()),
+        grad_entropy(in.optional_tensor()),
+        grad_log_prob(in.optional_tensor()),
+        row_sums(in.tensor()),
+        entropy(in.tensor()),
+        log_prob(in.tensor()),
+        smooth_distance(in.tensor()),
+        totals(in.tensor()) {}
+
+  void check(const char* op, const RowProblem& q, const Tensor& logits) const {
+    if (grad_loss && q.reduction == RowReduction::kNone) {
+      check_row_values(op, "grad_loss", *grad_loss, logits);
+    } else if (grad_loss) {
+      check_number(op, "grad_loss", grad_loss, logits);
+      check_loss_type(op, "grad_loss", *grad_loss, logits);
+    }
+    if (grad_lse) check_row_values(op, "grad_lse", *grad_lse, logits);
+    if (grad_entropy) check_row_values(op, "grad_entropy", *grad_entropy, logits);
+    if (grad_log_prob) check_row_values(op, "grad_log_prob", *grad_log_prob, logits);
+    const bool has_target = q.counted.target.data != nullptr;
+    check_row_sums(op, "row_sums", row_sums, kRowSums, accumulate_type(logits), logits);
+    check_row_values(op, "entropy", entropy, logits, grad_entropy.has_value());
+    check_row_values(op, "log_prob", log_prob, logits, has_target);
+    check_row_values(op, "smooth_distance", smooth_distance, logits, q.options.label_smoothing > 0);
+    check_saved(op, "totals", totals, {2}, ScalarType::Double, "[2]", logits);
+  }
+
+  void put(RowCall& call) const {
+    RowProblem& q = call.problem;
+    if (q.counted.target.data != nullptr) q.grad_loss = call.read(grad_loss);
+    q.grad_lse = call.read(grad_lse);
+    q.grad_entropy = call.read(grad_entropy);
+    q.grad_log_prob = call.read(grad_log_prob);
+    q.row_sums = call.read(row_sums);
+    q.entropy = call.read(entropy);
+    q.log_prob = call.read(log_prob);
+    q.smooth_distance = call.read(smooth_distance);
+    q.totals = call.read(totals);
+  }
+};
+
+// kInPlace: the gradient is written over the logits, which autograd is told by the caller.
+template <class Device, bool kInPlace>
+struct RowBackward {
+  const RowGradientArguments gradients;
+  const RowArguments in;
+  const bool needs_logits, needs_token_weight;
+
+  explicit RowBackward(Arguments& arguments)
+      : gradients(arguments),
+        in(arguments),
+        needs_logits(kInPlace || arguments.flag()),
+        needs_token_weight(arguments.flag()) {}
+
+  auto run() const {
+    RowCall call(kInPlace ? "_masked_cross_entropy_backward_" : "_masked_cross_entropy_backward", in);
+    RowProblem& q = call.problem;
+    gradients.check(call.op, q, in.logits);
+    if (kInPlace) check_overwritable(call.op, "logits", in.logits);
+    const typename Device::Scope scope(in.logits);
+    gradients.put(call);
+    const bool weighs = needs_token_weight && in.token_weight && in.target;
+    const Tensor token_weight = make_result<Device>(in.logits, q.grad_token_weight, weighs,
+                                                    row_sizes(in.logits), accumulate_type(in.logits));
+    const Tensor logits =
+        kInPlace ? in.logits
+                 : make_result<Device>(in.logits, q.grad_logits, needs_logits,
+                                       row_sizes(in.logits, q.counted.classes), in.logits.scalar_type());
+    call.set_layout(needs_logits ? &logits : nullptr);
+    if ((needs_logits || weighs) && q.counted.rows > 0) Device::backward(call.op, q, in.logits);
+    if constexpr (kInPlace) {
+      return token_weight;
+    } else {
+      return std::tuple(logits, token_weight);
+    }
+  }
+};
+
+// The loss, and its gradient for an incoming gradient of 1; reduction mean or sum.
+template <class Device, bool kInPlace>
+struct RowSweep {
+  const RowArguments in;
+
+  explicit RowSweep(Arguments& arguments) : in(arguments) {}
+
+  auto run() const {
+    constexpr const char* op = "masked_cross_entropy";  // whose arguments they are
+    RowCall call(op, in);
+    RowProblem& q = call.problem;
+    if (!in.target) fail(op, ": target must be given for a gradient");
+    // One gradient per row is known before the incoming ones only where those are all one number.
+    if (q.reduction == RowReduction::kNone) fail(op, ": reduction must be mean or sum, got ", in.reduction);
+    if (kInPlace) check_overwritable(op, "logits", in.logits);
+    const typename Device::Scope scope(in.logits);
+    const ScalarType type = accumulate_type(in.logits);
+    const Tensor loss = make_result<Device>(in.logits, q.loss, true, {}, type);
+    const Tensor totals = make_result<Device>(in.logits, q.totals, true, {2}, ScalarType::Double);
+    const Tensor logits =
+        kInPlace ? in.logits
+                 : make_result<Device>(in.logits, q.grad_logits, true,
+                                       row_sizes(in.logits, q.counted.classes), in.logits.scalar_type());
+    call.set_layout(&logits);
+    Device::sweep(op, q, in.logits);
+    if constexpr (kInPlace) {
+      return loss;
+    } else {
+      return std::tuple(loss, logits);
+    }
+  }
+};
+
+// grad_logits *= grad_loss, by what the gradient of a sweep is too small or too large.
+template <class Device>
+struct ScaleGradient {
+  const Tensor grad_logits, grad_loss;
+
+  explicit ScaleGradient(Arguments& in) : grad_logits(in.tensor()), grad_loss(in.tensor()) {}
+
+  void run() const {
+    constexpr const char* op = "_masked_cross_entropy_scale_gradient_";
+    check_logits(op, grad_logits);
+    check_overwritable(op, "grad_logits", grad_logits);
+    check_number(op, "grad_loss", grad_loss, grad_logits);
+    check_loss_type(op, "grad_loss", grad_loss, grad_logits);
+    if (grad_logits.numel() == 0) return;
+    const typename Device::Scope scope(grad_logits);
+    RowProblem q;
+    q.counted = counted_rows(grad_logits, 0, 0);
+    q.logits = q.grad_logits = array_of(grad_logits);
+    q.grad_loss = array_of(grad_loss);
+    q.layout = row_layout(op, grad_logits, &grad_logits);
+    Device::scale(op, q, grad_logits);
+  }
+};
+
+template <class Device, class Library>
+void register_row_forward(Library& m) {
+  m.impl("masked_cross_entropy", &boxed<RowForward<Device>>);
+}
+
+template <class Device, class Library>
+void register_row_backward(Library& m) {
+  m.impl("_masked_cross_entropy_backward", &boxed<RowBackward<Device, false>>);
+  m.impl("_masked_cross_entropy_backward_", &boxed<RowBackward<Device, true>>);
+}
+
+template <class Device, class Library>
+void register_row_sweep(Library& m) {
+  m.impl("_masked_cross_entropy_sweep", &boxed<RowSweep<Device, false>>);
+  m.impl("_masked_cross_entropy_sweep_", &boxed<RowSweep<Device, true>>);
+  m.impl("_masked_cross_entropy_scale_gradient_", &boxed<ScaleGradient<Device>>);
 }
 
 }  // namespace masked_loss_ext

@@ -21,6 +21,7 @@
 #include <math.h>
 
 #include "common/array.h"
+#include "common/layout.h"
 
 namespace masked_loss_ext {
 
@@ -55,6 +56,8 @@ MASKED_LOSS_EXT_INLINE int64_t label_of(const CountedRows& q, int64_t row) {
 struct CrossEntropyOptions {
   double label_smoothing = 0, softcap = 0, z_loss = 0, focal_gamma = 0;
 };
+
+enum class RowReduction { kMean, kSum, kNone };
 
 // Sums over a part of a row; parts are merged in order. The label's column is no part of them and comes
 // last, in double (with_label): float sums swallow what is below 6e-8 of its e^0, and log p with it. What
@@ -96,6 +99,23 @@ MASKED_LOSS_EXT_INLINE void merge(RowSums<double>& a, RowSums<double> b) {
   a.before = a.before > b.before ? a.before : b.before;
 }
 
+// What a part of a row comes to, on every device: all that the row's results are made of. Parts merge in
+// any cut (pieces of a row, or shards of the vocabulary in rank order): maxima are taken, the rest added
+// once it is scaled to the larger one.
+struct RowPart {
+  RowSums<double> sums;
+  double highest = -INFINITY;  // of s, z = s scale, but for the label's; sums.max is its multiple
+  double label = 0;            // s at the label, where the part holds it; else 0
+  double weights = 0;          // sum of w, for label smoothing
+};
+
+MASKED_LOSS_EXT_INLINE void merge(RowPart& a, const RowPart& b) {
+  merge(a.sums, b.sums);
+  a.highest = a.highest > b.highest ? a.highest : b.highest;
+  a.label += b.label;
+  a.weights += b.weights;
+}
+
 MASKED_LOSS_EXT_INLINE void with_label(RowSums<double>& sums, double z) {
   RowSums<double> label;
   label.max = z;
@@ -117,15 +137,9 @@ MASKED_LOSS_EXT_INLINE double entropy_of(const RowSums<double>& sums, double log
 
 // What a row comes to; all 0 where it does not count.
 struct RowResult {
-  double highest = 0, log_sum = 0;  // see RowLogits, RowSums: lse = highest scale + log_sum
+  double highest = 0, log_sum = 0;  // see RowPart: lse = highest scale + log_sum
   double lse = 0, entropy = 0, log_prob = 0, smooth_distance = 0, loss = 0;
   bool hit = false;
-};
-
-// Of a row in the unit s in which it was read, z = s scale: the largest but for the label's (of which
-// RowSums.max is the multiple), and the label's.
-struct RowLogits {
-  double highest = -INFINITY, label = 0, scale = 1;
 };
 
 // (1 - p)^gamma and its derivative in ce; 0 where p is 1, where gamma < 1 would make it infinite.
@@ -162,15 +176,14 @@ MASKED_LOSS_EXT_INLINE double row_loss(const CrossEntropyOptions& o, const RowRe
   return loss;
 }
 
-// weight_sum = sum of w.
-MASKED_LOSS_EXT_INLINE RowResult row_result(RowSums<double> sums, const RowLogits& s, bool has_label,
-                                            double weight_sum) {
+MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, bool has_label) {
   RowResult r;
-  const double target = s.label * s.scale;
-  r.highest = s.highest;
+  RowSums<double>& sums = part.sums;
+  const double target = part.label * scale;
+  r.highest = part.highest;
   if (has_label) {
     with_label(sums, target);
-    r.highest = s.highest > s.label ? s.highest : s.label;
+    r.highest = part.highest > part.label ? part.highest : part.label;
   }
   r.log_sum = log_sum_of(sums);
   r.lse = sums.max + r.log_sum;
@@ -178,7 +191,7 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(RowSums<double> sums, const RowLogit
   if (!has_label) return r;
   const bool overflows = sums.max == INFINITY;
   r.log_prob = overflows ? double(NAN) : (target - sums.max) - r.log_sum;
-  r.smooth_distance = overflows ? double(NAN) : weight_sum * r.lse - sums.weighted;
+  r.smooth_distance = overflows ? double(NAN) : (part.weights != 0 ? part.weights * r.lse : 0) - sums.weighted;
   r.hit = target == sums.max && sums.before < target;
   return r;
 }
@@ -244,5 +257,25 @@ MASKED_LOSS_EXT_INLINE double target_gradient(const RowCoefficients& k, double l
   if (k.entropy_scale != 0) gradient -= k.entropy_scale * (log_prob + k.entropy) * ::exp(log_prob);
   return gradient;
 }
+
+// The rows of one call, or of a chunk of it, as the kernels of every device see them. What is absent has no
+// data; all but the logits and their gradient is contiguous, and in the dtype A of the loss where no other
+// is said.
+struct RowProblem {
+  CountedRows counted;
+  CrossEntropyOptions options;
+  RowReduction reduction = RowReduction::kSum;  // kNone: loss and grad_loss are [rows]
+  bool statistics = false;                      // entropy and hit are wanted
+  Layout layout;  // where rows of the logits (kPrediction) and of their gradient (kGrad) begin
+  Array logits, grad_logits;                          // [rows, V], any floating dtype
+  Array weight, token_weight;                         // [V]; [rows], any floating dtype
+  Array temperature, normalizer;                      // [], any dtype
+  Array loss, lse, entropy, log_prob, smooth_distance;  // [rows], results; of loss else []
+  Array hit;                                          // [rows], bool
+  Array totals;                                       // [2] double: denominator, sum of w or V
+  Array row_sums;                                     // [rows, kRowSums]
+  Array grad_loss, grad_lse, grad_entropy, grad_log_prob;  // [rows]; of grad_loss else []
+  Array grad_token_weight;                            // [rows]
+};
 
 }  // namespace masked_loss_ext

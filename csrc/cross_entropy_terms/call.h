@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cross_entropy_terms/formula.h"
-#include "cross_entropy/saved.h"
+#include "cross_entropy/call.h"
 
 namespace masked_loss_ext {
 
@@ -63,6 +63,28 @@ inline void check_terms(const char* op, const TermInputs& in, bool unscaled) {
 }
 
 // Contiguous copies where the caller's are not.
+struct RowInputs {
+  Tensor logits;
+  std::optional<Tensor> target, mask;
+
+  explicit RowInputs(const CrossEntropyInputs& in)
+      : logits(has_contiguous_rows(in.logits) ? in.logits : torch::stable::contiguous(in.logits)),
+        target(contiguous(in.target)),
+        mask(contiguous(in.mask)) {}
+
+  static std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+    if (!tensor || tensor->is_contiguous()) return tensor;
+    return torch::stable::contiguous(*tensor);
+  }
+};
+
+inline CountedRows counted_rows(const RowInputs& in, int64_t ignore_index, int64_t shift) {
+  CountedRows q = counted_rows(in.logits, ignore_index, shift);
+  q.target = array_of(in.target);
+  q.mask = array_of(in.mask);
+  return q;
+}
+
 struct TermRowInputs : RowInputs {
   std::optional<Tensor> classes, context_before, ngram_after;
 

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """cross_entropy_terms: the public function.
 
-The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h, fake and
-derivative in cross_entropy_terms_autograd.py. The operator checks shapes, dtypes and labels.
+The schema is in csrc/schemas.cpp, the formulas in csrc/cross_entropy_terms/formula.h; what leads to
+the operator, and its derivatives, in _autograd.py. The operator checks shapes, dtypes and labels.
 """
 
+from collections.abc import Iterator
+
+import torch
+
+from .. import reference
 from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
 from ..reference import CrossEntropyTerms
-from .cross_entropy_terms_autograd import call, is_transformed
-from .masked_cross_entropy import _temperature, _with_adjacent_classes
+from ._autograd import Differentiable, Like, is_transformed
+from .masked_cross_entropy import temperature_tensor, with_adjacent_classes
+from .masked_cross_entropy_checks import check_rows
 
 _NAME = "cross_entropy_terms"
 
 
 def cross_entropy_terms(
-    logits,
-    target,
-    mask=None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
-    temperature=None,
-    classes=None,
-    links=None,
-    ignore_index=-100,
-    unscaled=True,
-):
+    temperature: float | torch.Tensor | None = None,
+    classes: torch.Tensor | None = None,
+    links: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ignore_index: int = -100,
+    unscaled: bool = True,
+) -> CrossEntropyTerms:
     r"""What language-model losses are made of, per row, from one read of the logits.
 
     A row counts where ``mask`` is on and its label :math:`y` is not ``ignore_index``; the others
@@ -76,14 +82,14 @@ def cross_entropy_terms(
     """
     try:
         if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = _with_adjacent_classes(logits)
+            logits = with_adjacent_classes(logits)
         mask = as_mask(_NAME, "mask", mask)
         context_before, ngram_after = (None, None) if links is None else links
         args = (
             logits,
             as_integers(target),
             mask,
-            None if temperature is None else _temperature(_NAME, temperature, logits),
+            None if temperature is None else temperature_tensor(_NAME, temperature, logits),
             classes,
             context_before,
             ngram_after,
@@ -91,8 +97,8 @@ def cross_entropy_terms(
             unscaled,
         )
         if is_transformed():
-            _check_traced(*args)
-        results = call(args)
+            _check_traced(operator.forward.arguments(*args))
+        results = operator.call(args, 7)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     else:
@@ -124,29 +130,47 @@ def _check_types(logits, target, mask, classes, links):
         check_tensor(_NAME, argument, tensor)
 
 
-def _check_traced(
-    logits, target, mask, _, classes, context_before, ngram_after, ignore_index, unscaled
-):
+def _check_traced(a):
     """Under torch.func plain PyTorch stands in for the operator, which checks all of it."""
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(f"{_NAME}: logits must be floating [..., V], got {logits.dtype}")
-    check_integers(_NAME, "target", target)
-    per_row = {
-        "target": target,
-        "mask": mask,
-        "context_before": context_before,
-        "ngram_after": ngram_after,
-    }
-    for argument, tensor in per_row.items():
-        if tensor is not None and tensor.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{_NAME}: {argument} must have the shape of logits {shape_text(logits)} without "
-                f"the last dimension, got {shape_text(tensor)}"
-            )
-    if classes is not None and classes.shape[:-1] != logits.shape[:-1]:
+    check_rows(
+        _NAME,
+        a.logits,
+        {
+            "target": a.target,
+            "mask": a.mask,
+            "context_before": a.context_before,
+            "ngram_after": a.ngram_after,
+        },
+    )
+    check_integers(_NAME, "target", a.target)
+    if a.classes is not None and a.classes.shape[:-1] != a.logits.shape[:-1]:
         raise ValueError(
             f"{_NAME}: classes must be [..., K] with the leading dimensions of logits "
-            f"{shape_text(logits)}, got {shape_text(classes)}"
+            f"{shape_text(a.logits)}, got {shape_text(a.classes)}"
         )
-    if not unscaled and (classes is not None or context_before is not None):
+    if not a.unscaled and (a.classes is not None or a.context_before is not None):
         raise ValueError(f"{_NAME}: classes and links must be None where unscaled is False")
+
+
+def _likes(a) -> Iterator[Like]:
+    rows, dtype = a.logits.shape[:-1], reference.accumulate_dtype(a.logits, a.logits)
+    linked = rows if a.context_before is not None else None
+    yield rows, dtype
+    yield rows, dtype
+    yield rows if a.unscaled else None, dtype
+    yield rows if a.unscaled else None, dtype
+    yield None if a.classes is None else (*rows, a.classes.shape[-1]), dtype
+    yield linked, dtype
+    yield linked, dtype
+    yield (*rows, 4), torch.float64
+
+
+def _plain(a) -> tuple[torch.Tensor, ...]:
+    a = a._asdict()
+    links = (a.pop("context_before"), a.pop("ngram_after"))
+    terms = reference.cross_entropy_terms(**a, links=None if links[0] is None else links)
+    sums = a["logits"].new_full((*a["logits"].shape[:-1], 4), torch.nan, dtype=torch.float64)
+    return *[a["logits"].new_zeros(0) if term is None else term for term in terms], sums
+
+
+operator = Differentiable("cross_entropy_terms", _likes, _plain)

@@ -1,48 +1,63 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """masked_cross_entropy and row_statistics: the public functions.
 
-The schema is in csrc/schemas.cpp, the formula in csrc/cross_entropy/formula.h, fake and derivative
-in masked_cross_entropy_autograd.py. The operator checks shapes, dtypes and labels; what Python adds
-stands in masked_cross_entropy_checks.py.
+The schema is in csrc/schemas.cpp, the formula in csrc/cross_entropy/formula.h, what leads to the
+operator in masked_cross_entropy_derivatives.py. The operator checks shapes, dtypes and labels; what
+Python adds stands in masked_cross_entropy_checks.py.
 """
 
 import numbers
 
 import torch
 
-from .._aggregate import AGGREGATIONS, check_normalizer
-from .._checks import as_integers, as_mask, as_number, check_constant, check_flags, is_symbolic
+from .._aggregate import (
+    AGGREGATIONS,
+    as_divisor,
+    check_normalizer,
+    check_weighted,
+    reduce_tokens,
+)
+from .._checks import (
+    as_integers,
+    as_mask,
+    as_number,
+    check_constant,
+    check_flags,
+    is_symbolic,
+    shape_text,
+)
 from ..reference import RowStatistics
+from ..reference.cross_entropy import at_labels, counted_rows, shifted
+from ..reference.squared_error import select
 from . import masked_cross_entropy_checks as checks
-from . import masked_cross_entropy_schedule  # noqa: F401 (registers operators)
-from .masked_cross_entropy_aggregate import aggregate_rows, check_aggregation
-from .masked_cross_entropy_autograd import call
-from .masked_cross_entropy_gradient import call_with_gradient, check_scalar_loss
-from .masked_squared_error import _functorch_is_active
+from ._autograd import _functorch_is_active
+from .masked_cross_entropy_derivatives import DEFAULTS, call, call_sweep
+
+Number = float | torch.Tensor
 
 
 def masked_cross_entropy(
-    logits,
-    target,
-    mask=None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
-    ignore_index=-100,
-    weight=None,
-    token_weight=None,
-    label_smoothing=0.0,
-    temperature=1.0,
-    softcap=None,
-    z_loss=0.0,
-    focal_gamma=0.0,
-    shift=0,
-    segment_ids=None,
-    reduction="mean",
-    normalizer=None,
-    class_dim=-1,
-    inplace_backward=False,
-    gradient_in_forward=False,
-    return_stats=False,
-):
+    ignore_index: int = -100,
+    weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    temperature: Number = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
+    shift: int = 0,
+    segment_ids: torch.Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: Number | None = None,
+    class_dim: int = -1,
+    inplace_backward: bool = False,
+    gradient_in_forward: bool = False,
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, RowStatistics]:
     r"""Cross entropy of the rows that count, from one read of their logits.
 
     A row counts where ``mask`` is on and its label is not ``ignore_index``; the others are not
@@ -59,9 +74,9 @@ def masked_cross_entropy(
         + \tfrac{\varepsilon}{V} \sum_c w_c\, (\mathrm{lse} - z_c) \big) (1 - p)^\gamma
         + \lambda\, \mathrm{lse}^2 \Big)
 
-    with class weights :math:`w`, token weight :math:`\omega`, :math:`\gamma` = focal_gamma and
-    :math:`\lambda` = z_loss. "mean" is their sum over the number of rows that count (over the sum
-    of their :math:`w_y` with class weights, as in PyTorch), or over ``normalizer``.
+    with class weights :math:`w` and token weight :math:`\omega`. "mean" is their sum over the
+    number of rows that count (over the sum of their :math:`w_y` with class weights, as in PyTorch),
+    or over ``normalizer``.
 
     >>> torch.testing.assert_close(
     ...     masked_cross_entropy(logits, labels, label_smoothing=0.1),
@@ -87,8 +102,9 @@ def masked_cross_entropy(
             tensor is checked, as that of normalizer; on CUDA neither is read before it is used, and
             what is NaN, or a temperature not above 0, spoils the result.
         softcap: c > 0; None or infinity for none.
-        z_loss: weight of lse squared, at least 0 and finite.
-        focal_gamma: exponent of 1 - p, at least 0; p is the target's unsmoothed probability.
+        z_loss: :math:`\lambda`, weight of lse squared, at least 0 and finite.
+        focal_gamma: :math:`\gamma`, at least 0; p is the target's own probability, without
+            smoothing or weight.
         shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
             mask, ignore_index, class and token weight are those of t + k. Results stand at t and
             are 0 in the last k; S or more scores nothing.
@@ -134,50 +150,87 @@ def masked_cross_entropy(
     name = "masked_cross_entropy"
     if target is None:
         raise TypeError(f"{name}: target must be a torch.Tensor, got NoneType")
-    checks.check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift)
+    given = {
+        "logits": logits,
+        "target": target,
+        "mask": mask,
+        "weight": weight,
+        "token_weight": token_weight,
+        "segment_ids": segment_ids,
+        "temperature": temperature,
+        "normalizer": normalizer,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "focal_gamma": focal_gamma,
+        "shift": shift,
+        "reduction": reduction,
+        "statistics": return_stats,
+        "schedule": None,
+    }
+    checks.check_options(name, given)
     if normalizer is not None:
         check_normalizer(name, normalizer, reduction)
     if class_dim != -1:
-        logits = checks.classes_last(name, logits, class_dim)
-    softcap = checks.softcap_number(name, softcap)
-    numbers = (ignore_index, label_smoothing, softcap, z_loss, focal_gamma, shift)
-    tensors = (logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer)
+        given["logits"] = checks.classes_last(name, logits, class_dim)
+    given["softcap"] = checks.softcap_number(name, softcap)
     if inplace_backward or gradient_in_forward:
         how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
         check_flags(name, how)
-    if reduction in AGGREGATIONS:
-        return _call_aggregated(
-            tensors, numbers, reduction, return_stats, inplace_backward, gradient_in_forward
+    aggregation = reduction in AGGREGATIONS
+    if aggregation:
+        if gradient_in_forward:
+            raise ValueError(
+                f"{name}: reduction must be mean or sum for gradient_in_forward, got {reduction}: "
+                "what it divides by is counted after the sweep"
+            )
+        check_weighted(name, reduction, token_weight)
+        given |= {"reduction": "none", "normalizer": None}
+    elif gradient_in_forward:
+        checks.check_sweep(name, reduction, return_stats)
+    loss, *stats = _call(name, given, inplace_backward, gradient_in_forward)
+    if aggregation:
+        loss = _aggregate(name, loss, given, reduction, normalizer)
+    return (loss, RowStatistics(*stats)) if return_stats else loss
+
+
+def _aggregate(name, loss, given, reduction, normalizer):
+    """loss: of reduction "none". What is given the operator has accepted, but for its views.
+
+    Class weights take the part in the denominators that they have in "mean".
+    """
+    a = checks.expanded(given) or given
+    logits, weight, shift = a["logits"], a["weight"], a["shift"]
+    if logits.dim() < 2 and reduction != "weighted_mean":
+        raise ValueError(
+            f"{name}: logits must be [..., S, V] for reduction {reduction}, got "
+            f"{shape_text(logits)}"
         )
-    if gradient_in_forward:
-        check_scalar_loss(reduction, return_stats)
-    options = (*numbers, reduction, return_stats)
-    results = _call(name, tensors, options, inplace_backward, gradient_in_forward)
-    return (results[0], RowStatistics(*results[1:])) if return_stats else results[0]
-
-
-def _call_aggregated(
-    tensors, numbers, reduction, return_stats, inplace_backward, gradient_in_forward
-):
-    """The loss of each row from the operator, one number of them in PyTorch."""
-    name = "masked_cross_entropy"
-    check_aggregation(name, reduction, tensors[4], gradient_in_forward)
-    options = (*numbers, "none", return_stats)
-    results = _call(name, (*tensors[:7], None), options, inplace_backward)
-    loss = aggregate_rows(name, results[0], tensors, numbers[0], numbers[5], reduction)
-    return (loss, RowStatistics(*results[1:])) if return_stats else loss
+    mask = as_mask(name, "mask", a["mask"])
+    target, segment_ids = as_integers(a["target"]), as_integers(a["segment_ids"])
+    labels, on = counted_rows(logits, target, mask, a["ignore_index"], shift, segment_ids)
+    share = on
+    if weight is not None:
+        # On a GPU a label may be out of range; its loss is NaN already.
+        weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
+        share = select(on, at_labels(weight, labels.clamp(0, logits.shape[-1] - 1)))
+    if reduction == "weighted_mean":
+        share = share * select(on, shifted(a["token_weight"], shift, 0).to(loss.dtype))
+    divisor = as_divisor(name, normalizer, loss)
+    return reduce_tokens(loss, on, share, reduction, segment_ids, divisor)
 
 
 def row_statistics(
-    logits,
-    target=None,
-    mask=None,
+    logits: torch.Tensor,
+    target: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     *,
-    ignore_index=-100,
-    temperature=1.0,
-    softcap=None,
-    class_dim=-1,
-):
+    ignore_index: int = -100,
+    temperature: Number = 1.0,
+    softcap: float | None = None,
+    class_dim: int = -1,
+) -> RowStatistics:
     r"""Statistics of softmax rows from one read of their logits, nothing of their size made.
 
     Of :math:`z = \mathrm{softcap}(\mathrm{logits}) / T` per row that counts: lse
@@ -198,60 +251,43 @@ def row_statistics(
         RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool.
     """
     name = "row_statistics"
-    checks.check_options(name, ignore_index, 0.0, 0.0, 0.0, 0)
+    given = {"logits": logits, "target": target, **DEFAULTS, "mask": mask}
+    given |= {"ignore_index": ignore_index, "temperature": temperature, "statistics": True}
+    checks.check_options(name, given)
     if class_dim != -1:
-        logits = checks.classes_last(name, logits, class_dim)
-    args = (ignore_index, 0.0, checks.softcap_number(name, softcap), 0.0, 0.0, 0, "sum", True)
-    tensors = (logits, target, mask, None, None, None, temperature, None)
-    _, lse, entropy, log_prob, hit = _call(name, tensors, args)
+        given["logits"] = checks.classes_last(name, logits, class_dim)
+    given |= {"softcap": checks.softcap_number(name, softcap), "reduction": "sum"}
+    _, lse, entropy, log_prob, hit = _call(name, given)
     if target is None:
         log_prob = hit = None
     return RowStatistics(lse, entropy, log_prob, hit)
 
 
-def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=False):
+def _call(name, given, inplace_backward=False, gradient_in_forward=False):
+    """given: the operator's arguments by name, as the caller has them."""
     transformed = _functorch_is_active()
     # Fakes of the operator check no shape.
     early = transformed or torch.compiler.is_dynamo_compiling()
-    early = early or type(tensors[0]) is not torch.Tensor
+    early = early or type(given["logits"]) is not torch.Tensor
     try:
         if early:
-            tensors = checks.expanded(tensors) or tensors
-        logits, target, mask, weight, token_weight, segment_ids, temperature, normalizer = tensors
-        if logits.dim() > 0 and logits.stride(-1) != 1:
-            logits = _with_adjacent_classes(logits)
-        if mask is not None:
-            mask = as_mask(name, "mask", mask)
-        if segment_ids is not None:
-            segment_ids = as_integers(segment_ids)
-        if weight is not None:
-            check_constant(name, "weight", weight)
-            weight = checks.class_weight(name, weight, logits)
-        args = (
-            logits,
-            as_integers(target),
-            mask,
-            weight,
-            token_weight,
-            segment_ids,
-            _temperature(name, temperature, logits),
-            _number(name, "normalizer", normalizer, logits),
-            *options,
-        )
+            given = checks.expanded(given) or given
+        a = _prepared(name, given)
         if inplace_backward and not torch.compiler.is_compiling():
-            checks.check_overwritable(name, logits)
+            checks.check_overwritable(name, a["logits"])
         if transformed:
-            checks.check_traced(name, args)
-        way = call_with_gradient if gradient_in_forward else call
-        return way(args, inplace_backward)
+            checks.check_traced(name, a)
+        if gradient_in_forward:
+            return call_sweep(a, inplace_backward)
+        return call(a, 5 if a["statistics"] else 1, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     try:
-        checks.check_tensors(name, tensors)
-        fitting = None if early else checks.expanded(tensors)
+        checks.check_tensors(name, given)
+        fitting = None if early else checks.expanded(given)
         if fitting is not None:  # the operator has refused the shapes, and not begun
-            return _call(name, fitting, options, inplace_backward, gradient_in_forward)
-        checks.explain(name, failure, tensors, options)
+            return _call(name, fitting, inplace_backward, gradient_in_forward)
+        checks.explain(name, failure, given)
         operator = "masked_cross_entropy: "
         if name + ": " != operator and type(failure) in (ValueError, IndexError):
             raise type(failure)(str(failure).replace(operator, name + ": ", 1))
@@ -260,27 +296,44 @@ def _call(name, tensors, options, inplace_backward=False, gradient_in_forward=Fa
         del failure  # its traceback holds this frame: a cycle that would keep the logits
 
 
-def _with_adjacent_classes(logits):
+def _prepared(name, given):
+    """The arguments as the operator takes them."""
+    a = given.copy()
+    logits, mask, weight, segment_ids = a["logits"], a["mask"], a["weight"], a["segment_ids"]
+    if logits.dim() > 0 and logits.stride(-1) != 1:
+        a["logits"] = logits = with_adjacent_classes(logits)
+    a["target"] = as_integers(a["target"])
+    if mask is not None:
+        a["mask"] = as_mask(name, "mask", mask)
+    if segment_ids is not None:
+        a["segment_ids"] = as_integers(segment_ids)
+    if weight is not None:
+        check_constant(name, "weight", weight)
+        a["weight"] = checks.class_weight(name, weight, logits)
+    a["temperature"] = temperature_tensor(name, a["temperature"], logits)
+    if a["normalizer"] is not None:
+        a["normalizer"] = _number(name, "normalizer", a["normalizer"], logits)
+    return a
+
+
+def with_adjacent_classes(logits):
     # Not contiguous(), which takes a tensor without elements as it is, whatever its strides.
     if logits.shape[-1] > 1:
         return logits.clone(memory_format=torch.contiguous_format)
     return logits
 
 
-def _temperature(name, temperature, logits):
+def temperature_tensor(name, temperature, logits):
+    """None for 1."""
     if not isinstance(temperature, torch.Tensor):
-        # Where it changes the comparison would be a guard: a graph below 1, one at 1, one above.
-        changes = torch.compiler.is_dynamo_compiling() and _changes(temperature)
-        if not changes and temperature == 1:
-            return None
+        if type(temperature) in (float, int):
+            # Of one that changes the comparison would be a guard: a graph below 1, at 1, above.
+            changes = torch.compiler.is_dynamo_compiling() and is_symbolic(temperature)
+            if not changes and temperature == 1:
+                return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
     return _number(name, "temperature", temperature, logits)
-
-
-def _changes(value):
-    """Whether a number is an input of the graph that is traced."""
-    return isinstance(value, (int, float)) and is_symbolic(value)
 
 
 def _check_number(name, argument, value):
@@ -293,8 +346,6 @@ def _check_number(name, argument, value):
 
 def _number(name, argument, value, logits):
     """A number as a 0-d tensor: as a Python number it would be compiled in."""
-    if value is None:
-        return None
     if isinstance(value, torch.Tensor):
         check_constant(name, argument, value)
         return value

@@ -13,6 +13,7 @@ from .._aggregate import REDUCTIONS
 from .._checks import (
     _FLOATING,
     _INTEGERS,
+    _LARGEST,
     CONVERTED_INTEGERS,
     CONVERTED_MASKS,
     check_choice,
@@ -26,8 +27,23 @@ from .._checks import (
 
 _SMALLEST = torch.finfo(torch.float32).tiny  # its reciprocal is still a float32
 _NO_CAP = 1e30  # changes no float32 logit, and x / c would lose digits where it is subnormal
-_TENSORS = ("logits", "target", "mask", "weight", "token_weight", "segment_ids")
-_TENSORS += ("temperature", "normalizer")
+_LABELS, _NUMBERS = _INTEGERS + CONVERTED_INTEGERS, (torch.bool, *_INTEGERS, *_FLOATING)
+# Of the tensors, in the order of the schema; the operator answers for the mask.
+_DTYPES = {
+    "logits": _FLOATING,
+    "target": _LABELS,
+    "mask": None,
+    "weight": _NUMBERS + CONVERTED_MASKS,
+    "token_weight": _FLOATING,
+    "segment_ids": _LABELS,
+    "temperature": _NUMBERS,
+    "normalizer": _NUMBERS,
+}
+_MAY_BE_NUMBERS = ("temperature", "normalizer")
+# One entry per row, and whether one of the last dimension stands for all of it: one label for all
+# positions of a sequence is a mistake, one mask entry or weight per sample is not.
+_PER_ROW = {"target": False, "mask": True, "token_weight": True, "segment_ids": False}
+_MOST = {"label_smoothing": 1, "z_loss": None, "focal_gamma": None}  # factors, at least 0
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -54,25 +70,19 @@ def class_weight(name, weight, logits):
     return weight.to(dtype).contiguous()
 
 
-def expanded(tensors):
-    """tensors, as the public function has them, with those that stand per row expanded from
-    dimensions of size 1, [1, S] for [B, S]; None where that makes no difference.
-
-    Views. Of labels and segments the last dimension is not expanded: one label for all positions of
-    a sequence is a mistake, one mask entry or weight per sample is not.
-    """
-    logits, target, mask, weight, token_weight, segment_ids, *numbers = tensors
-    rows = logits.shape[:-1]
+def expanded(given):
+    """What is given with the tensors that stand per row expanded from dimensions of size 1, [1, S]
+    for [B, S], as views; None where that makes no difference."""
+    rows = given["logits"].shape[:-1]
     # While tracing sizes that depend on data may not be compared.
     expand = _expand_traced if torch.compiler.is_compiling() else _expand
-    given = (target, mask, token_weight, segment_ids)
-    target, mask, token_weight, segment_ids = fitted = [
-        tensor if tensor is None else expand(tensor, rows, last)
-        for tensor, last in zip(given, (False, True, True, False), strict=True)
-    ]
-    if all(new is old for new, old in zip(fitted, given, strict=True)):
-        return None
-    return (logits, target, mask, weight, token_weight, segment_ids, *numbers)
+    result = None
+    for argument, last in _PER_ROW.items():
+        tensor = given[argument]
+        fitted = tensor if tensor is None else expand(tensor, rows, last)
+        if fitted is not tensor:
+            result = {**(result or given), argument: fitted}
+    return result
 
 
 def _expand(tensor, rows, last):
@@ -103,29 +113,25 @@ def _expand_traced(tensor, rows, last):
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def check_options(name, ignore_index, label_smoothing, z_loss, focal_gamma, shift):
+def check_options(name, given):
     """Numbers of training pass by their types and ranges; the others are looked at one by one."""
-    if (
-        type(ignore_index) is int
-        and type(shift) is int
-        and type(label_smoothing) is float
-        and type(z_loss) is float
-        and type(focal_gamma) is float
-        and 0 <= label_smoothing <= 1
-        and 0 <= z_loss < math.inf
-        and 0 <= focal_gamma < math.inf
-    ):
-        return
-    check_int64(name, "ignore_index", ignore_index)
-    check_shift(name, shift)
-    check_factor(name, "label_smoothing", label_smoothing, most=1)
-    check_factor(name, "z_loss", z_loss)
-    check_factor(name, "focal_gamma", focal_gamma)
+    for argument, most in _MOST.items():
+        value = given[argument]
+        # A tensor is none: it would lose its derivative, and be waited for.
+        if type(value) is not float or not 0 <= value <= (most or _LARGEST):
+            check_number(name, argument, value, least=0, most=most)
+    if type(given["ignore_index"]) is not int:
+        check_int64(name, "ignore_index", given["ignore_index"])
+    if type(given["shift"]) is not int:
+        check_shift(name, given["shift"])
 
 
-def check_factor(name, argument, value, most=None):
-    # A tensor is none: it would lose its derivative, and be waited for.
-    check_number(name, argument, value, least=0, most=most)
+def check_every_option(name, given):
+    """The rest of them, too, which the operator checks."""
+    check_choice(name, "reduction", given["reduction"], REDUCTIONS)
+    check_options(name, given)
+    check_shift(name, given["shift"])
+    check_int64(name, "ignore_index", given["ignore_index"])
 
 
 def check_int64(name, argument, value):
@@ -161,27 +167,34 @@ def softcap_number(name, softcap):
 # --- what the operator refused, or will not see --------------------------------------------------
 
 
-def check_tensors(name, tensors):
-    """tensors: as the caller gave them, temperature and normalizer last, which may be numbers."""
-    for argument, value in zip(_TENSORS, tensors, strict=True):
-        is_number = argument in _TENSORS[6:] and not isinstance(value, torch.Tensor)
+def check_sweep(name, reduction, return_stats):
+    if reduction == "none":
+        raise ValueError(f"{name}: reduction must be mean or sum for gradient_in_forward, got none")
+    if return_stats:
+        raise ValueError(
+            f"{name}: return_stats must be False for gradient_in_forward: gradients of the "
+            "statistics would come too late"
+        )
+
+
+def check_tensors(name, given):
+    """As the caller gave them: temperature and normalizer may be numbers."""
+    for argument in _DTYPES:
+        value = given[argument]
+        is_number = argument in _MAY_BE_NUMBERS and not isinstance(value, torch.Tensor)
         if argument == "logits" or (value is not None and not is_number):
             check_tensor(name, argument, value)
 
 
-def explain(name, failure, tensors, options):
-    """Raise what the caller can act on, where ``failure`` is not that. options: the operator's."""
-    ignore_index, smoothing, _, z_loss, focal_gamma, shift, reduction, statistics = options
-    check_options(name, ignore_index, smoothing, z_loss, focal_gamma, shift)
-    check_shift(name, shift)
-    check_int64(name, "ignore_index", ignore_index)
-    check_choice(name, "reduction", reduction, REDUCTIONS)
-    check_flags(name, {"return_stats": statistics})
+def explain(name, failure, given):
+    """Raise what the caller can act on, where ``failure`` is not that."""
+    check_every_option(name, given)
+    check_flags(name, {"return_stats": given["statistics"]})
     # Of some dtypes the operator has no name, and of others PyTorch's schemas know nothing.
     said = isinstance(failure, (ValueError, IndexError, TypeError))
     if not said or str(failure).endswith("got another"):
-        _check_dtypes(name, tensors)
-    _hint(name, *tensors[:3])
+        _check_dtypes(name, given)
+    _hint(name, given["logits"], given["target"], given["mask"])
 
 
 def _hint(name, logits, target, mask):
@@ -205,14 +218,10 @@ def _hint(name, logits, target, mask):
             )
 
 
-def _check_dtypes(name, tensors):
+def _check_dtypes(name, given):
     """Dtypes that do not even reach the operator's own checks."""
-    labels, numbers = _INTEGERS + CONVERTED_INTEGERS, (torch.bool, *_INTEGERS, *_FLOATING)
-    rules = {"logits": _FLOATING, "token_weight": _FLOATING}
-    rules |= {"target": labels, "segment_ids": labels, "weight": numbers + CONVERTED_MASKS}
-    rules |= {"temperature": numbers, "normalizer": numbers}
-    for argument, tensor in zip(_TENSORS, tensors, strict=True):
-        dtypes = rules.get(argument)
+    for argument, dtypes in _DTYPES.items():
+        tensor = given[argument]
         if dtypes is None or not isinstance(tensor, torch.Tensor) or tensor.dtype in dtypes:
             continue
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -221,27 +230,31 @@ def _check_dtypes(name, tensors):
         )
 
 
-def check_traced(name, args):
-    """Under torch.func plain PyTorch may stand in for the operator, which checks all of it."""
-    logits, target, mask, weight, token_weight, segment_ids = args[:6]
+def check_rows(name, logits, per_row):
+    """What plain PyTorch, which may stand in for the operator under torch.func, would broadcast."""
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise ValueError(
-            f"{name}: target must be integers (soft labels are not what this function takes), got "
-            f"{target.dtype}"
-        )
-    per_row = {"target": target, "mask": mask, "token_weight": token_weight}
-    for argument, tensor in {**per_row, "segment_ids": segment_ids}.items():
+    for argument, tensor in per_row.items():
         if tensor is not None and tensor.shape != logits.shape[:-1]:
             raise ValueError(
                 f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
                 f"the last dimension, got {shape_text(tensor)}"
             )
-    if weight is not None and weight.shape != logits.shape[-1:]:
+
+
+def check_traced(name, given):
+    """Under torch.func: all that the operator would check."""
+    target, weight = given["target"], given["weight"]
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: target must be integers (soft labels are not what this function takes), got "
+            f"{target.dtype}"
+        )
+    check_rows(name, given["logits"], {argument: given[argument] for argument in _PER_ROW})
+    if weight is not None and weight.shape != given["logits"].shape[-1:]:
         raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
-    check_shift(name, args[13])
-    check_choice(name, "reduction", args[14], REDUCTIONS)
+    check_shift(name, given["shift"])
+    check_choice(name, "reduction", given["reduction"], REDUCTIONS)
 
 
 def check_overwritable(name, logits):

@@ -3,9 +3,8 @@
 
 import torch
 
-from .._checks import check_device, check_integers, shape_text
+from .._checks import _functorch_is_active, check_device, check_integers, shape_text
 from ..attention._host import _modes, is_readable
-from ..ops.masked_squared_error import _functorch_is_active
 from ._arguments import check_size
 from ._rows import check_floating, cleaned, row_mask
 

@@ -5,8 +5,7 @@ import warnings
 
 import torch
 
-from .._checks import check_flags
-from ..ops.masked_squared_error import _functorch_is_active
+from .._checks import _functorch_is_active, check_flags
 
 # private, but what torch.utils.checkpoint itself asks: -1 unless a backward pass is running
 _running_backward = torch._C._current_graph_task_id

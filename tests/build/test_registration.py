@@ -14,8 +14,6 @@ TESTS = Path(__file__).resolve().parents[1]
 SOURCES = _build.csrc_dir()
 NAMESPACE = "masked_loss_ext"
 WITHOUT_KERNELS = {"_snapshot", "_version", "cpu_capability"}  # one function for all devices
-# Python around native operators, for torch.compile alone; their schemas are made of theirs.
-SCHEDULED = {"_masked_cross_entropy_scheduled", "_masked_cross_entropy_backward_scheduled"}
 # Families of operators, all integer: nothing to differentiate, no .inc per instruction set.
 FAMILIES = {
     "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
@@ -35,7 +33,7 @@ def family(name):
     return INTEGER.get(name) or base_name(name)
 
 
-TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_KERNELS | SCHEDULED]
+TENSOR_OPERATORS = [name for name in operators() if name not in WITHOUT_KERNELS]
 
 
 def has_kernel(name, key):
@@ -48,7 +46,7 @@ def source_text(pattern):
 
 def base_name(name):
     name = name.removeprefix("_").removesuffix("_")
-    for step in ("_backward", "_with_gradient", "_scale_gradient"):
+    for step in ("_backward", "_sweep", "_scale_gradient"):
         name = name.removesuffix(step)
     return name
 
@@ -58,11 +56,9 @@ def test_the_operators_are_these():
         "_cross_entropy_terms_backward",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
-        "_masked_cross_entropy_backward_scheduled",
         "_masked_cross_entropy_scale_gradient_",
-        "_masked_cross_entropy_scheduled",
-        "_masked_cross_entropy_with_gradient",
-        "_masked_cross_entropy_with_gradient_",
+        "_masked_cross_entropy_sweep",
+        "_masked_cross_entropy_sweep_",
         "_masked_squared_error_backward",
         "_snapshot",
         "_version",
@@ -123,25 +119,12 @@ def test_every_operator_has_its_tests(name):
 def test_each_schema_is_written_once():
     schemas = (SOURCES / "schemas.cpp").read_text()
     everything = source_text("*.cpp") + source_text("*.h") + source_text("*.cu*")
-    for name in set(operators()) - SCHEDULED:
+    for name in operators():
         declared = re.compile(rf'"{name}\([^"]*')
         assert len(declared.findall(schemas)) == 1, name
         assert len(declared.findall(everything)) == 1, name
     package = "\n".join(p.read_text() for p in _build.PACKAGE.rglob("*.py"))
-    assert package.count("library.define") == 1 and "custom_op" not in package
-
-
-def test_scheduled_operators_have_the_schemas_of_the_native_ones():
-    """But for the floats, which come in a tensor."""
-    for name in SCHEDULED:
-        of = name.removesuffix("_scheduled")
-        of = of if of.endswith("_backward") else of.removeprefix("_")
-        native = getattr(torch.ops.masked_loss_ext, of).default._schema
-        schema = getattr(torch.ops.masked_loss_ext, name).default._schema
-        assert has_kernel(name, "Autograd") and has_kernel(name, "CompositeExplicitAutograd")
-        assert [a.name for a in schema.returns] == [a.name for a in native.returns]
-        kept = [(a.name, str(a.type)) for a in native.arguments if str(a.type) != "float"]
-        assert [(a.name, str(a.type)) for a in schema.arguments] == [("numbers", "Tensor"), *kept]
+    assert "library.define" not in package and "custom_op" not in package
 
 
 def test_inputs_are_declared_read_only():

@@ -208,8 +208,8 @@ CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
 TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
 SWEPT = (
-    "_masked_cross_entropy_with_gradient",
-    "_masked_cross_entropy_with_gradient_",
+    "_masked_cross_entropy_sweep",
+    "_masked_cross_entropy_sweep_",
     "_masked_cross_entropy_scale_gradient_",
 )
 TOKEN_LOSS = mle.AttentionMaskMseLoss(2.0, 1.0)

@@ -22,7 +22,6 @@ UNUSED = {
         *("on_train_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end"),
         *("on_log", "on_predict"),
     )},
-    ("gradients", "count"): "the backward operator's signature; plain PyTorch counts again",
     ("AuxiliaryFreeMoEBalancer.forward", "expert_outputs"): "said so in the docstring",
 }  # fmt: skip
 # Class, argument of its constructor: kept as an attribute that nobody reads, and why.

@@ -11,8 +11,8 @@ import masked_loss_ext as mle
 op = torch.ops.masked_loss_ext.masked_cross_entropy.default
 backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward.default
 inplace_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.default
-fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient.default
-inplace_fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_.default
+sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep.default
+inplace_sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep_.default
 scale_op = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_.default
 CHECKED = ["v17", "both_weights_none", "segments_mean", "padded", "rank_1_none", "banned_sum"]
 SIZES = [(3, 5, 11), (4, 9, 30), (7, 11, 1030)]
@@ -55,11 +55,11 @@ def op_arguments(name, dtype=torch.float32, target=True):
 def backward_arguments(name, statistics):
     tensors, numbers = op_arguments(name)
     results = op(*tensors, *numbers, statistics)
-    loss, lse, entropy, log_prob, _, distance, denominator, row_sums = results
+    loss, lse, entropy, log_prob, _, distance, totals, row_sums = results
     g = torch.full_like(lse, 0.5)
     grads = (torch.ones_like(loss), g, g, g) if statistics else (torch.ones_like(loss), *[None] * 3)
-    saved = (row_sums, entropy, log_prob, distance, denominator)
-    return (*grads, *tensors[:7], *saved, *numbers)
+    saved = (row_sums, entropy, log_prob, distance, totals)
+    return (*grads, *saved, *tensors, *numbers, statistics, None)
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -82,15 +82,15 @@ def test_opcheck_without_labels():
 @pytest.mark.parametrize("statistics", [False, True])
 def test_opcheck_backward(name, statistics):
     arguments = backward_arguments(name, statistics)
-    needs_weight = arguments[8] is not None
+    needs_weight = arguments[13] is not None
     torch.library.opcheck(backward_op, (*arguments, True, needs_weight))
     torch.library.opcheck(inplace_op, (*arguments, needs_weight))
 
 
 @pytest.mark.parametrize("name", ["v17", "segments_mean", "banned_sum"])
-def test_opcheck_with_gradient(name):
+def test_opcheck_sweep(name):
     tensors, numbers = op_arguments(name)
-    for operator in (fused_op, inplace_fused_op):
+    for operator in (sweep_op, inplace_sweep_op):
         torch.library.opcheck(operator, (*tensors, *numbers))
     torch.library.opcheck(scale_op, (tensors[0], torch.tensor(0.5)))
 
@@ -250,7 +250,7 @@ def test_meta_tensors():
     args = (x, y, m, None, t, None, None, None, -100, 0.1, 0.0, 0.0, 0.0, 1)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (4, 9))):
         results = op(*args, reduction, True)
-        shapes = [shape, (4, 9), (4, 9), (4, 9), (4, 9), (4, 9), (), (4, 9, 2)]
+        shapes = [shape, (4, 9), (4, 9), (4, 9), (4, 9), (4, 9), (2,), (4, 9, 2)]
         assert [tuple(r.shape) for r in results] == shapes
         assert all(r.device.type == "meta" for r in results)
         dtypes = [torch.float32] * 4 + [torch.bool, torch.float32, torch.float64, torch.float32]

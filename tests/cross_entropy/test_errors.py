@@ -21,8 +21,8 @@ f = mle.masked_cross_entropy
 op = torch.ops.masked_loss_ext.masked_cross_entropy
 backward = torch.ops.masked_loss_ext._masked_cross_entropy_backward
 backward_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_backward_
-fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient
-fused_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_
+sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep
+sweep_in_place = torch.ops.masked_loss_ext._masked_cross_entropy_sweep_
 scale = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_
 
 # keywords that replace good ones, the error, the argument, what the text must hold besides
@@ -82,6 +82,7 @@ NUMBERS = [
     ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
     ({"temperature": None}, TypeError, "temperature", "number", "got NoneType"),
+    ({"temperature": True}, TypeError, "temperature", "number", "got bool"),
     ({"softcap": 0.0}, ValueError, "softcap", "above 0", "got 0"),
     ({"softcap": -3.0}, ValueError, "softcap", "above 0", "got -3"),
     ({"softcap": math.nan}, ValueError, "softcap", "above 0", "got nan"),
@@ -197,7 +198,7 @@ def test_what_has_a_meaning_beside_the_usual():
     assert torch.equal(f(x, y, softcap=mle.MaskedCrossEntropyLoss(softcap=math.inf).softcap), plain)
     torch.testing.assert_close(f(x, y, softcap=1e6), plain)
     torch.testing.assert_close(f(x, y, temperature=1e39), torch.tensor(math.log(3)))
-    for one in (1, 1.0, True):
+    for one in (1, 1.0):
         assert torch.equal(f(x, y, temperature=one), plain)
     assert torch.equal(f(x, y, normalizer=0), torch.tensor(0.0))
     # At the smallest temperature z is large, and still a float32.
@@ -375,21 +376,15 @@ def call_op(**bad):
 
 
 def call_backward(function=backward, **bad):
-    row, one = torch.zeros(2, 3), torch.ones((), dtype=torch.float64)
+    row, totals = torch.zeros(2, 3), torch.tensor([1.0, 5.0], dtype=torch.float64)
     arguments = {
         "grad_loss": torch.ones(()),
         **dict.fromkeys(("grad_lse", "grad_entropy", "grad_log_prob")),
-        **{"logits": X.clone(), "target": Y, "mask": None, "weight": None},
-        **{"token_weight": None, "segment_ids": None, "temperature": None},
         **{"row_sums": torch.zeros(2, 3, 2), "entropy": torch.zeros(0), "log_prob": row},
-        **{"smooth_distance": torch.zeros(0), "denominator": one, "ignore_index": -100},
-        **{"label_smoothing": 0.0, "softcap": 0.0, "z_loss": 0.0, "focal_gamma": 0.0},
-        **{"shift": 0, "reduction": "mean", "needs_logits": True, "needs_token_weight": False},
-        **bad,
+        **{"smooth_distance": torch.zeros(0), "totals": totals, "logits": X.clone(), "target": Y},
+        **{"needs_token_weight": False, **bad},
     }
-    if function is backward_in_place:
-        del arguments["needs_logits"]
-    return function(*arguments.values())
+    return function(**arguments)
 
 
 OP_ARGUMENTS = [
@@ -419,6 +414,9 @@ OP_ARGUMENTS = [
     ),
     ({"shift": -1}, "shift must not be negative"),
     ({"reduction": "max"}, "reduction must be mean, sum or none, got max"),
+    ({"schedule": torch.zeros(4)}, "schedule must be float64 [4] on the CPU, got [4]"),
+    ({"schedule": torch.zeros(3).double()}, "schedule must be float64 [4] on the CPU, got [3]"),
+    ({"schedule": torch.full((4,), 2.0).double()}, "label_smoothing must be in [0, 1], got 2"),
 ]
 BACKWARD_ARGUMENTS = [
     ({"grad_loss": torch.ones(2)}, "grad_loss must be a number"),
@@ -436,8 +434,8 @@ BACKWARD_ARGUMENTS = [
     # Checked where the option is off, too.
     ({"entropy": torch.ones(3)}, "entropy must have the shape"),
     ({"smooth_distance": torch.ones(1)}, "smooth_distance must have the shape"),
-    ({"denominator": torch.ones(2)}, "denominator must be a float64 number []"),
-    ({"denominator": torch.ones(())}, "denominator must be a float64 number []"),
+    ({"totals": torch.ones(2)}, "totals must be what the forward returned, Double [2], got Float"),
+    ({"totals": torch.ones(()).double()}, "totals must be what the forward returned, Double [2]"),
 ]
 BOTH_BACKWARDS = pytest.mark.parametrize(
     "function,name",
@@ -485,7 +483,7 @@ def test_a_normalizer_that_is_read_is_checked(value, text):
     rule = f"masked_cross_entropy: normalizer must be finite and not negative, got {text}"
     value = torch.tensor(value)
     check(lambda: call_op(normalizer=value), ValueError, rule)
-    for fused in (fused_op, fused_in_place):
+    for fused in (sweep_op, sweep_in_place):
         x = X.clone()
         check(lambda f=fused, x=x: f(x, Y, normalizer=value), ValueError, rule)
         assert x.equal(X)
@@ -500,13 +498,13 @@ def overlapping():
 def test_nothing_is_written_over_memory_that_rows_share(x):
     rule = "must not be expanded or overlap to be written over"
     check(lambda: call_backward(backward_in_place, logits=x), ValueError, f"logits {rule}")
-    check(lambda: fused_in_place(x, Y), ValueError, f"logits {rule}")
+    check(lambda: sweep_in_place(x, Y), ValueError, f"logits {rule}")
     one = torch.ones(())
     check(lambda: scale(x, one), ValueError, f"grad_logits {rule}")
     column = torch.zeros(2, 5, 3).transpose(1, 2)
     rule = "must be contiguous in the last dimension to be written over, got a stride of 3"
     check(lambda: call_backward(backward_in_place, logits=column), ValueError, f"logits {rule}")
-    check(lambda: fused_in_place(column, Y), ValueError, f"logits {rule}")
+    check(lambda: sweep_in_place(column, Y), ValueError, f"logits {rule}")
     check(lambda: scale(column, one), ValueError, f"grad_logits {rule}")
 
 
@@ -516,6 +514,6 @@ def test_any_strides_are_read():
     expected = call_op(logits=x.contiguous(), weight=w.contiguous(), statistics=True)
     assert all(map(torch.equal, results, expected))
     saved = dict(zip(("entropy", "log_prob"), results[2:4], strict=True), row_sums=results[7])
-    saved["denominator"] = results[6]
+    saved["totals"] = results[6]
     grads = [call_backward(logits=a, weight=b, **saved) for a, b in ((x, w), (x.contiguous(), w))]
     assert grads[0][0].equal(grads[1][0]) and grads[0][0].any()

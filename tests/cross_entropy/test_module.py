@@ -241,6 +241,7 @@ BAD = [
     ({"temperature": 1e-39}, ValueError, "temperature must be at least 1.175e-38, the smallest"),
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
     ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    ({"temperature": True}, TypeError, "temperature must be a number, got bool"),
     ({"softcap": 0.0}, ValueError, "softcap must be a finite number above 0, got 0.0"),
     ({"softcap": math.nan}, ValueError, "softcap must be a finite number above 0, got nan"),
     ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),

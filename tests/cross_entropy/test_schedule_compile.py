@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 import masked_loss_ext as mle
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
-forward_op = torch.ops.masked_loss_ext._masked_cross_entropy_scheduled.default
-backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_scheduled.default
-native_op = torch.ops.masked_loss_ext.masked_cross_entropy.default
+op = torch.ops.masked_loss_ext.masked_cross_entropy.default
+backward_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward.default
+sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep.default
 generator = torch.Generator().manual_seed(4)
 X = torch.randn(3, 5, 7, generator=generator)
 TARGET = torch.randint(0, 7, (3, 5), generator=generator)
@@ -133,8 +133,9 @@ def test_a_constant_number_stays_in_the_graph():
         lambda x: f(x, TARGET, **{**EVERYTHING, "temperature": 1.0}), backend=keep, fullgraph=True
     )
     compiled(X)
-    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert native_op in called and forward_op not in called
+    nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    called = [node.target for node in nodes]
+    assert [node.args[16:] for node in nodes if node.target is op] == [(None,)]  # no schedule
     assert not any("ones" in str(target) or "mul" in str(target) for target in called)
 
 
@@ -157,39 +158,51 @@ def test_a_number_out_of_range_is_refused_there_too():
 # --- the operators themselves ------------------------------------------------------------------
 
 
-def arguments_of(name, numbers):
+def arguments_of(name, schedule):
+    """Of the operator, with a schedule, and the same as numbers."""
     inputs = make(BY_NAME[name], torch.float32)
     tensors = [inputs["logits"], inputs["target"], inputs.get("mask"), inputs.get("weight")]
     tensors += [inputs.get("token_weight"), inputs.get("segment_ids"), None, None]
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    return numbers, tensors
+    end = (0, "mean", True)
+    tensor = torch.tensor(schedule, dtype=torch.float64)
+    return (*tensors, -100, 0.0, 0.0, 0.0, 0.0, *end, tensor), (*tensors, -100, *schedule, *end)
 
 
-@pytest.mark.parametrize("numbers", [(0.1, 3.0, 0.2, 2.0), (0.0, 0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("schedule", [(0.1, 3.0, 0.2, 2.0), (0.0, 0.0, 0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("name", ["both_weights_none", "segments_mean", "v17"])
-def test_opcheck(name, numbers):
-    numbers, tensors = arguments_of(name, numbers)
-    for tensor in (tensors[0], tensors[4]):
+def test_opcheck(name, schedule):
+    arguments, plain = arguments_of(name, schedule)
+    for tensor in (arguments[0], arguments[4]):
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(forward_op, (numbers, *tensors, -100, 0, "mean", True))
-    with torch.no_grad():
-        results = forward_op(numbers, *tensors, -100, 0, "mean", True)
-        native = native_op(*tensors, -100, *numbers.tolist(), 0, "mean", True)
-        for ours, theirs in zip(results[:5], native, strict=False):
-            assert torch.equal(ours, theirs)
-        plain = [t if t is None else t.detach() for t in tensors]
-        grads = (torch.ones(()), *(torch.ones_like(results[1]),) * 3)
-        saved = (results[7], results[2], results[3], *results[5:7])
-        arguments = (numbers, *grads, *plain[:7], *saved, -100, 0, "mean", True)
-        torch.library.opcheck(backward_op, (*arguments, plain[4] is not None))
+    torch.library.opcheck(op, arguments)
+    detach, plain = (
+        [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        for args in (arguments, plain)
+    )
+    results, expected = op(*detach), op(*plain)
+    for place in (0, 1, 2, 3, 4, 6, 7):
+        assert torch.equal(results[place], expected[place])
+    assert results[5].shape == results[1].shape and results[5].any() == (schedule[0] > 0)
+    grads = (torch.ones(()), *(torch.ones_like(results[1]),) * 3)
+    saved = (results[7], *results[2:4], *results[5:7])
+    torch.library.opcheck(backward_op, (*grads, *saved, *detach, True, detach[4] is not None))
+    swept, wanted = sweep_op(*detach), sweep_op(*plain)
+    assert all(map(torch.equal, swept, wanted))
 
 
-def test_operators_called_directly():
-    numbers, tensors = arguments_of("v17", (2.0, 0.0, 0.0, 0.0))
+def test_both_derivatives():
+    arguments, plain = arguments_of("v17", (0.1, 3.0, 0.2, 2.0))
+    found = []
+    for args in (arguments, plain):
+        x = args[0].detach().requires_grad_()
+        loss = op(x, *args[1:])[0]
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
+def test_a_schedule_is_checked_as_the_numbers_are():
+    arguments, _ = arguments_of("v17", (2.0, 0.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
-        forward_op(numbers, *tensors, -100, 0, "mean", False)
-    tensors[0].requires_grad_()
-    loss = forward_op(numbers / 4, *tensors, -100, 0, "mean", False)[0]
-    with pytest.raises(RuntimeError, match="backward_scheduled has no derivative"):
-        torch.autograd.grad(loss, tensors[0], create_graph=True)
+        op(*arguments)

@@ -6,10 +6,10 @@ import torch
 
 import masked_loss_ext as mle
 
-fused_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient
-inplace_op = torch.ops.masked_loss_ext._masked_cross_entropy_with_gradient_
+sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep
+inplace_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep_
 scale_op = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_
-OPERATORS = pytest.mark.parametrize("op", [fused_op, inplace_op], ids=["fresh", "in_place"])
+OPERATORS = pytest.mark.parametrize("op", [sweep_op, inplace_op], ids=["fresh", "in_place"])
 X, Y = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, -100]])
 
 
@@ -42,12 +42,13 @@ def test_the_function(options, text):
         ({"normalizer": torch.ones(1)}, r"normalizer must be a number \[\], got \[1\]"),
         ({"token_weight": torch.ones(3)}, "token_weight must have the shape of logits"),
         ({"shift": -1}, "shift must not be negative"),
+        ({"target": None}, "target must be given for a gradient"),
     ],
 )
 def test_the_operators(op, bad, text):
     x = X.clone()
     with pytest.raises(ValueError, match=f"^masked_cross_entropy: {text}"):
-        op(x, Y, **bad)
+        op(**{"logits": x, "target": Y, **bad})
     assert torch.equal(x, X)
 
 

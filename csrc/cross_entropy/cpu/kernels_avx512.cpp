@@ -12,10 +12,10 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy/cpu/sweep.inc"
+#include "cross_entropy/cpu/rows.inc"
 }  // namespace
 extern const CrossEntropyKernels cross_entropy_avx512 = {forward, finish, read_slope, backward,
-                                                         count,   both, scale};
+                                                         count, sweep, scale};
 }  // namespace masked_loss_ext
 #include "common/cpu/target_end.inc"
 #endif

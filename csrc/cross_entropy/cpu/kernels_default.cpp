@@ -9,8 +9,8 @@
 
 namespace masked_loss_ext {
 namespace {
-#include "cross_entropy/cpu/sweep.inc"
+#include "cross_entropy/cpu/rows.inc"
 }  // namespace
 extern const CrossEntropyKernels cross_entropy_default = {forward, finish, read_slope, backward,
-                                                          count,   both, scale};
+                                                          count, sweep, scale};
 }  // namespace masked_loss_ext

@@ -7,7 +7,9 @@
 
 #include "common/cpu/device.h"
 #include "cross_entropy_terms/cpu/kernels.h"
-#include "cross_entropy/cpu/setup.h"
+#include "common/cpu/memory.h"
+#include "common/cpu/parallel.h"
+#include "cross_entropy/cpu/rows.h"
 #include "cross_entropy_terms/call.h"
 
 namespace masked_loss_ext {
@@ -28,7 +30,10 @@ const TermsKernels& terms_kernels() {
 TermsProblem terms_problem(const char* op, const TermInputs& in, const TermRowInputs& rows,
                            const Layout& layout, int64_t ignore_index) {
   TermsProblem q;
-  static_cast<CrossEntropyProblem&>(q) = problem_of(op, in.rows, rows, {}, layout, ignore_index, 0);
+  q.scale = in.rows.temperature ? read_scale(op, array_of(*in.rows.temperature)) : 1;
+  q.counted = counted_rows(rows, ignore_index, 0);
+  q.layout = layout;
+  q.logits = array_of(rows.logits);
   q.rows = term_rows(rows, ignore_index);
   q.chunks = cut(q.counted, true);
   return q;

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// masked_cross_entropy on CPU: the passes over rows, cut into chunks for the threads, the final sums, and
+// the errors that no kernel can raise.
+#include <torch/csrc/stable/library.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "common/cpu/device.h"
+#include "common/cpu/memory.h"
+#include "common/cpu/parallel.h"
+#include "cross_entropy/cpu/rows.h"
+
+namespace masked_loss_ext {
+namespace {
+
+// A gradient of as many rows is cut by rows alone, so that chunks lie one after another in the output.
+constexpr int64_t kManyRows = 64;
+
+const CrossEntropyKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_level()) {
+    case Level::kAvx512: return cross_entropy_avx512;
+    case Level::kAvx2: return cross_entropy_avx2;
+    default: break;
+  }
+#endif
+  return cross_entropy_default;
+}
+
+CrossEntropyProblem pass_over(const RowProblem& rows, double scale) {
+  CrossEntropyProblem q;
+  static_cast<RowProblem&>(q) = rows;
+  q.scale = scale;
+  return q;
+}
+
+bool in_place(const RowProblem& q) { return q.grad_logits.data == q.logits.data; }
+
+int64_t bytes_of(const RowProblem& q, int64_t logits) { return logits * size_of(q.grad_logits.kind); }
+
+void prepare_gradient(CrossEntropyProblem& q, double grad_scale) {
+  q.grad_scale = grad_scale;
+  q.weight_sum = q.totals.data != nullptr ? static_cast<const double*>(q.totals.data)[1] : 0;
+  if (q.grad_logits.data == nullptr || in_place(q)) return;
+  const int64_t bytes = bytes_of(q, q.counted.rows * q.counted.classes);
+  advise_huge_pages(q.grad_logits.data, bytes);
+  q.zero_logits = untouched_pages(q.grad_logits.data, bytes);
+}
+
+// Added in order, `per_group` neighbours first.
+RowTotals sum_of(const std::vector<RowTotals>& totals, int64_t per_group) {
+  RowTotals all;
+  const int64_t count = static_cast<int64_t>(totals.size());
+  for (int64_t first = 0; first < count; first += per_group) {
+    RowTotals group;
+    for (int64_t i = first; i < first + per_group && i < count; ++i) {
+      group.loss += totals[i].loss;
+      group.denominator += totals[i].denominator;
+      if (group.bad_row < 0) group.bad_row = totals[i].bad_row;
+    }
+    all.loss += group.loss;
+    all.denominator += group.denominator;
+    if (all.bad_row < 0) all.bad_row = group.bad_row;
+  }
+  return all;
+}
+
+RowTotals run_forward(CrossEntropyProblem q) {
+  q.chunks = cut(q.counted, false);
+  const bool is_cut = q.chunks.pieces > 1;
+  const int64_t groups = (q.counted.rows + kRowsPerFinish - 1) / kRowsPerFinish;
+  std::vector<RowPart> parts(is_cut ? q.chunks.count : 0);
+  std::vector<RowTotals> totals(is_cut ? groups : q.chunks.count);
+  q.parts = is_cut ? parts.data() : nullptr;
+  q.chunk_totals = totals.data();
+  // Last chunk first: what the model wrote last is still in the cache, and what is read last here is
+  // what the backward, which goes upwards, reads first.
+  for_each_chunk(q.chunks.count, [&](int64_t i) { kernels().forward(q, q.chunks.count - 1 - i); });
+  if (is_cut) for_each_chunk(groups, [&](int64_t group) { kernels().finish(q, group); });
+  return sum_of(totals, 1);
+}
+
+// Chunks that lie one after another in a fresh gradient, where it is not written over the logits.
+template <class F>
+void for_each_gradient_chunk(const CrossEntropyProblem& q, int64_t count, int64_t logits, const F& f) {
+  if (q.grad_logits.data == nullptr || in_place(q)) return for_each_chunk(count, f);
+  for_each_chunk_of_output(count, q.grad_logits.data, bytes_of(q, logits), f);
+}
+
+void run_backward(CrossEntropyProblem q) {
+  q.chunks = cut(q.counted, q.counted.rows >= kManyRows);
+  std::vector<double> slopes(q.chunks.pieces > 1 ? q.counted.rows : 0);
+  q.slopes = slopes.empty() ? nullptr : slopes.data();
+  for (int64_t row = 0; q.slopes != nullptr && row < q.counted.rows; ++row) kernels().read_slope(q, row);
+  for_each_gradient_chunk(q, q.chunks.count, q.chunks.rows_per_chunk * q.chunks.cols_per_piece,
+                          [&](int64_t chunk) { kernels().backward(q, chunk); });
+}
+
+[[noreturn]] void refuse_label(const RowProblem& q, const Tensor& logits, int64_t row) {
+  std::ostringstream text;
+  text << "masked_cross_entropy: target at row " << row_index(logits, row, q.counted.shift)
+       << " must be in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
+       << ", got " << read_integer(q.counted.target, row + q.counted.shift);
+  throw std::out_of_range(text.str());
+}
+
+// What the sum of the rows' losses is divided by, but for their number: known before any is read.
+double given_denominator(const char* op, const RowProblem& q) {
+  if (q.reduction != RowReduction::kMean || q.normalizer.data == nullptr) return 1;
+  const double value = read_entry<double>(q.normalizer, 0);
+  check_finite(op, "normalizer", value, false);
+  return value;
+}
+
+double denominator_of(const RowProblem& q, const RowTotals& totals, double given) {
+  return q.reduction == RowReduction::kMean && q.normalizer.data == nullptr ? totals.denominator : given;
+}
+
+void put_class_weights(const RowProblem& q) {
+  double sum = double(q.counted.classes);
+  if (q.weight.data != nullptr && q.options.label_smoothing > 0) {
+    sum = 0;
+    for (int64_t c = 0; c < q.counted.classes; ++c) sum += read_entry<double>(q.weight, c);
+  }
+  static_cast<double*>(q.totals.data)[1] = sum;
+}
+
+void put_loss(const RowProblem& q, const RowTotals& totals, double denominator) {
+  static_cast<double*>(q.totals.data)[0] = denominator;
+  if (q.reduction == RowReduction::kNone) return;
+  const double loss = denominator != 0 ? totals.loss / denominator : 0;
+  if (q.loss.kind == Kind::kDouble) *static_cast<double*>(q.loss.data) = loss;
+  else *static_cast<float*>(q.loss.data) = static_cast<float>(loss);
+}
+
+struct Rows : Cpu {
+  static void forward(const char* op, const RowProblem& q, const Tensor& logits) {
+    const double given = given_denominator(op, q);
+    put_class_weights(q);
+    const RowTotals totals = forward_rows(op, q);
+    if (totals.bad_row >= 0) refuse_label(q, logits, totals.bad_row);
+    put_loss(q, totals, denominator_of(q, totals, given));
+  }
+
+  static void backward(const char* op, RowProblem q, const Tensor&) {
+    double grad_scale = 0;
+    if (q.grad_loss.data != nullptr && q.reduction == RowReduction::kNone) {
+      grad_scale = 1;
+    } else if (q.grad_loss.data != nullptr) {
+      const double denominator = *static_cast<const double*>(q.totals.data);
+      grad_scale = denominator != 0 ? read_entry<double>(q.grad_loss, 0) / denominator : 0;
+      q.grad_loss = {};
+    }
+    backward_rows(op, q, grad_scale);
+  }
+
+  // The counted rows are known before the first gradient is written, so that a bad label leaves all as it
+  // was.
+  static void sweep(const char* op, RowProblem q, const Tensor& logits) {
+    const double given = given_denominator(op, q);
+    read_scale(op, q.temperature);
+    const RowTotals counted = count_rows(q);
+    if (counted.bad_row >= 0) refuse_label(q, logits, counted.bad_row);
+    put_class_weights(q);
+    const double denominator = denominator_of(q, counted, given);
+    // What the backward reads of each row that the forward wrote.
+    const int64_t rows = q.counted.rows;
+    const Tensor buffer = empty_tensor(logits, {kRowSums + 2, rows}, accumulate_type(logits));
+    const auto part = [&](int64_t i) {
+      Array array = array_of(buffer);
+      array.data = static_cast<char*>(array.data) + i * rows * size_of(array.kind);
+      return array;
+    };
+    q.row_sums = part(0);
+    q.log_prob = part(kRowSums);
+    if (q.options.label_smoothing > 0) q.smooth_distance = part(kRowSums + 1);
+    put_loss(q, sweep_rows(op, q, denominator != 0 ? 1 / denominator : 0), denominator);
+  }
+
+  static void scale(const char*, const RowProblem& rows, const Tensor&) {
+    const double factor = read_entry<double>(rows.grad_loss, 0);
+    if (factor == 1) return;
+    CrossEntropyProblem q = pass_over(rows, 1);
+    q.chunks = cut(q.counted, false);
+    for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernels().scale(q, factor, chunk); });
+  }
+};
+
+}  // namespace
+
+RowTotals forward_rows(const char* op, const RowProblem& rows) {
+  return run_forward(pass_over(rows, read_scale(op, rows.temperature)));
+}
+
+RowTotals count_rows(const RowProblem& rows) {
+  CrossEntropyProblem q = pass_over(rows, 1);
+  q.chunks = cut(q.counted, false);
+  if (q.chunks.pieces > 1) q.chunks.rows_per_chunk = kRowsPerFinish;  // as run_forward() adds them
+  const int64_t chunks = (q.counted.rows + q.chunks.rows_per_chunk - 1) / q.chunks.rows_per_chunk;
+  std::vector<RowTotals> totals(chunks);
+  q.chunk_totals = totals.data();
+  for_each_chunk(chunks, [&](int64_t chunk) { kernels().count(q, chunk); });
+  return sum_of(totals, 1);
+}
+
+void backward_rows(const char* op, const RowProblem& rows, double grad_scale) {
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows.temperature));
+  prepare_gradient(q, grad_scale);
+  run_backward(q);
+}
+
+RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale) {
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows.temperature));
+  prepare_gradient(q, grad_scale);
+  q.chunks = cut(q.counted, false);
+  const bool is_cut = q.chunks.pieces > 1;
+  if (is_cut && q.counted.rows < kManyRows) {  // one pass after the other, each over all threads
+    const RowTotals totals = run_forward(q);
+    run_backward(q);
+    return totals;
+  }
+  const int64_t chunks = q.chunks.count / q.chunks.pieces;
+  std::vector<RowTotals> totals(chunks);
+  q.chunk_totals = totals.data();
+  // In place last chunk first: what the model wrote last is still in the cache.
+  for_each_gradient_chunk(q, chunks, q.chunks.rows_per_chunk * q.counted.classes, [&](int64_t i) {
+    kernels().sweep(q, in_place(q) ? chunks - 1 - i : i);
+  });
+  return sum_of(totals, is_cut ? kRowsPerFinish : 1);
+}
+
+}  // namespace masked_loss_ext
+
+STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
+  masked_loss_ext::register_row_forward<masked_loss_ext::Rows>(m);
+  masked_loss_ext::register_row_backward<masked_loss_ext::Rows>(m);
+  masked_loss_ext::register_row_sweep<masked_loss_ext::Rows>(m);
+}

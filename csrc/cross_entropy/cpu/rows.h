@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The passes over rows on CPU, for this room and for those that have the same rows chunk by chunk: what a
+// chunk comes to is added by the caller. Numbers are read and refused here, labels by the caller.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "common/cpu/capability.h"
+#include "common/cpu/scalars.h"
+#include "cross_entropy/call.h"
+#include "cross_entropy/cpu/kernels.h"
+
+namespace masked_loss_ext {
+
+// The results of each row; returns what they add up to.
+RowTotals forward_rows(const char* op, const RowProblem& rows);
+// What follows from labels, mask and class weights alone.
+RowTotals count_rows(const RowProblem& rows);
+// The gradients of each row. grad_scale: d loss / d row loss, but for what grad_loss holds per row.
+void backward_rows(const char* op, const RowProblem& rows, double grad_scale);
+// Both, row after row, so that the second read of a row is from the cache; the same bits.
+RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale);
+
+// Logits of work per chunk, and the longest piece of a row: so few that one long row gives every core
+// work, enough to hide the scheduling (some 50 ns).
+constexpr int64_t kChunkLogits = 16384;
+
+inline RowChunks cut(const CountedRows& q, bool whole_rows) {
+  RowChunks c;
+  c.pieces = whole_rows ? 1 : (q.classes + kChunkLogits - 1) / kChunkLogits;
+  c.cols_per_piece = (q.classes + c.pieces - 1) / c.pieces;
+  c.rows_per_chunk = std::max<int64_t>(1, kChunkLogits / q.classes);
+  c.count = (q.rows + c.rows_per_chunk - 1) / c.rows_per_chunk * c.pieces;
+  return c;
+}
+
+// 1 / temperature.
+inline double read_scale(const char* op, const Array& temperature) {
+  if (temperature.data == nullptr) return 1;
+  const double value = read_entry<double>(temperature, 0);
+  if (!(value > 0 && value < INFINITY)) {
+    fail(op, ": temperature must be positive and finite, got ", value);
+  }
+  return 1 / value;
+}
+
+// Where the label of a row stands in its tensor: [i, j].
+inline std::string row_index(const Tensor& logits, int64_t row, int64_t shift) {
+  std::string index;
+  int64_t rest = row;
+  for (int64_t d = logits.dim() - 2; d >= 0; --d) {
+    int64_t i = rest % logits.size(d);
+    rest /= logits.size(d);
+    if (d == logits.dim() - 2) i += shift;
+    index = std::to_string(i) + (index.empty() ? "" : ", " + index);
+  }
+  return "[" + index + "]";
+}
+
+}  // namespace masked_loss_ext
