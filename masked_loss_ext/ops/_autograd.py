@@ -221,7 +221,8 @@ class Differentiable:
         self.inputs = [result.removeprefix("grad_") for result in backward.results]
         given = [f"grad_{result}" for result in forward.results]
         self.differentiable = [i for i, grad in enumerate(given) if grad in backward.names]
-        saved = [result for result in forward.results if result in backward.names]
+        # A result may have the name of an argument; the backward then means the argument.
+        saved = [r for r in forward.results if r in backward.names and r not in forward.names]
         self.saved_results = [forward.results.index(result) for result in saved]
         self.input_positions = [forward.names.index(x) for x in self.inputs]
         self.backward_order = self._backward_order(given, saved)
