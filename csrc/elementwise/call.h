@@ -297,7 +297,8 @@ struct MaskedSquaredErrorBackward {
       q.loss = array_of(grad_loss);
       layout.add(kLoss, grad_loss);
     }
-    const auto gradient = [&](bool needed, OutputShape shape, ScalarType type, Operand operand, Array& array) {
+    const auto gradient = [&](bool needed, OutputShape shape, ScalarType type, Operand operand,
+                              Array& array) {
       if (!needed) return Device::empty(in.prediction, {0}, type);
       Tensor grad = Device::allocate(in.prediction, output_sizes(in.prediction, shape), type);
       array = array_of(grad);

@@ -63,7 +63,7 @@ def batch(rows=4, tokens=9, channels=6, dtype=torch.float32):
     return prediction.to(dtype).requires_grad_(), target.to(dtype), mask, edit
 
 
-# Every function and module of the family, as (prediction, target, mask, edit, loss=, delta=) -> loss.
+# The family, as functions of (prediction, target, mask, edit, loss=, delta=).
 def _token_module(p, t, a, e, reduction="mean", **how):
     return mle.AttentionMaskMseLoss(reduction=reduction, **how)(p, t, a, e)
 
