@@ -13,7 +13,8 @@
 #error "MASKED_LOSS_EXT_VERSION must be defined by the build (masked_loss_ext/_build.py)"
 #endif
 
-// Token-wise weighted squared error over what `mask` keeps (formula: elementwise/formula.h).
+// Token-wise weighted squared error, or another loss of p - t, over what `mask` keeps (formulas:
+// elementwise/formula.h).
 //   prediction, target  [...]         floating, same shape, any strides; dtypes may differ
 //   mask                leading dims  any dtype, on where != 0; None keeps everything; a size of 1
 //                                     stands for any, as in edit_mask
@@ -26,6 +27,9 @@
 //                       "token_sum"   sum / size(-1)             -> []
 //                       "token"       mean over the last dim     -> prediction.shape[:-1]
 //                       "none"        per element                -> prediction.shape
+//   loss                "mse", "l1", "smooth_l1", "huber" or "pseudo_huber"
+//   delta               []            floating, where that loss bends; None: 1. A tensor, as it may change
+//                                     from step to step; without a derivative
 // Returns the loss (float32; float64 where prediction or target is) and the int64 count of selected
 // elements.
 
@@ -97,16 +101,17 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def(
       "masked_squared_error(Tensor prediction, Tensor target, Tensor? mask=None, "
       "Tensor? edit_mask=None, Tensor? weighting=None, float foreground_weight=2.0, "
-      "float background_weight=1.0, str reduction=\"mean\") -> (Tensor loss, Tensor count)");
+      "float background_weight=1.0, str reduction=\"mean\", str loss=\"mse\", Tensor? delta=None) -> "
+      "(Tensor loss, Tensor count)");
   // Gradients that are not needed come back with no elements. grad_weighting is float32 (float64)
   // and not yet summed over the dimensions along which weighting was broadcast, except that the last
   // one is 1 where weighting's is.
   m.def(
       "_masked_squared_error_backward(Tensor grad_loss, Tensor prediction, Tensor target, "
-      "Tensor? mask, Tensor? edit_mask, Tensor? weighting, Tensor count, float foreground_weight, "
-      "float background_weight, str reduction, bool needs_prediction, bool needs_target, "
-      "bool needs_weighting) -> (Tensor grad_prediction, Tensor grad_target, Tensor "
-      "grad_weighting)");
+      "Tensor? mask, Tensor? edit_mask, Tensor? weighting, float foreground_weight, "
+      "float background_weight, str reduction, str loss, Tensor? delta, Tensor count, "
+      "bool needs_prediction, bool needs_target, bool needs_weighting) -> (Tensor grad_prediction, "
+      "Tensor grad_target, Tensor grad_weighting)");
   m.def("masked_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> (Tensor loss, "
         "Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor totals, "
         "Tensor row_sums)");

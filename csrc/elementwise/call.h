@@ -1,29 +1,45 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CPU and the CUDA side of masked_squared_error do before a kernel runs: check, allocate,
-// lay out. Each side brings its own `Device` with allocate(like, sizes, dtype).
+// masked_squared_error and its backward, for every device: arguments, checks, results. A Device is Cpu or
+// Cuda with allocate(like, sizes, dtype), forward() and backward() of a problem.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "common/cpu/device.h"
+#include "common/checks.h"
 #include "common/layout_builder.h"
+#include "common/operator.h"
+#include "elementwise/formula.h"
 
 namespace masked_loss_ext {
 
-enum class Reduction { kMean, kSum, kBatchMean, kTokenSum, kToken, kNone };
+struct ErrorArguments {
+  Tensor prediction, target;
+  std::optional<Tensor> mask, edit_mask, weighting;
+  double foreground_weight, background_weight;
+  std::string reduction, loss;
+  std::optional<Tensor> delta;
 
-struct SquaredErrorInputs {
-  const Tensor& prediction;
-  const Tensor& target;
-  const std::optional<Tensor>& mask;
-  const std::optional<Tensor>& edit_mask;
-  const std::optional<Tensor>& weighting;
+  explicit ErrorArguments(Arguments& in)
+      : prediction(in.tensor()),
+        target(in.tensor()),
+        mask(in.optional_tensor()),
+        edit_mask(in.optional_tensor()),
+        weighting(in.optional_tensor()),
+        foreground_weight(in.number()),
+        background_weight(in.number()),
+        reduction(in.text()),
+        loss(in.text()),
+        delta(in.optional_tensor()) {}
 };
+
+enum class Reduction { kMean, kSum, kBatchMean, kTokenSum, kToken, kNone };
 
 inline Reduction parse_reduction(const char* op, const std::string& name) {
   if (name == "mean") return Reduction::kMean;
@@ -33,6 +49,15 @@ inline Reduction parse_reduction(const char* op, const std::string& name) {
   if (name == "token") return Reduction::kToken;
   if (name == "none") return Reduction::kNone;
   fail(op, ": reduction must be mean, sum, batch_mean, token_sum, token or none, got ", name);
+}
+
+inline ElementLoss parse_loss(const char* op, const std::string& name) {
+  std::string names;
+  for (size_t i = 0; i < std::size(kElementLossNames); ++i) {
+    if (name == kElementLossNames[i]) return static_cast<ElementLoss>(i);
+    names += (i == 0 ? "" : ", ") + std::string(kElementLossNames[i]);
+  }
+  fail(op, ": loss must be one of ", names, ", got ", name);
 }
 
 inline bool is_scalar(Reduction reduction) {
@@ -54,7 +79,7 @@ inline double fixed_denominator(Reduction reduction, const Tensor& prediction) {
 }
 
 // float64 where prediction or target is, else float32.
-inline ScalarType accumulate_type(const SquaredErrorInputs& in) {
+inline ScalarType accumulate_type(const ErrorArguments& in) {
   const bool wide = in.prediction.scalar_type() == ScalarType::Double ||
                     in.target.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
@@ -76,8 +101,13 @@ inline void check_sizes(const char* op, const Tensor& prediction) {
   }
 }
 
-inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction reduction,
-                         double foreground_weight, double background_weight) {
+inline void check_delta(const char* op, const Tensor& delta, const Tensor& prediction) {
+  check_floating(op, "delta", delta);
+  if (delta.dim() != 0) fail(op, ": delta must be one number [], got ", shape_text(delta));
+  check_same_device(op, "delta", delta, prediction);
+}
+
+inline void check_arguments(const char* op, const ErrorArguments& in, Reduction reduction) {
   check_floating(op, "prediction", in.prediction);
   check_sizes(op, in.prediction);
   check_floating(op, "target", in.target);
@@ -86,26 +116,25 @@ inline void check_inputs(const char* op, const SquaredErrorInputs& in, Reduction
   if (reduction == Reduction::kToken && in.prediction.dim() == 0) {
     fail(op, ": prediction must have a dimension for reduction token, got []");
   }
-  if (in.mask) {
-    check_mask_type(op, "mask", *in.mask);
-    check_leading_broadcastable(op, "mask", *in.mask, in.prediction);
-    check_same_device(op, "mask", *in.mask, in.prediction);
-  }
-  if (in.edit_mask) {
-    check_mask_type(op, "edit_mask", *in.edit_mask);
-    check_leading_broadcastable(op, "edit_mask", *in.edit_mask, in.prediction);
-    check_same_device(op, "edit_mask", *in.edit_mask, in.prediction);
-  }
+  const auto check_mask = [&](const char* name, const std::optional<Tensor>& mask) {
+    if (!mask) return;
+    check_mask_type(op, name, *mask);
+    check_leading_broadcastable(op, name, *mask, in.prediction);
+    check_same_device(op, name, *mask, in.prediction);
+  };
+  check_mask("mask", in.mask);
+  check_mask("edit_mask", in.edit_mask);
   if (in.weighting) {
     check_floating(op, "weighting", *in.weighting);
     check_broadcastable(op, "weighting", *in.weighting, in.prediction);
     check_same_device(op, "weighting", *in.weighting, in.prediction);
   }
-  check_finite(op, "foreground_weight", foreground_weight);
-  check_finite(op, "background_weight", background_weight);
+  check_finite(op, "foreground_weight", in.foreground_weight);
+  check_finite(op, "background_weight", in.background_weight);
+  if (in.delta) check_delta(op, *in.delta, in.prediction);
 }
 
-inline void check_grad_loss(const char* op, const Tensor& grad_loss, const SquaredErrorInputs& in,
+inline void check_grad_loss(const char* op, const Tensor& grad_loss, const ErrorArguments& in,
                             Reduction reduction) {
   const int64_t dims = reduction == Reduction::kNone    ? in.prediction.dim()
                        : reduction == Reduction::kToken ? in.prediction.dim() - 1
@@ -124,6 +153,23 @@ inline void check_count(const char* op, const Tensor& count, const Tensor& predi
          torch::headeronly::toString(count.scalar_type()), " ", shape_text(count));
   }
   check_same_device(op, "count", count, prediction);
+}
+
+inline ErrorProblem problem_of(const char* op, const ErrorArguments& in, Reduction reduction) {
+  ErrorProblem q;
+  q.prediction = array_of(in.prediction);
+  q.target = array_of(in.target);
+  q.mask = array_of(in.mask);
+  q.edit_mask = array_of(in.edit_mask);
+  q.weighting = array_of(in.weighting);
+  q.element_loss = parse_loss(op, in.loss);
+  q.delta = array_of(in.delta);
+  q.foreground = in.foreground_weight;
+  q.background = in.background_weight;
+  q.denominator = fixed_denominator(reduction, in.prediction);
+  q.divide_by_count = reduction == Reduction::kMean;
+  q.one_loss = is_scalar(reduction);
+  return q;
 }
 
 // prediction.shape, cut to the tokens, with the last dimension 1, or []
@@ -149,7 +195,7 @@ inline OutputShape weighting_gradient_shape(const Tensor& weighting) {
   return dims == 0 || weighting.size(dims - 1) == 1 ? OutputShape::kColumn : OutputShape::kElements;
 }
 
-inline LayoutBuilder input_layout(const SquaredErrorInputs& in) {
+inline LayoutBuilder input_layout(const ErrorArguments& in) {
   LayoutBuilder builder(in.prediction);
   builder.add(kPrediction, in.prediction);
   builder.add(kTarget, in.target);
@@ -164,66 +210,123 @@ inline LayoutBuilder input_layout(const SquaredErrorInputs& in) {
 
 // Contiguous copies, for strides that leave more dimensions than a layout holds. Three or four are left
 // of these: masks have their leading dimensions, weighting has all, but that its last may be 1.
-struct MergingInputs {
-  Tensor prediction, target;
-  std::optional<Tensor> mask, edit_mask, weighting;
-
-  explicit MergingInputs(const SquaredErrorInputs& in)
-      : prediction(expanded(in.prediction, sizes(in, in.prediction.dim()))),
-        target(expanded(in.target, sizes(in, in.prediction.dim()))) {
-    if (in.mask) mask = expanded(*in.mask, sizes(in, in.mask->dim()));
-    if (in.edit_mask) edit_mask = expanded(*in.edit_mask, sizes(in, in.edit_mask->dim()));
-    if (in.weighting) {
-      weighting = expanded(*in.weighting,
-                           output_sizes(in.prediction, weighting_gradient_shape(*in.weighting)));
-    }
-  }
-
-  static Tensor expanded(const Tensor& tensor, const std::vector<int64_t>& sizes) {
-    Tensor copy = empty_tensor(tensor, sizes, tensor.scalar_type());
-    torch::stable::copy_(copy, tensor);
-    return copy;
-  }
-
- private:
-  static std::vector<int64_t> sizes(const SquaredErrorInputs& in, int64_t dims) {
-    std::vector<int64_t> leading = output_sizes(in.prediction, OutputShape::kElements);
-    leading.resize(dims);
-    return leading;
-  }
-};
-
-// Which gradients are made, and of what shape; the sizes of one that is not are [0].
-struct GradientPlan {
-  bool prediction, target, weighting;
-  std::vector<int64_t> prediction_sizes, target_sizes, weighting_sizes;
-  bool whole_rows;  // grad_weighting is written once per row
-};
-
-inline GradientPlan plan_gradients(const SquaredErrorInputs& in, bool prediction, bool target,
-                                   bool weighting) {
-  const std::vector<int64_t> none = {0};
+inline ErrorArguments merging(ErrorArguments in) {
   const std::vector<int64_t> all = output_sizes(in.prediction, OutputShape::kElements);
-  GradientPlan plan{prediction, target, weighting, prediction ? all : none, target ? all : none,
-                    none, false};
-  if (weighting) {
-    const OutputShape shape = weighting_gradient_shape(*in.weighting);
-    plan.weighting_sizes = output_sizes(in.prediction, shape);
-    plan.whole_rows = shape == OutputShape::kColumn;
+  const auto expand = [](Tensor& tensor, const std::vector<int64_t>& sizes) {
+    Tensor copy = torch::stable::new_empty(tensor, sizes);
+    torch::stable::copy_(copy, tensor);
+    tensor = copy;
+  };
+  const auto expand_leading = [&](std::optional<Tensor>& mask) {
+    if (mask) expand(*mask, {all.begin(), all.begin() + mask->dim()});
+  };
+  if (in.weighting) {
+    expand(*in.weighting, output_sizes(in.prediction, weighting_gradient_shape(*in.weighting)));
   }
-  return plan;
+  expand_leading(in.mask);
+  expand_leading(in.edit_mask);
+  expand(in.prediction, all);
+  expand(in.target, all);
+  return in;
 }
 
-inline LayoutBuilder backward_layout(const SquaredErrorInputs& in, const GradientPlan& plan,
-                                     Reduction reduction, const Tensor& grad_loss,
-                                     const Tensor& grad_prediction, const Tensor& grad_target,
-                                     const Tensor& grad_weighting) {
-  LayoutBuilder builder = input_layout(in);
-  if (!is_scalar(reduction)) builder.add(kLoss, grad_loss);
-  if (plan.prediction) builder.add(kGrad, grad_prediction);
-  if (plan.target) builder.add(kGrad, grad_target);
-  if (plan.weighting) builder.add(kGradWeighting, grad_weighting);
-  return builder;
+template <class Device>
+struct MaskedSquaredError {
+  const ErrorArguments in;
+
+  explicit MaskedSquaredError(Arguments& stack) : in(stack) {}
+  explicit MaskedSquaredError(const ErrorArguments& arguments) : in(arguments) {}
+
+  std::tuple<Tensor, Tensor> run() const {
+    constexpr const char* op = "masked_squared_error";
+    const Reduction reduction = parse_reduction(op, in.reduction);
+    check_arguments(op, in, reduction);
+    ErrorProblem q = problem_of(op, in, reduction);
+    const typename Device::Scope scope(in.prediction);
+    Tensor loss = Device::allocate(in.prediction, output_sizes(in.prediction, loss_shape(reduction)),
+                                   accumulate_type(in));
+    Tensor count = Device::empty(in.prediction, std::vector<int64_t>{}, ScalarType::Long);
+    LayoutBuilder layout = input_layout(in);
+    if (!q.one_loss) {
+      q.loss = array_of(loss);
+      layout.add(kLoss, loss);
+    }
+    if (layout.merge(q.layout) > LayoutBuilder::kMostMerged) {
+      return MaskedSquaredError(merging(in)).run();
+    }
+    Device::forward(op, q, reduction == Reduction::kToken, in.prediction, loss, count);
+    return {loss, count};
+  }
+};
+
+template <class Device>
+struct MaskedSquaredErrorBackward {
+  const Tensor grad_loss;
+  const ErrorArguments in;
+  const Tensor count;
+  const bool needs_prediction, needs_target, needs_weighting;
+
+  explicit MaskedSquaredErrorBackward(Arguments& stack)
+      : grad_loss(stack.tensor()),
+        in(stack),
+        count(stack.tensor()),
+        needs_prediction(stack.flag()),
+        needs_target(stack.flag()),
+        needs_weighting(stack.flag()) {}
+
+  // On copies that merge.
+  explicit MaskedSquaredErrorBackward(const MaskedSquaredErrorBackward& call, const ErrorArguments& copies)
+      : grad_loss(torch::stable::contiguous(call.grad_loss)),
+        in(copies),
+        count(call.count),
+        needs_prediction(call.needs_prediction),
+        needs_target(call.needs_target),
+        needs_weighting(call.needs_weighting) {}
+
+  // A gradient that is not needed has no elements.
+  std::tuple<Tensor, Tensor, Tensor> run() const {
+    constexpr const char* op = "_masked_squared_error_backward";
+    const Reduction reduction = parse_reduction(op, in.reduction);
+    check_arguments(op, in, reduction);
+    check_grad_loss(op, grad_loss, in, reduction);
+    check_count(op, count, in.prediction);
+    ErrorProblem q = problem_of(op, in, reduction);
+    const typename Device::Scope scope(in.prediction);
+    LayoutBuilder layout = input_layout(in);
+    if (!q.one_loss) {
+      q.loss = array_of(grad_loss);
+      layout.add(kLoss, grad_loss);
+    }
+    const auto gradient = [&](bool needed, OutputShape shape, ScalarType type, Operand operand,
+                              Array& array) {
+      if (!needed) return Device::empty(in.prediction, {0}, type);
+      Tensor grad = Device::allocate(in.prediction, output_sizes(in.prediction, shape), type);
+      array = array_of(grad);
+      layout.add(operand, grad);
+      return grad;
+    };
+    const OutputShape all = OutputShape::kElements;
+    const bool weighted = needs_weighting && in.weighting.has_value();
+    const OutputShape shape = weighted ? weighting_gradient_shape(*in.weighting) : all;
+    const Tensor grad_prediction = gradient(needs_prediction, all, in.prediction.scalar_type(), kGrad,
+                                            q.grad_prediction);
+    const Tensor grad_target =
+        gradient(needs_target, all, in.target.scalar_type(), kGrad, q.grad_target);
+    const Tensor grad_weighting =
+        gradient(weighted, shape, accumulate_type(in), kGradWeighting, q.grad_weighting);
+    if (layout.merge(q.layout) > LayoutBuilder::kMostMerged) {
+      return MaskedSquaredErrorBackward(*this, merging(in)).run();
+    }
+    const bool whole_rows = weighted && shape == OutputShape::kColumn;
+    Device::backward(op, q, whole_rows, in.prediction, grad_loss, count);
+    return {grad_prediction, grad_target, grad_weighting};
+  }
+};
+
+template <class Device, class Library>
+void register_squared_error(Library& m) {
+  m.impl("masked_squared_error", &boxed<MaskedSquaredError<Device>>);
+  m.impl("_masked_squared_error_backward", &boxed<MaskedSquaredErrorBackward<Device>>);
 }
 
 }  // namespace masked_loss_ext

@@ -2,19 +2,20 @@
 """Reconstruction errors of masked autoencoders: only the hidden positions count."""
 
 from .._checks import check_choice, check_leading_mask, check_prediction
-from ..ops.masked_squared_error import masked_squared_error
+from ..ops.masked_squared_error import check_element_loss, masked_squared_error
 
 REDUCTIONS = ("sum", "mean", "batch_mean")
 
 
-def _reconstruction_error(function, x_recon, x, mask, reduction):
+def _reconstruction_error(function, x_recon, x, mask, reduction, loss, delta):
     check_choice(function, "reduction", reduction, REDUCTIONS, "unknown reduction: ")
     check_prediction(function, "x_recon", x_recon, "x", x)
     check_leading_mask(function, "mask", mask, "x_recon", x_recon)
-    return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction)
+    check_element_loss(function, loss, delta)
+    return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction, loss, delta)
 
 
-def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
+def masked_sse(x_recon, x, mask, *, reduction="batch_mean", loss="mse", delta=1.0):
     r"""Sum of squared errors over the positions that ``mask`` includes.
 
     .. math:: S = \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad
@@ -35,14 +36,15 @@ def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
             stands for any: ``[B, 1, H, W]`` against ``[B, C, H, W]`` includes its pixels in every
             channel, and counts C of them each.
         reduction: "batch_mean", "sum" or "mean".
+        loss, delta: what stands in the place of the square, as in ``masked_edit_token_mean_loss``.
 
     Returns:
         ``[]`` float32, float64 where x_recon or x is. Differentiable in x_recon and x.
     """
-    return _reconstruction_error("masked_sse", x_recon, x, mask, reduction)
+    return _reconstruction_error("masked_sse", x_recon, x, mask, reduction, loss, delta)
 
 
-def masked_mse(x_recon, x, mask, *, reduction="mean"):
+def masked_mse(x_recon, x, mask, *, reduction="mean", loss="mse", delta=1.0):
     r"""Mean of squared errors over the positions that ``mask`` includes.
 
     .. math:: \frac{1}{n} \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad n = \#\{i : m_i\}
@@ -54,4 +56,4 @@ def masked_mse(x_recon, x, mask, *, reduction="mean"):
     For ``[B, L, D]`` and a ``[B, L]`` mask the mean is over n * D elements. All else is as in
     ``masked_sse``.
     """
-    return _reconstruction_error("masked_mse", x_recon, x, mask, reduction)
+    return _reconstruction_error("masked_mse", x_recon, x, mask, reduction, loss, delta)

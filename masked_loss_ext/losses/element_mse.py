@@ -15,8 +15,8 @@ from .._checks import (
     check_weighting,
     refuse_unknown,
 )
-from ..ops.masked_squared_error import masked_squared_error
-from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated
+from ..ops.masked_squared_error import check_element_loss, masked_squared_error
+from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated, shown_loss
 
 _MSE_ARGUMENTS = ("model_pred", "target", "weighting", "attention_mask", "edit_mask")
 _MASK_EDIT_ARGUMENTS = (*_MSE_ARGUMENTS, "reduction")
@@ -37,10 +37,21 @@ class MaskEditLoss(torch.nn.Module):
         foreground_weight, background_weight: fg and bg, finite numbers (for weights that are
             tensors, or that a gradient goes to: ``weighting``); ``forground_weight`` is accepted
             too.
+        loss, delta: as in ``masked_edit_token_mean_loss``; attributes that may be set anew.
     """
 
-    def __init__(self, foreground_weight=2.0, background_weight=1.0, *, forground_weight=None):
+    def __init__(
+        self,
+        foreground_weight=2.0,
+        background_weight=1.0,
+        *,
+        forground_weight=None,
+        loss="mse",
+        delta=1.0,
+    ):
         super().__init__()
+        check_element_loss("MaskEditLoss", loss, delta)
+        self.loss, self.delta = loss, delta
         self.foreground_weight = foreground_weight if forground_weight is None else forground_weight
         self.background_weight = background_weight
         self._weights()
@@ -101,6 +112,7 @@ class MaskEditLoss(torch.nn.Module):
         check_constant(name, "edit_mask", edit_mask)
         weighting = as_weighting(name, weighting, model_pred)
         check_weighting(name, weighting, "model_pred", model_pred)
+        check_element_loss(name, self.loss, self.delta)
         fg, bg = self._weights()
         of_tokens = reduction not in REDUCTIONS
         loss = masked_squared_error(
@@ -112,13 +124,15 @@ class MaskEditLoss(torch.nn.Module):
             fg,
             fg if edit_mask is None else bg,
             "token" if of_tokens else reduction,
+            self.loss,
+            self.delta,
         )
         return aggregated(name, loss, attention_mask, reduction) if of_tokens else loss
 
     def extra_repr(self):
         return (
             f"foreground_weight={self.foreground_weight}, "
-            f"background_weight={self.background_weight}"
+            f"background_weight={self.background_weight}{shown_loss(self)}"
         )
 
 
@@ -140,10 +154,13 @@ class MseLoss(torch.nn.Module):
 
     Args:
         reduction: "mean", "sum" or "none".
+        loss, delta: as in ``masked_edit_token_mean_loss``; attributes that may be set anew.
     """
 
-    def __init__(self, reduction="mean"):
+    def __init__(self, reduction="mean", *, loss="mse", delta=1.0):
         super().__init__()
+        check_element_loss("MseLoss", loss, delta)
+        self.loss, self.delta = loss, delta
         check_choice("MseLoss", "reduction", reduction, REDUCTIONS, "Invalid reduction: ")
         self.reduction = reduction
 
@@ -179,9 +196,9 @@ class MseLoss(torch.nn.Module):
                 check_leading_mask(name, argument, mask, "model_pred", model_pred)
         weighting = as_weighting(name, weighting, model_pred)
         check_weighting(name, weighting, "model_pred", model_pred)
-        return masked_squared_error(
-            model_pred, target, attention_mask, None, weighting, 1.0, 1.0, self.reduction
-        )
+        check_element_loss(name, self.loss, self.delta)
+        how = (1.0, 1.0, self.reduction, self.loss, self.delta)
+        return masked_squared_error(model_pred, target, attention_mask, None, weighting, *how)
 
     def extra_repr(self):
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}{shown_loss(self)}"

@@ -16,7 +16,7 @@ from .._checks import (
     is_traced,
     refuse_unknown,
 )
-from ..ops.masked_squared_error import masked_squared_error
+from ..ops.masked_squared_error import check_element_loss, masked_squared_error
 from ..reference.squared_error import select
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -65,6 +65,8 @@ def _token_loss(
     reduction,
     mask_label="attention_mask shape",
     normalizer=None,
+    loss="mse",
+    delta=1.0,
 ):
     """The loss, with Python's checks only where something may be wrong.
 
@@ -81,7 +83,7 @@ def _token_loss(
                 _check_weights(function, foreground_weight, background_weight)
         how = _TOKEN_REDUCTION[reduction]
         apart = normalizer is not None or reduction in AGGREGATIONS  # the operator cannot
-        loss = masked_squared_error(
+        result = masked_squared_error(
             model_pred,
             target,
             attention_mask,
@@ -90,15 +92,18 @@ def _token_loss(
             foreground_weight,
             background_weight,
             "token" if apart else how,
+            loss,
+            delta,
         )
         if not apart:
-            return loss
-        return aggregated(function, loss, attention_mask, reduction, normalizer)
+            return result
+        return aggregated(function, result, attention_mask, reduction, normalizer)
     except Exception as error:  # a list has no .dim(), and what else there is
         failure = error
     try:
         _check(function, reduction, mask_label, *tensors)
         _check_weights(function, foreground_weight, background_weight)
+        check_element_loss(function, loss, delta)
         raise failure
     finally:
         del failure  # error, traceback, frame and this name would keep the tensors alive
@@ -121,6 +126,11 @@ def aggregated(function, loss, attention_mask, reduction, normalizer=None):
     return reduce_tokens(loss, on, share, reduction, None, divisor)
 
 
+def shown_loss(module):
+    """For extra_repr(): the element loss, where it is not the usual one."""
+    return "" if module.loss == "mse" else f", loss={module.loss!r}, delta={module.delta}"
+
+
 def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
     """The operator gives every token the background weight where there is no edit mask."""
     if edit_mask is not None:
@@ -141,6 +151,8 @@ def masked_edit_token_mean_loss(
     reduction="mean",
     edit_mask_default="unit",
     normalizer=None,
+    loss="mse",
+    delta=1.0,
 ):
     r"""Weighted squared error, mean over channels, then over the tokens that the mask keeps.
 
@@ -181,6 +193,21 @@ def masked_edit_token_mean_loss(
             ("foreground").
         normalizer: what all means and "sequence_sum" divide by instead of their own count of
             tokens, samples or weights (of all micro-batches and ranks): a number or a 0-d tensor.
+        loss: what stands in the place of :math:`d^2` above, with :math:`d = \hat y - y` and
+            :math:`\delta` = ``delta``, as PyTorch's functions of these names have it:
+
+            - "mse": :math:`d^2`; "l1": :math:`|d|`, with slope 0 at 0;
+            - "smooth_l1": :math:`d^2 / 2\delta` where :math:`|d| < \delta` (PyTorch's beta), else
+              :math:`|d| - \delta / 2`;
+            - "huber": :math:`d^2 / 2` where :math:`|d| < \delta`, else
+              :math:`\delta (|d| - \delta / 2)`;
+            - "pseudo_huber": :math:`\delta^2 (\sqrt{1 + (d / \delta)^2} - 1)`, which is close to
+              "huber". The diffusion trainers' :math:`2c (\sqrt{d^2 + c^2} - c)`, their "huber", is
+              twice this with ``delta=c``; what they call "smooth_l1" is 2 / c times it.
+        delta: where the loss bends, above 0 (for "smooth_l1" it may be 0, which is "l1"); "mse" and
+            "l1" do not read it. A number, or a 0-d floating tensor, which may change from step to
+            step without another graph under torch.compile; it gets no gradient. The value of a
+            tensor is checked on the CPU alone.
 
     Returns:
         ``[]``, or ``[B, T]`` for "none" (0 at excluded tokens); float32, float64 where model_pred
@@ -200,11 +227,20 @@ def masked_edit_token_mean_loss(
         background,
         reduction,
         normalizer=normalizer,
+        loss=loss,
+        delta=delta,
     )
 
 
 def compute_loss_multi_resolution(
-    model_pred, target, attention_mask, edit_mask=None, weighting=None
+    model_pred,
+    target,
+    attention_mask,
+    edit_mask=None,
+    weighting=None,
+    *,
+    loss="mse",
+    delta=1.0,
 ):
     r"""Squared error over the valid tokens of a multi-resolution batch.
 
@@ -224,6 +260,7 @@ def compute_loss_multi_resolution(
         attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
         edit_mask: ``[B, T]`` in [0, 1].
         weighting: broadcastable to ``[B, T, C]``, or a number.
+        loss, delta: as in ``masked_edit_token_mean_loss``.
 
     Returns:
         ``[]`` float32 (float64); 0 where no token is kept.
@@ -236,6 +273,8 @@ def compute_loss_multi_resolution(
         background,
         "mean",
         "Attention mask shape",
+        loss=loss,
+        delta=delta,
     )
 
 
@@ -262,6 +301,7 @@ class AttentionMaskMseLoss(torch.nn.Module):
             "sequence_sum" or "weighted_mean", as in ``masked_edit_token_mean_loss``.
         edit_mask_default: without an edit mask every token has weight 1 ("unit") or fg
             ("foreground").
+        loss, delta: as in ``masked_edit_token_mean_loss``; attributes that may be set anew.
     """
 
     def __init__(
@@ -272,6 +312,8 @@ class AttentionMaskMseLoss(torch.nn.Module):
         reduction="mean",
         *,
         edit_mask_default="unit",
+        loss="mse",
+        delta=1.0,
     ):
         super().__init__()
         check_choice(
@@ -284,7 +326,10 @@ class AttentionMaskMseLoss(torch.nn.Module):
         check_number("AttentionMaskMseLoss", "eps", eps, least=0)
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
+        check_element_loss("AttentionMaskMseLoss", loss, delta)
         self.eps = eps
+        self.loss = loss
+        self.delta = delta
         self.reduction = reduction
         self.edit_mask_default = edit_mask_default
 
@@ -312,13 +357,15 @@ class AttentionMaskMseLoss(torch.nn.Module):
             ),
             self.reduction,
             normalizer=normalizer,
+            loss=self.loss,
+            delta=self.delta,
         )
 
     def extra_repr(self):
         return (
             f"foreground_weight={self.foreground_weight}, "
             f"background_weight={self.background_weight}, "
-            f"eps={self.eps}, reduction={self.reduction!r}"
+            f"eps={self.eps}, reduction={self.reduction!r}{shown_loss(self)}"
         )
 
 

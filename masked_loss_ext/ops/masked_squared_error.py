@@ -10,8 +10,16 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
-from .._checks import as_edit_mask, as_mask, as_number, check_constant, is_symbolic
-from ..reference.squared_error import align_leading
+from .._checks import (
+    as_edit_mask,
+    as_mask,
+    as_number,
+    check_choice,
+    check_constant,
+    check_number,
+    is_symbolic,
+)
+from ..reference.squared_error import ELEMENT_LOSSES, align_leading
 from ._autograd import Differentiable, Like
 
 
@@ -24,6 +32,8 @@ def masked_squared_error(
     foreground_weight: float = 2.0,
     background_weight: float = 1.0,
     reduction: str = "mean",
+    loss: str = "mse",
+    delta: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
     if mask is not None and mask.dtype is not torch.bool:
@@ -34,8 +44,36 @@ def masked_squared_error(
     weights = (foreground_weight, background_weight)
     if torch.compiler.is_compiling() and any(map(is_symbolic, weights)):
         edit_mask, *weights = _as_edit_mask(prediction, edit_mask, *weights)
-    args = (prediction, target, mask, edit_mask, weighting, *weights, reduction)
+    if loss != "mse":
+        delta = _as_delta(loss, delta, prediction)
+    elif delta is not None:
+        check_constant("masked_squared_error", "delta", delta)
+        delta = None
+    args = (prediction, target, mask, edit_mask, weighting, *weights, reduction, loss, delta)
     return operator.call(args, 1)[0]
+
+
+def check_element_loss(function: str, loss: str, delta: float | torch.Tensor | None) -> None:
+    """A tensor's value is not looked at: that may wait for a GPU."""
+    if loss == "mse" and type(delta) is float:  # nobody reads it
+        return
+    check_choice(function, "loss", loss, tuple(ELEMENT_LOSSES))
+    check_constant(function, "delta", delta)
+    if delta is not None and not isinstance(delta, torch.Tensor):
+        allowed = {"least": 0} if loss == "smooth_l1" else {"above": 0}
+        check_number(function, "delta", delta, **allowed)
+
+
+def _as_delta(loss, delta, prediction):
+    """In a tensor: as a number of the operator it would be compiled in. None for 1."""
+    check_element_loss("masked_squared_error", loss, delta)
+    if isinstance(delta, torch.Tensor):
+        return delta if delta.device == prediction.device else delta.to(prediction.device)
+    # Of one that changes the comparison would be a guard: a graph below 1, at 1, above.
+    changes = torch.compiler.is_dynamo_compiling() and is_symbolic(delta)
+    if delta is None or (not changes and delta == 1):
+        return None
+    return as_number(delta, prediction.device)
 
 
 def _as_edit_mask(prediction, edit_mask, foreground_weight, background_weight):

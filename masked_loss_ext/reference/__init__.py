@@ -26,11 +26,9 @@ from .squared_error import (
     masked_edit_token_mean_loss,
     masked_mse,
     masked_squared_error,
-    masked_squared_error_gradients,
     masked_sse,
     mse_loss,
     select,
-    term_scale,
 )
 
 __all__ = [
@@ -51,7 +49,6 @@ __all__ = [
     "masked_edit_token_mean_loss",
     "masked_mse",
     "masked_squared_error",
-    "masked_squared_error_gradients",
     "masked_sse",
     "mse_loss",
     "multi_token_prediction_loss",
@@ -59,6 +56,5 @@ __all__ = [
     "repetition",
     "row_statistics",
     "select",
-    "term_scale",
     "unpad",
 ]

@@ -1,7 +1,34 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Masked squared errors."""
+"""Masked squared errors and their kin: one loss per element, weighted, selected, reduced."""
 
 import torch
+
+
+def _bent(d, delta, inner, outer):
+    """inner(d) below delta, outer(|d|) above."""
+    size = d.abs()
+    below = size < delta
+    return torch.where(below, inner(select(below, d)), outer(size))
+
+
+def _smooth_l1(d, delta):
+    bend = torch.where(delta > 0, delta, 1)  # at 0 nothing is below it
+    return _bent(d, delta, lambda x: x.square() / (2 * bend), lambda x: x - delta / 2)
+
+
+def _huber(d, delta):
+    return _bent(d, delta, lambda x: x.square() / 2, lambda x: delta * (x - delta / 2))
+
+
+# Losses of d = p - t. delta is a 0-d tensor.
+ELEMENT_LOSSES = {
+    "mse": lambda d, delta: d.square(),
+    "l1": lambda d, delta: d.abs(),
+    "smooth_l1": _smooth_l1,
+    "huber": _huber,
+    # delta^2 (sqrt(1 + (d / delta)^2) - 1), without the difference of two equal numbers
+    "pseudo_huber": lambda d, delta: d.square() / (1 + (1 + (d / delta).square()).sqrt()),
+}
 
 
 def accumulate_dtype(prediction, target):
@@ -64,50 +91,21 @@ def masked_squared_error(
     foreground_weight=2.0,
     background_weight=1.0,
     reduction="mean",
+    loss="mse",
+    delta=None,
 ):
     """What the operator ``masked_squared_error`` computes (csrc/elementwise/formula.h)."""
     on, difference, edit, omega = factors(
         prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight
     )
-    term = select(on, edit * omega * difference.square())
+    delta = torch.as_tensor(1.0 if delta is None else delta).to(difference)
+    term = select(on, edit * omega * ELEMENT_LOSSES[loss](difference, delta))
     denominator = _at_least_one(_denominator(reduction, prediction, on))
     if reduction == "none":
         return term
     if reduction == "token":
         return term.sum(-1) / denominator
     return (term.sum() / denominator).to(term.dtype)
-
-
-def masked_squared_error_gradients(
-    grad_loss,
-    prediction,
-    target,
-    mask=None,
-    edit_mask=None,
-    weighting=None,
-    foreground_weight=2.0,
-    background_weight=1.0,
-    reduction="mean",
-):
-    """Its derivative, written out: of prediction, of target and, per element, of weighting.
-
-    In plain PyTorch as well, and so differentiable again. All in the dtype of the loss.
-    """
-    on, difference, edit, omega = factors(
-        prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight
-    )
-    scale = term_scale(grad_loss, prediction, on, reduction, difference.dtype)
-    scale = select(on, scale)
-    grad = 2 * scale * edit * omega * difference
-    grad_weighting = scale * edit * difference.square()
-    return grad, -grad, grad_weighting
-
-
-def term_scale(grad_loss, prediction, on, reduction, dtype):
-    """d loss / d term times ``grad_loss``, in a shape that broadcasts to prediction."""
-    denominator = _at_least_one(_denominator(reduction, prediction, on))
-    scale = (grad_loss / denominator).to(dtype)
-    return scale.unsqueeze(-1) if reduction == "token" else scale
 
 
 def masked_edit_token_mean_loss(
@@ -121,8 +119,10 @@ def masked_edit_token_mean_loss(
     *,
     reduction="mean",
     edit_mask_default="unit",
+    loss="mse",
+    delta=None,
 ):
-    """AttentionMaskMseLoss: weighted squared error, mean over channels, then over valid tokens."""
+    """AttentionMaskMseLoss: weighted error, mean over channels, then over valid tokens."""
     if edit_mask is None:
         background_weight = 1.0 if edit_mask_default == "unit" else foreground_weight
     return masked_squared_error(
@@ -134,14 +134,18 @@ def masked_edit_token_mean_loss(
         foreground_weight,
         background_weight,
         {"mean": "mean", "sum": "token_sum", "none": "token"}[reduction],
+        loss,
+        delta,
     )
 
 
 def compute_loss_multi_resolution(
-    model_pred, target, attention_mask, edit_mask=None, weighting=None
+    model_pred, target, attention_mask, edit_mask=None, weighting=None, **element_loss
 ):
     """The same with weights 2 (foreground) and 1 (background)."""
-    return masked_edit_token_mean_loss(model_pred, target, attention_mask, edit_mask, weighting)
+    return masked_edit_token_mean_loss(
+        model_pred, target, attention_mask, edit_mask, weighting, **element_loss
+    )
 
 
 def mask_edit_loss(
@@ -154,6 +158,8 @@ def mask_edit_loss(
     foreground_weight=2.0,
     background_weight=1.0,
     attention_mask=None,
+    loss="mse",
+    delta=None,
 ):
     """MaskEditLoss: per element; without an edit mask everything is foreground."""
     if edit_mask is None:
@@ -167,19 +173,23 @@ def mask_edit_loss(
         foreground_weight,
         background_weight,
         reduction,
+        loss,
+        delta,
     )
 
 
-def mse_loss(model_pred, target, weighting=None, reduction="mean"):
+def mse_loss(model_pred, target, weighting=None, reduction="mean", **element_loss):
     """MseLoss: squared error, optionally weighted, no mask."""
-    return masked_squared_error(model_pred, target, weighting=weighting, reduction=reduction)
+    return masked_squared_error(
+        model_pred, target, weighting=weighting, reduction=reduction, **element_loss
+    )
 
 
-def masked_sse(x_recon, x, mask, *, reduction="batch_mean"):
+def masked_sse(x_recon, x, mask, *, reduction="batch_mean", **element_loss):
     """Sum of squared errors where mask is on, divided as ``reduction`` says."""
-    return masked_squared_error(x_recon, x, mask, reduction=reduction)
+    return masked_squared_error(x_recon, x, mask, reduction=reduction, **element_loss)
 
 
-def masked_mse(x_recon, x, mask, *, reduction="mean"):
+def masked_mse(x_recon, x, mask, *, reduction="mean", **element_loss):
     """The same with another default."""
-    return masked_squared_error(x_recon, x, mask, reduction=reduction)
+    return masked_sse(x_recon, x, mask, reduction=reduction, **element_loss)

@@ -37,6 +37,8 @@ class Case:
     target_dtype: torch.dtype | None = None  # None: that of prediction
     weighting_dtype: torch.dtype | None = None
     edit_dtype: torch.dtype | None = None  # an integer one: 0 and 255
+    loss: str = "mse"
+    delta: float | None = None
 
 
 SIZES = [
@@ -141,7 +143,23 @@ MIXED = [
     Case("weight_f64", "wide weights", (2, 7, 5), weighting=(2, 7, 1), weighting_dtype=_f64),
 ]
 
-CASES = SIZES + MASKS + EMPTY + WEIGHTS + RANKS + STRIDES + MIXED
+# Errors are about 1.4 in size: a third of them lie below 0.5.
+LOSSES = [
+    Case("smooth_l1_at_0", "beta 0 is l1", (2, 9, 65), loss="smooth_l1", delta=0.0),
+    Case("huber_default", "delta 1 where none is given", (2, 9, 65), loss="huber"),
+    Case("pseudo_huber_long", "three blocks", (1, 3, 2051), loss="pseudo_huber", delta=2.0),
+    Case("l1_chunks", "a row is cut in two", (1, 2, 32769), mask="elements", loss="l1"),
+    Case("huber_mixed", "converted", (2, 7, 65), target_dtype=_f64, loss="huber", delta=0.5),
+]
+for _loss in ("l1", "smooth_l1", "huber", "pseudo_huber"):
+    _how = {"loss": _loss, "delta": 0.5}
+    LOSSES += [
+        Case(f"{_loss}_rows", "row by row", (2, 9, 65), edit="tokens", weighting=(2, 9, 1), **_how),
+        Case(f"{_loss}_all", "all factors", (2, 5, 6), "elements", "elements", (2, 5, 6), **_how),
+        Case(f"{_loss}_sliced", "converted", (3, 7, 5), weighting=(5,), layout="sliced", **_how),
+    ]
+
+CASES = SIZES + MASKS + EMPTY + WEIGHTS + RANKS + STRIDES + MIXED + LOSSES
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES)
 
@@ -167,12 +185,17 @@ def make(case, dtype, seed=0):
     edit = None if edit_shape is None else torch.rand(edit_shape, generator=g)
     if case.edit_dtype is not None:
         edit = (edit < 0.5).to(case.edit_dtype) * 255
+    element_loss = {}
+    if case.loss != "mse":
+        element_loss["loss"] = case.loss
+        element_loss["delta"] = None if case.delta is None else torch.tensor(case.delta)
     return {
         "prediction": stored_as(values(case.shape).to(dtype), case.layout),
         "target": stored_as(values(case.shape).to(case.target_dtype or dtype), target_layout),
         "mask": mask,
         "edit_mask": edit,
         "weighting": weighting,
+        **element_loss,
     }
 
 

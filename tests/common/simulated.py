@@ -77,7 +77,8 @@ class SimulatedOperator(Uploader):
 
         needs: which gradients of prediction, target, weighting; all that there are by default.
         """
-        options = (foreground_weight, background_weight, reduction)
+        options = (foreground_weight, background_weight, reduction, inputs.get("loss", "mse"))
+        options += (self.upload(inputs.get("delta")),)
         weighting = inputs["weighting"]
         if needs is None:
             needs = (True, True, weighting is not None)
@@ -88,7 +89,7 @@ class SimulatedOperator(Uploader):
             if grad_loss is None:
                 grad_loss = torch.ones_like(results["loss"])
             grad_loss = self.upload(grad_loss.to(results["loss"].dtype))
-            grads = self.backward(grad_loss, *args, count, *options, *needs)
+            grads = self.backward(grad_loss, *args, *options, count, *needs)
         for needed, name, grad in zip(needs, ARGUMENTS[:2] + ARGUMENTS[4:], grads, strict=True):
             assert needed or grad.shape == (0,), name
             if needed:

@@ -41,7 +41,8 @@ def test_opcheck_backward(name, needs):
         loss, count = op(*values, 2.0, 1.0, reduction)
         # No input may require a gradient here: opcheck would differentiate the outputs again, those
         # that are empty because they were not asked for among them.
-        arguments = (torch.ones_like(loss), *values, count, 2.0, 1.0, reduction, *needs)
+        options = (2.0, 1.0, reduction, "mse", None)
+        arguments = (torch.ones_like(loss), *values, *options, count, *needs)
         torch.library.opcheck(backward_op, arguments)
 
 

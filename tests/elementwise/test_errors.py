@@ -161,7 +161,8 @@ def call_backward(grad=None, reduction="mean", count=None, **inputs):
     values = {"prediction": P, "target": P, "mask": None, "edit": None, "weighting": None, **inputs}
     count = torch.tensor(24) if count is None else count
     grad = torch.ones(()) if grad is None else grad
-    return backward(grad, *values.values(), count, 2.0, 1.0, reduction, True, True, False)
+    options = (2.0, 1.0, reduction, "mse", None)
+    return backward(grad, *values.values(), *options, count, True, True, False)
 
 
 OP_ARGUMENTS = [

@@ -133,13 +133,14 @@ def test_zero_gradients_that_autograd_makes_up(reduction):
 def test_backward_operator_with_the_strides_of_nobody():
     inputs = make(BY_NAME["weight_all"], torch.float32)
     tensors = [*inputs.values()]
-    options = (2.0, 1.0, "none", True, True, True)
-    loss, count = forward_op(*tensors, *options[:3])
+    options = (2.0, 1.0, "none", "mse", None)
+    loss, count = forward_op(*tensors, *options)
     grad_loss = torch.linspace(-1, 1, loss.numel()).reshape(loss.shape)
-    expected = backward_op(grad_loss, *tensors, count, *options)
+    expected = backward_op(grad_loss, *tensors, *options, count, True, True, True)
     strange = [apart(x) for x in tensors]
     other_count = torch.stack([count, count + 1])[0]  # into a larger storage
-    actual = backward_op(transposed(grad_loss), *strange, other_count, *options)
+    grads = (True, True, True)
+    actual = backward_op(transposed(grad_loss), *strange, *options, other_count, *grads)
     for one, other in zip(actual, expected, strict=True):
         assert_same_bits(one.contiguous(), other, "gradient")
 
@@ -168,7 +169,8 @@ def test_more_elements_than_an_offset_counts(ops, shape):
         ops.masked_squared_error(x, x)
     with pytest.raises(ValueError, match=f"^_masked_squared_error_backward: {text}"):
         ops._masked_squared_error_backward(
-            torch.ones(()), x, x, None, None, None, number, 1.0, 1.0, "sum", *[False] * 3
+            *(torch.ones(()), x, x, None, None, None, 1.0, 1.0, "sum", "mse", None, number),
+            *[False] * 3,
         )
 
 
@@ -191,6 +193,15 @@ def test_both_devices_refuse_the_same(ops):
         "mask must be of a dtype that PyTorch computes with": (
             torch.empty(2, 3, dtype=torch.int1),
         ),
+        "loss must be one of mse, l1, smooth_l1, huber, pseudo_huber, got l2": (
+            *(None, None, None, 1.0, 1.0, "mean", "l2"),
+        ),
+        r"delta must be one number \[\], got \[1\]": (
+            *(None, None, None, 1.0, 1.0, "mean", "huber", torch.ones(1)),
+        ),
+        "delta must be float16, bfloat16, float32 or float64, got Long": (
+            *(None, None, None, 1.0, 1.0, "mean", "huber", torch.tensor(1)),
+        ),
         "weighting must be of a dtype": (None, None, torch.empty(4, dtype=torch.float8_e8m0fnu)),
     }
     for text, arguments in bad.items():
@@ -198,6 +209,6 @@ def test_both_devices_refuse_the_same(ops):
             ops.masked_squared_error(x, x, *arguments)
     one = torch.ones(())
     for count in (torch.tensor(24, dtype=torch.int32), torch.tensor([24]), torch.tensor(24.0)):
-        inputs = (one, x, x, None, None, None, count)
+        inputs = (one, x, x, None, None, None, 1.0, 1.0, "mean", "mse", None, count)
         with pytest.raises(ValueError, match=r"count must be an int64 number \[\], got "):
-            ops._masked_squared_error_backward(*inputs, 1.0, 1.0, "mean", True, True, False)
+            ops._masked_squared_error_backward(*inputs, True, True, False)
