@@ -7,6 +7,7 @@ Shapes, dtypes and devices are looked at, and data on the CPU alone: no synchron
 import difflib
 import math
 import numbers
+from typing import Any
 
 import torch
 
@@ -313,7 +314,7 @@ def check_weighting(function, weighting, like_name, like):
     check_device(function, "weighting", weighting, like_name, like)
 
 
-def as_weighting(function, weighting, like):
+def as_weighting(function, weighting, like) -> Any:
     """Numbers and integer tensors as floating tensors; anything else as it is."""
     if weighting is None or (isinstance(weighting, torch.Tensor) and weighting.is_floating_point()):
         return weighting

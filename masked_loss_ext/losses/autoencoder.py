@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Reconstruction errors of masked autoencoders: only the hidden positions count."""
 
+from torch import Tensor
+
 from .._checks import check_choice, check_leading_mask, check_prediction
 from ..ops.masked_squared_error import check_element_loss, masked_squared_error
 
@@ -15,7 +17,15 @@ def _reconstruction_error(function, x_recon, x, mask, reduction, loss, delta):
     return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction, loss, delta)
 
 
-def masked_sse(x_recon, x, mask, *, reduction="batch_mean", loss="mse", delta=1.0):
+def masked_sse(
+    x_recon: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str = "batch_mean",
+    loss: str = "mse",
+    delta: float | Tensor = 1.0,
+) -> Tensor:
     r"""Sum of squared errors over the positions that ``mask`` includes.
 
     .. math:: S = \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad
@@ -44,7 +54,15 @@ def masked_sse(x_recon, x, mask, *, reduction="batch_mean", loss="mse", delta=1.
     return _reconstruction_error("masked_sse", x_recon, x, mask, reduction, loss, delta)
 
 
-def masked_mse(x_recon, x, mask, *, reduction="mean", loss="mse", delta=1.0):
+def masked_mse(
+    x_recon: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str = "mean",
+    loss: str = "mse",
+    delta: float | Tensor = 1.0,
+) -> Tensor:
     r"""Mean of squared errors over the positions that ``mask`` includes.
 
     .. math:: \frac{1}{n} \sum_{i:\, m_i} (\hat x_i - x_i)^2, \qquad n = \#\{i : m_i\}

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Element-wise squared errors: MaskEditLoss and MseLoss."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .._checks import (
     as_weighting,
@@ -42,13 +45,13 @@ class MaskEditLoss(torch.nn.Module):
 
     def __init__(
         self,
-        foreground_weight=2.0,
-        background_weight=1.0,
+        foreground_weight: float = 2.0,
+        background_weight: float = 1.0,
         *,
-        forground_weight=None,
-        loss="mse",
-        delta=1.0,
-    ):
+        forground_weight: float | None = None,
+        loss: str = "mse",
+        delta: float | Tensor = 1.0,
+    ) -> None:
         super().__init__()
         check_element_loss("MaskEditLoss", loss, delta)
         self.loss, self.delta = loss, delta
@@ -66,24 +69,24 @@ class MaskEditLoss(torch.nn.Module):
         return float(fg), float(bg)
 
     @property
-    def forground_weight(self):
+    def forground_weight(self) -> float:
         return self.foreground_weight
 
     @forground_weight.setter
-    def forground_weight(self, value):
+    def forground_weight(self, value: float) -> None:
         self.foreground_weight = value
 
     def forward(
         self,
-        model_pred,
-        target,
-        weighting=None,
-        edit_mask=None,
-        reduction="mean",
+        model_pred: Tensor,
+        target: Tensor,
+        weighting: float | Tensor | None = None,
+        edit_mask: Tensor | None = None,
+        reduction: str = "mean",
         *,
-        attention_mask=None,
-        **unknown,
-    ):
+        attention_mask: Tensor | None = None,
+        **unknown: Any,
+    ) -> Tensor:
         """Loss of ``[B, T, C]`` tensors.
 
         Args:
@@ -129,7 +132,7 @@ class MaskEditLoss(torch.nn.Module):
         )
         return aggregated(name, loss, attention_mask, reduction) if of_tokens else loss
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"foreground_weight={self.foreground_weight}, "
             f"background_weight={self.background_weight}{shown_loss(self)}"
@@ -157,7 +160,9 @@ class MseLoss(torch.nn.Module):
         loss, delta: as in ``masked_edit_token_mean_loss``; attributes that may be set anew.
     """
 
-    def __init__(self, reduction="mean", *, loss="mse", delta=1.0):
+    def __init__(
+        self, reduction: str = "mean", *, loss: str = "mse", delta: float | Tensor = 1.0
+    ) -> None:
         super().__init__()
         check_element_loss("MseLoss", loss, delta)
         self.loss, self.delta = loss, delta
@@ -166,14 +171,14 @@ class MseLoss(torch.nn.Module):
 
     def forward(
         self,
-        model_pred,
-        target,
-        weighting=None,
+        model_pred: Tensor,
+        target: Tensor,
+        weighting: float | Tensor | None = None,
         *,
-        attention_mask=None,
-        edit_mask=None,
-        **unknown,
-    ):
+        attention_mask: Tensor | None = None,
+        edit_mask: Tensor | None = None,
+        **unknown: Any,
+    ) -> Tensor:
         """Loss of tensors of any rank; it takes what the other losses take, so that a trainer may
         call any of them with the same keywords.
 
@@ -200,5 +205,5 @@ class MseLoss(torch.nn.Module):
         how = (1.0, 1.0, self.reduction, self.loss, self.delta)
         return masked_squared_error(model_pred, target, attention_mask, None, weighting, *how)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}{shown_loss(self)}"

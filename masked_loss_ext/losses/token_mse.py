@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Token-wise squared errors for padded, edited and multi-resolution batches."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .._aggregate import AGGREGATIONS, as_divisor, check_normalizer, reduce_tokens
 from .._checks import (
@@ -139,21 +142,21 @@ def _background(edit_mask, edit_mask_default, foreground_weight, background_weig
 
 
 def masked_edit_token_mean_loss(
-    model_pred,
-    target,
-    attention_mask=None,
-    edit_mask=None,
-    weighting=None,
-    foreground_weight=2.0,
-    background_weight=1.0,
+    model_pred: Tensor,
+    target: Tensor,
+    attention_mask: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    weighting: float | Tensor | None = None,
+    foreground_weight: float = 2.0,
+    background_weight: float = 1.0,
     *,
-    eps=1e-12,
-    reduction="mean",
-    edit_mask_default="unit",
-    normalizer=None,
-    loss="mse",
-    delta=1.0,
-):
+    eps: float = 1e-12,
+    reduction: str = "mean",
+    edit_mask_default: str = "unit",
+    normalizer: float | Tensor | None = None,
+    loss: str = "mse",
+    delta: float | Tensor = 1.0,
+) -> Tensor:
     r"""Weighted squared error, mean over channels, then over the tokens that the mask keeps.
 
     .. math::
@@ -233,15 +236,15 @@ def masked_edit_token_mean_loss(
 
 
 def compute_loss_multi_resolution(
-    model_pred,
-    target,
-    attention_mask,
-    edit_mask=None,
-    weighting=None,
+    model_pred: Tensor,
+    target: Tensor,
+    attention_mask: Tensor | None,
+    edit_mask: Tensor | None = None,
+    weighting: float | Tensor | None = None,
     *,
-    loss="mse",
-    delta=1.0,
-):
+    loss: str = "mse",
+    delta: float | Tensor = 1.0,
+) -> Tensor:
     r"""Squared error over the valid tokens of a multi-resolution batch.
 
     .. math::
@@ -306,15 +309,15 @@ class AttentionMaskMseLoss(torch.nn.Module):
 
     def __init__(
         self,
-        foreground_weight=2.0,
-        background_weight=1.0,
-        eps=1e-12,
-        reduction="mean",
+        foreground_weight: float = 2.0,
+        background_weight: float = 1.0,
+        eps: float = 1e-12,
+        reduction: str = "mean",
         *,
-        edit_mask_default="unit",
-        loss="mse",
-        delta=1.0,
-    ):
+        edit_mask_default: str = "unit",
+        loss: str = "mse",
+        delta: float | Tensor = 1.0,
+    ) -> None:
         super().__init__()
         check_choice(
             "AttentionMaskMseLoss", "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction: "
@@ -335,15 +338,15 @@ class AttentionMaskMseLoss(torch.nn.Module):
 
     def forward(
         self,
-        model_pred,
-        target,
-        attention_mask=None,
-        edit_mask=None,
-        weighting=None,
+        model_pred: Tensor,
+        target: Tensor,
+        attention_mask: Tensor | None = None,
+        edit_mask: Tensor | None = None,
+        weighting: float | Tensor | None = None,
         *,
-        normalizer=None,
-        **unknown,
-    ):
+        normalizer: float | Tensor | None = None,
+        **unknown: Any,
+    ) -> Tensor:
         """Shapes, dtypes and normalizer as in ``masked_edit_token_mean_loss``; TypeError for other
         keywords."""
         if unknown:
@@ -361,7 +364,7 @@ class AttentionMaskMseLoss(torch.nn.Module):
             delta=self.delta,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"foreground_weight={self.foreground_weight}, "
             f"background_weight={self.background_weight}, "

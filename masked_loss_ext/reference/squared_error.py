@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Masked squared errors and their kin: one loss per element, weighted, selected, reduced."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def _bent(d, delta, inner, outer):
@@ -31,24 +34,32 @@ ELEMENT_LOSSES = {
 }
 
 
-def accumulate_dtype(prediction, target):
+def accumulate_dtype(prediction: Tensor, target: Tensor) -> torch.dtype:
     """float64 where either is float64, else float32."""
     wide = torch.float64 in (prediction.dtype, target.dtype)
     return torch.float64 if wide else torch.float32
 
 
-def align_leading(tensor, like):
+def align_leading(tensor: Tensor, like: Tensor) -> Tensor:
     """View a tensor of ``like``'s leading dimensions, or with 1 in their place, so that it
     broadcasts to ``like``."""
     return tensor.reshape(tensor.shape + (1,) * (like.dim() - tensor.dim()))
 
 
-def select(on, tensor):
+def select(on: Tensor | None, tensor: Tensor) -> Tensor:
     """The tensor where ``on``, exactly 0 elsewhere."""
     return tensor if on is None else torch.where(on, tensor, tensor.new_zeros(()))
 
 
-def factors(prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight):
+def factors(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    edit_mask: Tensor | None,
+    weighting: Tensor | None,
+    foreground_weight: float,
+    background_weight: float,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """on (bool of prediction's shape, or None), p - t, edit weight and weighting, selected."""
     dtype = accumulate_dtype(prediction, target)
     on = None
@@ -83,17 +94,17 @@ def _at_least_one(number):
 
 
 def masked_squared_error(
-    prediction,
-    target,
-    mask=None,
-    edit_mask=None,
-    weighting=None,
-    foreground_weight=2.0,
-    background_weight=1.0,
-    reduction="mean",
-    loss="mse",
-    delta=None,
-):
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    weighting: Tensor | None = None,
+    foreground_weight: float = 2.0,
+    background_weight: float = 1.0,
+    reduction: str = "mean",
+    loss: str = "mse",
+    delta: float | Tensor | None = None,
+) -> Tensor:
     """What the operator ``masked_squared_error`` computes (csrc/elementwise/formula.h)."""
     on, difference, edit, omega = factors(
         prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight
@@ -109,19 +120,19 @@ def masked_squared_error(
 
 
 def masked_edit_token_mean_loss(
-    model_pred,
-    target,
-    attention_mask=None,
-    edit_mask=None,
-    weighting=None,
-    foreground_weight=2.0,
-    background_weight=1.0,
+    model_pred: Tensor,
+    target: Tensor,
+    attention_mask: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    weighting: Tensor | None = None,
+    foreground_weight: float = 2.0,
+    background_weight: float = 1.0,
     *,
-    reduction="mean",
-    edit_mask_default="unit",
-    loss="mse",
-    delta=None,
-):
+    reduction: str = "mean",
+    edit_mask_default: str = "unit",
+    loss: str = "mse",
+    delta: float | Tensor | None = None,
+) -> Tensor:
     """AttentionMaskMseLoss: weighted error, mean over channels, then over valid tokens."""
     if edit_mask is None:
         background_weight = 1.0 if edit_mask_default == "unit" else foreground_weight
@@ -140,8 +151,13 @@ def masked_edit_token_mean_loss(
 
 
 def compute_loss_multi_resolution(
-    model_pred, target, attention_mask, edit_mask=None, weighting=None, **element_loss
-):
+    model_pred: Tensor,
+    target: Tensor,
+    attention_mask: Tensor | None,
+    edit_mask: Tensor | None = None,
+    weighting: Tensor | None = None,
+    **element_loss: Any,
+) -> Tensor:
     """The same with weights 2 (foreground) and 1 (background)."""
     return masked_edit_token_mean_loss(
         model_pred, target, attention_mask, edit_mask, weighting, **element_loss
@@ -149,18 +165,18 @@ def compute_loss_multi_resolution(
 
 
 def mask_edit_loss(
-    model_pred,
-    target,
-    weighting=None,
-    edit_mask=None,
-    reduction="mean",
+    model_pred: Tensor,
+    target: Tensor,
+    weighting: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    reduction: str = "mean",
     *,
-    foreground_weight=2.0,
-    background_weight=1.0,
-    attention_mask=None,
-    loss="mse",
-    delta=None,
-):
+    foreground_weight: float = 2.0,
+    background_weight: float = 1.0,
+    attention_mask: Tensor | None = None,
+    loss: str = "mse",
+    delta: float | Tensor | None = None,
+) -> Tensor:
     """MaskEditLoss: per element; without an edit mask everything is foreground."""
     if edit_mask is None:
         background_weight = foreground_weight
@@ -178,18 +194,28 @@ def mask_edit_loss(
     )
 
 
-def mse_loss(model_pred, target, weighting=None, reduction="mean", **element_loss):
+def mse_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    weighting: Tensor | None = None,
+    reduction: str = "mean",
+    **element_loss: Any,
+) -> Tensor:
     """MseLoss: squared error, optionally weighted, no mask."""
     return masked_squared_error(
         model_pred, target, weighting=weighting, reduction=reduction, **element_loss
     )
 
 
-def masked_sse(x_recon, x, mask, *, reduction="batch_mean", **element_loss):
+def masked_sse(
+    x_recon: Tensor, x: Tensor, mask: Tensor, *, reduction: str = "batch_mean", **element_loss: Any
+) -> Tensor:
     """Sum of squared errors where mask is on, divided as ``reduction`` says."""
     return masked_squared_error(x_recon, x, mask, reduction=reduction, **element_loss)
 
 
-def masked_mse(x_recon, x, mask, *, reduction="mean", **element_loss):
+def masked_mse(
+    x_recon: Tensor, x: Tensor, mask: Tensor, *, reduction: str = "mean", **element_loss: Any
+) -> Tensor:
     """The same with another default."""
     return masked_sse(x_recon, x, mask, reduction=reduction, **element_loss)
