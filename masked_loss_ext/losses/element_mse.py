@@ -113,8 +113,8 @@ class MaskEditLoss(torch.nn.Module):
         )
         check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2, broadcast=True)
         check_constant(name, "edit_mask", edit_mask)
-        weighting = as_weighting(name, weighting, model_pred)
-        check_weighting(name, weighting, "model_pred", model_pred)
+        weights = as_weighting(name, weighting, model_pred)
+        check_weighting(name, weights, "model_pred", model_pred)
         check_element_loss(name, self.loss, self.delta)
         fg, bg = self._weights()
         of_tokens = reduction not in REDUCTIONS
@@ -123,7 +123,7 @@ class MaskEditLoss(torch.nn.Module):
             target,
             attention_mask,
             edit_mask,
-            weighting,
+            weights,
             fg,
             fg if edit_mask is None else bg,
             "token" if of_tokens else reduction,
@@ -199,11 +199,11 @@ class MseLoss(torch.nn.Module):
         for argument, mask in (("attention_mask", attention_mask), ("edit_mask", edit_mask)):
             if mask is not None:
                 check_leading_mask(name, argument, mask, "model_pred", model_pred)
-        weighting = as_weighting(name, weighting, model_pred)
-        check_weighting(name, weighting, "model_pred", model_pred)
+        weights = as_weighting(name, weighting, model_pred)
+        check_weighting(name, weights, "model_pred", model_pred)
         check_element_loss(name, self.loss, self.delta)
         how = (1.0, 1.0, self.reduction, self.loss, self.delta)
-        return masked_squared_error(model_pred, target, attention_mask, None, weighting, *how)
+        return masked_squared_error(model_pred, target, attention_mask, None, weights, *how)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}{shown_loss(self)}"

@@ -17,8 +17,6 @@ PACKAGE = Path(mle.__file__).parent
 SPECIAL = ("__init__", "__call__")
 # Modules without __all__ whose functions the documentation names.
 NAMED = ("ops.repetition",)
-# Modules whose functions are not annotated yet.
-NOT_YET: set[str] = {}
 
 
 def public_modules():
