@@ -221,10 +221,9 @@ def _sdpa(q, k, v, mask=None, scale=None, is_causal=False):
 
 def _flex(q, k, v, block_mask, scale):
     if q.device.type == "cpu" and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError(
-            f"{_NAME}: backend 'flex' must be without gradient on the CPU, where FlexAttention has "
-            "no backward, got inputs that require one (use 'auto', 'slices' or 'sdpa')"
-        )
+        rule = "be without gradient on the CPU, where FlexAttention has no backward"
+        got = "inputs that require one (use 'auto', 'slices' or 'sdpa')"
+        raise refusal(_NAME, "backend 'flex'", rule, got)
     attend = flex_attention
     if q.device.type == "cuda" and not torch.compiler.is_compiling():
         # Outside a compiled region FlexAttention would make all S * S scores.

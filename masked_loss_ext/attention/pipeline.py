@@ -148,10 +148,9 @@ class AttentionMaskedNestedDropout(_NestedDropout):
         read_write_key: str | None = None,
     ) -> None:
         if (read_key is None) == (read_write_key is None):
-            raise TypeError(
-                "AttentionMaskedNestedDropout: read_key must be given, or read_write_key in its "
-                f"place, got read_key={read_key!r}, read_write_key={read_write_key!r}"
-            )
+            rule = "be given, or read_write_key in its place"
+            got = f"read_key={read_key!r}, read_write_key={read_write_key!r}"
+            raise refusal("AttentionMaskedNestedDropout", "read_key", rule, got, TypeError)
         keys = read_write_key if read_key is None else read_key, eval_keep_k_read_key
         super().__init__(*keys, train_keep_k_write_key, size_sampling_mode, generator)
         self.keep_k_write_key = keep_k_write_key
@@ -210,10 +209,9 @@ class MaskedNestedDropout(_NestedDropout):
         # Fewer entries than samples: the rest keeps all.
         for i, (tokens, k) in enumerate(zip(data_dict[self.read_key], keep_k, strict=False)):
             if tokens.shape[-1] != self.dim or not tokens.is_floating_point():
-                raise ValueError(
-                    f"MaskedNestedDropout: {self.read_key}[{i}] must be a floating tensor "
-                    f"[1, n, {self.dim}], got {tokens.dtype} {shape_text(tokens)}"
-                )
+                rule = f"be a floating tensor [1, n, {self.dim}]"
+                got = f"{tokens.dtype} {shape_text(tokens)}"
+                raise refusal("MaskedNestedDropout", f"{self.read_key}[{i}]", rule, got)
             tokens[:, int(k) :] = self.dropout_mask_token.to(tokens.dtype)
         return data_dict
 
@@ -296,10 +294,8 @@ class NestedDropoutSequencePacker(torch.nn.Module):
     ) -> None:
         super().__init__()
         if mask_mode not in MASK_MODES:
-            raise ValueError(
-                f"{_PACKER}: Invalid mask mode: mask_mode must be {', '.join(MASK_MODES)}, got "
-                f"{mask_mode!r}"
-            )
+            rule = f"be {', '.join(MASK_MODES)}"
+            raise refusal(_PACKER, "Invalid mask mode: mask_mode", rule, repr(mask_mode))
         if max_seq_len is not None and pad_to_multiple is not None:
             raise ValueError(
                 f"{_PACKER}: Only one of max_seq_len and pad_to_multiple may be given, got "
@@ -378,10 +374,8 @@ class NestedDropoutSequencePacker(torch.nn.Module):
             _check_samples(_PACKER, key, tensors)
         counts = [len(tensors) for tensors in lists]
         if len(set(counts)) != 1:
-            raise ValueError(
-                f"{_PACKER}: all lists must have the same length, one entry per sample, got "
-                f"{dict(zip(self.input_list_read_keys, counts, strict=True))}"
-            )
+            got = dict(zip(self.input_list_read_keys, counts, strict=True))
+            raise refusal(_PACKER, "all lists", "have the same length, one entry per sample", got)
         if not counts[0]:
             raise refusal(_PACKER, "the lists", "hold at least one sample", "none")
         width = lists[0][0].shape[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_flags, check_tensor, shape_text
+from .._checks import check_flags, check_tensor, refusal, shape_text
 from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import Number, masked_cross_entropy
 
@@ -69,9 +69,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         if weight is not None:
             check_tensor(name, "weight", weight)
             if weight.dim() != 1:
-                raise ValueError(
-                    f"{name}: weight must have one entry per class [V], got {shape_text(weight)}"
-                )
+                raise refusal(name, "weight", "have one entry per class [V]", shape_text(weight))
         self.register_buffer("weight", weight)
         if isinstance(temperature, torch.Tensor):  # not looked at: it may be on a GPU
             self.register_buffer("temperature", temperature, persistent=False)

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+from .._checks import refusal
+
 # Private names, all in every torch that the library supports; without the first, the Python
 # autograd kernel would run a second time in each call.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -58,9 +60,8 @@ def refuse_two_devices(name: str, first: torch.Tensor, *others: Any) -> None:
     # that nobody has written.
     for other in others:
         if isinstance(other, torch.Tensor) and other.device != first.device:
-            raise ValueError(
-                f"{name}: all tensors must be on one device, got {first.device} and {other.device}"
-            )
+            got = f"{first.device} and {other.device}"
+            raise refusal(name, "all tensors", "be on one device", got)
 
 
 def refuse_derivative(op: Any, instead: str) -> None:

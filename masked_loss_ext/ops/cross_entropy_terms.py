@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
-from .._checks import as_integers, as_mask, check_integers, check_tensor, shape_text
+from .._checks import as_integers, as_mask, check_integers, check_tensor, refusal, shape_text
 from ..reference import CrossEntropyTerms
 from ._autograd import Differentiable, Like, is_transformed
 from .masked_cross_entropy import temperature_tensor, with_adjacent_classes
@@ -122,10 +122,8 @@ def _check_types(logits, target, mask, classes, links):
     if links is None:
         return
     if not isinstance(links, (tuple, list)) or len(links) != 2:
-        raise TypeError(
-            f"{_NAME}: links must be a pair (context_before, ngram_after), got "
-            f"{type(links).__name__}"
-        )
+        got = type(links).__name__
+        raise refusal(_NAME, "links", "be a pair (context_before, ngram_after)", got, TypeError)
     for argument, tensor in zip(("context_before", "ngram_after"), links, strict=True):
         check_tensor(_NAME, argument, tensor)
 
@@ -144,10 +142,8 @@ def _check_traced(a):
     )
     check_integers(_NAME, "target", a.target)
     if a.classes is not None and a.classes.shape[:-1] != a.logits.shape[:-1]:
-        raise ValueError(
-            f"{_NAME}: classes must be [..., K] with the leading dimensions of logits "
-            f"{shape_text(a.logits)}, got {shape_text(a.classes)}"
-        )
+        rule = f"be [..., K] with the leading dimensions of logits {shape_text(a.logits)}"
+        raise refusal(_NAME, "classes", rule, shape_text(a.classes))
     if not a.unscaled and (a.classes is not None or a.context_before is not None):
         raise ValueError(f"{_NAME}: classes and links must be None where unscaled is False")
 

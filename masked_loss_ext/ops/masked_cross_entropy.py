@@ -25,6 +25,7 @@ from .._checks import (
     check_constant,
     check_flags,
     is_symbolic,
+    refusal,
     shape_text,
 )
 from ..reference import RowStatistics
@@ -182,10 +183,8 @@ def masked_cross_entropy(
     aggregation = reduction in AGGREGATIONS
     if aggregation:
         if gradient_in_forward:
-            raise ValueError(
-                f"{name}: reduction must be mean or sum for gradient_in_forward, got {reduction}: "
-                "what it divides by is counted after the sweep"
-            )
+            got = f"{reduction}: what it divides by is counted after the sweep"
+            raise refusal(name, "reduction", "be mean or sum for gradient_in_forward", got)
         check_weighted(name, reduction, token_weight)
         given |= {"reduction": "none", "normalizer": None}
     elif gradient_in_forward:
@@ -204,10 +203,8 @@ def _aggregate(name, loss, given, reduction, normalizer):
     a = checks.expanded(given) or given
     logits, weight, shift = a["logits"], a["weight"], a["shift"]
     if logits.dim() < 2 and reduction != "weighted_mean":
-        raise ValueError(
-            f"{name}: logits must be [..., S, V] for reduction {reduction}, got "
-            f"{shape_text(logits)}"
-        )
+        got = shape_text(logits)
+        raise refusal(name, "logits", f"be [..., S, V] for reduction {reduction}", got)
     mask = as_mask(name, "mask", a["mask"])
     target, segment_ids = as_integers(a["target"]), as_integers(a["segment_ids"])
     labels, on = counted_rows(logits, target, mask, a["ignore_index"], shift, segment_ids)
@@ -340,9 +337,8 @@ def temperature_tensor(name, temperature, logits):
 def _check_number(name, argument, value):
     kinds = (numbers.Real, torch.SymInt, torch.SymFloat)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(
-            f"{name}: {argument} must be a number or a 0-d tensor, got {type(value).__name__}"
-        )
+        got = type(value).__name__
+        raise refusal(name, argument, "be a number or a 0-d tensor", got, TypeError)
 
 
 def _number(name, argument, value, logits):

@@ -22,6 +22,7 @@ from .._checks import (
     check_length,
     check_number,
     check_tensor,
+    refusal,
     shape_text,
 )
 
@@ -54,10 +55,8 @@ def classes_last(name, logits, class_dim):
     check_int64(name, "class_dim", class_dim)
     dims = logits.dim()
     if not -dims <= class_dim < dims:
-        raise ValueError(
-            f"{name}: class_dim must be in [{-dims}, {dims - 1}] for logits {shape_text(logits)}, "
-            f"got {class_dim}"
-        )
+        rule = f"be in [{-dims}, {dims - 1}] for logits {shape_text(logits)}"
+        raise refusal(name, "class_dim", rule, class_dim)
     return logits.movedim(class_dim, -1)
 
 
@@ -149,10 +148,8 @@ def check_scale(name, argument, value):
     """A Python number that float32 logits may be divided by."""
     check_number(name, argument, value, above=0)
     if value < _SMALLEST:
-        raise ValueError(
-            f"{name}: {argument} must be at least {_SMALLEST:.4g}, the smallest float32 of full "
-            f"precision, got {value}"
-        )
+        rule = f"be at least {_SMALLEST:.4g}, the smallest float32 of full precision"
+        raise refusal(name, argument, rule, value)
 
 
 def softcap_number(name, softcap):
@@ -206,16 +203,14 @@ def _hint(name, logits, target, mask):
         and mask.shape == shape[-1:]
         and mask.shape != rows
     ):
-        raise ValueError(
-            f"{name}: mask must have the shape of logits {shape_text(logits)} without the last "
-            f"dimension, got {shape_text(mask)}, one entry per class: class weights go by weight="
-        )
+        rule = f"have the shape of logits {shape_text(logits)} without the last dimension"
+        got = f"{shape_text(mask)}, one entry per class: class weights go by weight="
+        raise refusal(name, "mask", rule, got)
     if target is not None and len(shape) > 2 and target.shape != rows:
         if target.shape == shape[:1] + shape[2:]:
-            raise ValueError(
-                f"{name}: target must have the shape of logits {shape_text(logits)} without the "
-                f"last dimension, got {shape_text(target)}: for logits [N, C, ...] give class_dim=1"
-            )
+            rule = f"have the shape of logits {shape_text(logits)} without the last dimension"
+            got = f"{shape_text(target)}: for logits [N, C, ...] give class_dim=1"
+            raise refusal(name, "target", rule, got)
 
 
 def _check_dtypes(name, given):
@@ -225,9 +220,7 @@ def _check_dtypes(name, given):
         if dtypes is None or not isinstance(tensor, torch.Tensor) or tensor.dtype in dtypes:
             continue
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name}: {argument} must be {', '.join(most)} or {last}, got {tensor.dtype}"
-        )
+        raise refusal(name, argument, f"be {', '.join(most)} or {last}", tensor.dtype)
 
 
 def check_rows(name, logits, per_row):
@@ -236,20 +229,16 @@ def check_rows(name, logits, per_row):
         raise ValueError(f"{name}: logits must be floating [..., V], got {logits.dtype}")
     for argument, tensor in per_row.items():
         if tensor is not None and tensor.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{name}: {argument} must have the shape of logits {shape_text(logits)} without "
-                f"the last dimension, got {shape_text(tensor)}"
-            )
+            rule = f"have the shape of logits {shape_text(logits)} without the last dimension"
+            raise refusal(name, argument, rule, shape_text(tensor))
 
 
 def check_traced(name, given):
     """Under torch.func: all that the operator would check."""
     target, weight = given["target"], given["weight"]
     if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise ValueError(
-            f"{name}: target must be integers (soft labels are not what this function takes), got "
-            f"{target.dtype}"
-        )
+        rule = "be integers (soft labels are not what this function takes)"
+        raise refusal(name, "target", rule, target.dtype)
     check_rows(name, given["logits"], {argument: given[argument] for argument in _PER_ROW})
     if weight is not None and weight.shape != given["logits"].shape[-1:]:
         raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
@@ -264,8 +253,6 @@ def check_overwritable(name, logits):
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride < extent:
-            raise ValueError(
-                f"{name}: logits must not be expanded or overlap for inplace_backward, got strides "
-                f"{list(logits.stride())} for {list(logits.shape)}"
-            )
+            got = f"strides {list(logits.stride())} for {list(logits.shape)}"
+            raise refusal(name, "logits", "not be expanded or overlap for inplace_backward", got)
         extent += stride * (size - 1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_flags, check_int, check_number, shape_text
+from .._checks import check_choice, check_flags, check_int, check_number, refusal, shape_text
 
 LARGEST_SIZE = 2**31 - 1  # of a vocabulary, a sequence, a window
 
@@ -97,10 +97,8 @@ def part_of(owner: str, cls: Any, *args: Any, **options: Any) -> Any:
 def check_class(function: str, argument: str, token_id: int | None, vocab_size: int | None) -> None:
     """A token of which the model gives a probability; None passes."""
     if token_id is not None and vocab_size is not None and not 0 <= token_id < vocab_size:
-        raise ValueError(
-            f"{function}: {argument} must be in [0, {vocab_size}), got {token_id}: there is no "
-            "such class"
-        )
+        got = f"{token_id}: there is no such class"
+        raise refusal(function, argument, f"be in [0, {vocab_size})", got)
 
 
 def check_smoothing(function: str, argument: str, smoothing: float, classes: int) -> None:

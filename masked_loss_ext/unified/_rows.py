@@ -22,6 +22,7 @@ from .._checks import (
     check_mask,
     check_rank,
     check_tensor,
+    refusal,
     shape_text,
 )
 from ..ops.cross_entropy_terms import cross_entropy_terms
@@ -123,10 +124,8 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
     if mask.numel() != rows.numel() and broadcasts(mask.shape, rows):
         mask = mask.expand(rows)
     if mask.numel() != rows.numel():
-        raise ValueError(
-            f"{function}: {name} must have one entry per row of {like_name} "
-            f"{shape_text(like)}, got {shape_text(mask)}"
-        )
+        rule = f"have one entry per row of {like_name} {shape_text(like)}"
+        raise refusal(function, name, rule, shape_text(mask))
     mask = mask.reshape(rows)
     check_mask(function, name, mask, like_name, like, len(rows))
     return (mask != 0).flatten()
@@ -137,10 +136,8 @@ def check_features(function, name, tensor, last=None, last_name=""):
     check_tensor(function, name, tensor)
     check_floating(function, name, tensor)
     if last is not None and (tensor.dim() == 0 or tensor.shape[-1] != last):
-        raise ValueError(
-            f"{function}: {name} must have {last_name} {last} as its last dimension, got "
-            f"{shape_text(tensor)}"
-        )
+        got = shape_text(tensor)
+        raise refusal(function, name, f"have {last_name} {last} as its last dimension", got)
 
 
 class Rows(NamedTuple):
@@ -203,10 +200,8 @@ def check_logits(function, logits, targets, vocab_size=None, argument="logits", 
     check_rank(function, argument, logits, 3, "[B, S, V]")
     check_device(function, like, targets, argument, logits)
     if logits.shape[:2] != targets.shape:
-        raise ValueError(
-            f"{function}: {argument} must have the B and S of {like} {shape_text(targets)}, got "
-            f"{shape_text(logits)}"
-        )
+        got = shape_text(logits)
+        raise refusal(function, argument, f"have the B and S of {like} {shape_text(targets)}", got)
     check_vocabulary(function, logits, vocab_size, argument)
 
 
@@ -222,9 +217,7 @@ def check_vocabulary(function, logits, vocab_size, argument="logits"):
 
 def check_list(function, argument, value):
     if not isinstance(value, (list, tuple)):
-        raise TypeError(
-            f"{function}: {argument} must be a list of tensors, got {type(value).__name__}"
-        )
+        raise refusal(function, argument, "be a list of tensors", type(value).__name__, TypeError)
 
 
 def check_tokens(function, arguments, logits, targets, attention_mask):
@@ -233,10 +226,8 @@ def check_tokens(function, arguments, logits, targets, attention_mask):
     check_features(function, arguments[0], logits)
     check_integers(function, arguments[1], targets)
     if logits.dim() == 0 or targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{function}: {arguments[1]} must have the shape of {arguments[0]} "
-            f"{shape_text(logits)} without the last dimension, got {shape_text(targets)}"
-        )
+        rule = f"have the shape of {arguments[0]} {shape_text(logits)} without the last dimension"
+        raise refusal(function, arguments[1], rule, shape_text(targets))
     check_device(function, arguments[1], targets, arguments[0], logits)
     dims = targets.dim()
     check_mask(
@@ -260,10 +251,8 @@ def _document_starts(function, segment_ids, argument, targets):
         return None
     check_integers(function, "segment_ids", segment_ids)
     if segment_ids.shape not in (targets.shape, (1, *targets.shape[1:])):
-        raise ValueError(
-            f"{function}: segment_ids must have the shape of {argument} {shape_text(targets)} (or "
-            f"one row for all), got {shape_text(segment_ids)}"
-        )
+        rule = f"have the shape of {argument} {shape_text(targets)} (or one row for all)"
+        raise refusal(function, "segment_ids", rule, shape_text(segment_ids))
     check_device(function, "segment_ids", segment_ids, argument, targets)
     ids = segment_ids.long().expand(targets.shape)
     begins = torch.ones_like(ids, dtype=torch.bool)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_number, check_rank, refuse_unknown
+from .._checks import check_device, check_number, check_rank, refusal, refuse_unknown
 from ._options import LossModule, Rule, check_size
 from ._rows import check_features, check_list
 from ._state import SyncsState
@@ -49,20 +49,16 @@ class AdaptiveLossScaling(LossModule):
         super().__post_init__()
         weights = self._numbers(init_weights)
         if len(weights) != self.num_losses or not all(0 < w < math.inf for w in weights):
-            raise ValueError(
-                f"{self.function}: init_weights must be {self.num_losses} positive numbers, got "
-                f"{weights}"
-            )
+            rule = f"be {self.num_losses} positive numbers"
+            raise refusal(self.function, "init_weights", rule, weights)
         self.log_weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float32).log())
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
         """(total ``[]``, weights ``[n]``) of ``losses``, n 0-d tensors or one tensor ``[n]``."""
         self._check(losses)
         if len(losses) != self.num_losses:
-            raise ValueError(
-                f"{self.function}: losses must have num_losses {self.num_losses} entries, got "
-                f"{len(losses)}"
-            )
+            rule = f"have num_losses {self.num_losses} entries"
+            raise refusal(self.function, "losses", rule, len(losses))
         weights = self.log_weights.softmax(0)
         values = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         return (weights * values).sum(), weights
@@ -83,10 +79,8 @@ class AdaptiveLossScaling(LossModule):
         if isinstance(weights, Tensor):
             weights = weights.tolist()
         if not isinstance(weights, (list, tuple)):
-            raise TypeError(
-                f"{self.function}: init_weights must be a list of numbers, got "
-                f"{type(weights).__name__}"
-            )
+            got = type(weights).__name__
+            raise refusal(self.function, "init_weights", "be a list of numbers", got, TypeError)
         for i, weight in enumerate(weights):
             check_number(self.function, f"init_weights[{i}]", weight, above=0)
         return [float(weight) for weight in weights]
@@ -153,16 +147,13 @@ class CompositeLoss(SyncsState):
         self.losses = torch.nn.ModuleDict()
         self.weights, self._types, self._inputs = {}, {}, {}
         if not isinstance(loss_config, dict):
-            raise TypeError(
-                f"{_NAME}: loss_config must be a dict, got {type(loss_config).__name__}"
-            )
+            raise refusal(_NAME, "loss_config", "be a dict", type(loss_config).__name__, TypeError)
         if not loss_config:
             raise ValueError(f"{_NAME}: loss_config must have at least one loss, got none")
         for name, config in loss_config.items():
             if not isinstance(config, dict):
-                raise TypeError(
-                    f"{_NAME}: loss_config[{name!r}] must be a dict, got {type(config).__name__}"
-                )
+                got = type(config).__name__
+                raise refusal(_NAME, f"loss_config[{name!r}]", "be a dict", got, TypeError)
             options = dict(config)
             kind = options.pop("type", name)
             self._check_name(name, kind)
@@ -199,10 +190,8 @@ class CompositeLoss(SyncsState):
 
     def _check_name(self, name, kind):
         if not isinstance(kind, str) or kind not in TYPES or name == "total":
-            raise ValueError(
-                f"{_NAME}: {name}: type must be one of {', '.join(TYPES)} (and its name "
-                f"not total), got {kind!r}"
-            )
+            rule = f"be one of {', '.join(TYPES)} (and its name not total)"
+            raise refusal(_NAME, f"{name}: type", rule, repr(kind))
         if not isinstance(name, str) or not name or "." in name or hasattr(self.losses, name):
             raise ValueError(
                 f"{_NAME}: loss_config must have names that a module may have (not empty, without "

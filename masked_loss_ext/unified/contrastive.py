@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_integers, check_rank, shape_text
+from .._checks import check_device, check_integers, check_rank, refusal, shape_text
 from ..ops.masked_cross_entropy import masked_cross_entropy
 from ._options import Flag, LossModule, Number, Positive, Token, one_of
 from ._rows import (
@@ -170,10 +170,8 @@ class ContrastiveLoss(LossModule):
             check_integers(name, "labels", labels)
             check_device(name, "labels", labels, "embeddings", embeddings)
             if labels.shape != embeddings.shape[:1]:
-                raise ValueError(
-                    f"{name}: labels must have one entry per embedding of "
-                    f"{shape_text(embeddings)}, got {shape_text(labels)}"
-                )
+                rule = f"have one entry per embedding of {shape_text(embeddings)}"
+                raise refusal(name, "labels", rule, shape_text(labels))
         pairs = {"positive_pairs": positive_pairs, "negative_pairs": negative_pairs}
         for argument, tensor in pairs.items():
             if tensor is not None:

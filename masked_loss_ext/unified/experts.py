@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_flags, check_integers, is_readable, shape_text
+from .._checks import check_device, check_flags, check_integers, is_readable, refusal, shape_text
 from ._options import Flag, LossModule, Number, Rule, Share, check_size, one_of, part_of
 from ._rows import attached_zero, check_features, cleaned, distances, masked_mean, row_mask
 from ._state import KeepsState, advances, borrow, give_back, snapshot
@@ -41,10 +41,8 @@ def routed(function, name, gate, expert_indices, num_experts, attention_mask):
     if expert_indices.shape == gate.shape[:-1]:  # one choice per token
         expert_indices = expert_indices.unsqueeze(-1)
     if expert_indices.shape[:-1] != gate.shape[:-1]:
-        raise ValueError(
-            f"{function}: expert_indices must be [N, k] for {name} {shape_text(gate)}, got "
-            f"{shape_text(expert_indices)}"
-        )
+        got = shape_text(expert_indices)
+        raise refusal(function, "expert_indices", f"be [N, k] for {name} {shape_text(gate)}", got)
     valid = row_mask(function, attention_mask, name, gate)
     indices = expert_indices.reshape(-1, expert_indices.shape[-1]).long()
     refuse_indices(function, "expert_indices", indices, num_experts, "", valid)
@@ -60,10 +58,8 @@ def refuse_indices(function, name, indices, size, of="", valid=None):
     outside = outside if valid is None else outside & valid
     if outside.any():
         row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"{function}: {name} at row {row} must be in [0, {size}){of}, got "
-            f"{indices[row].tolist()}"
-        )
+        got = indices[row].tolist()
+        raise refusal(function, f"{name} at row {row}", f"be in [0, {size}){of}", got, IndexError)
 
 
 @dataclass(eq=False, repr=False)
@@ -152,26 +148,20 @@ def _closeness(stacked, valid):
 
 def _check_experts(function, expert_outputs):
     if not isinstance(expert_outputs, (list, tuple, Tensor)):
-        raise TypeError(
-            f"{function}: expert_outputs must be a list of tensors, got "
-            f"{type(expert_outputs).__name__}"
-        )
+        got = type(expert_outputs).__name__
+        raise refusal(function, "expert_outputs", "be a list of tensors", got, TypeError)
     if isinstance(expert_outputs, Tensor):
         check_features(function, "expert_outputs", expert_outputs)
         if expert_outputs.dim() < 3:
-            raise ValueError(
-                f"{function}: expert_outputs must be [E, N, H], got {shape_text(expert_outputs)}"
-            )
+            raise refusal(function, "expert_outputs", "be [E, N, H]", shape_text(expert_outputs))
     if len(expert_outputs) == 0:
         raise ValueError(f"{function}: expert_outputs must have at least one expert, got none")
     for i, output in enumerate(expert_outputs):
         name = f"expert_outputs[{i}]"
         check_features(function, name, output)
         if output.dim() < 2 or output.shape != expert_outputs[0].shape:
-            raise ValueError(
-                f"{function}: {name} must be [N, H] like the others, "
-                f"{shape_text(expert_outputs[0])}, got {shape_text(output)}"
-            )
+            rule = f"be [N, H] like the others, {shape_text(expert_outputs[0])}"
+            raise refusal(function, name, rule, shape_text(output))
         check_device(function, name, output, "expert_outputs[0]", expert_outputs[0])
 
 

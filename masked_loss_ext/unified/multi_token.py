@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_choice, check_device, check_rank, check_tensor, shape_text
+from .._checks import check_choice, check_device, check_rank, check_tensor, refusal, shape_text
 from ._options import (
     Flag,
     LossModule,
@@ -99,10 +99,9 @@ class HiddenStateMTPLoss(LossModule):
         super().__post_init__()
         classes, width, heads = self.vocab_size, self.hidden_size, self.num_future_tokens
         if classes * width * heads > _MOST_WEIGHTS:
-            raise ValueError(
-                f"{self.function}: vocab_size * hidden_size * num_future_tokens must be at most "
-                f"{_MOST_WEIGHTS} weights, got {classes} * {width} * {heads}"
-            )
+            rule = f"be at most {_MOST_WEIGHTS} weights"
+            got = f"{classes} * {width} * {heads}"
+            raise refusal(self.function, "vocab_size * hidden_size * num_future_tokens", rule, got)
         if self.shared_projection:
             self.projection = torch.nn.Linear(width, classes * heads)
         else:
@@ -137,10 +136,8 @@ class HiddenStateMTPLoss(LossModule):
         rows = rows_of(self, target_ids, attention_mask, segment_ids, target)
         check_device(name, target, target_ids, "hidden_states", hidden_states)
         if target_ids.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"{name}: {target} must have the B and S of hidden_states "
-                f"{shape_text(hidden_states)}, got {shape_text(target_ids)}"
-            )
+            rule = f"have the B and S of hidden_states {shape_text(hidden_states)}"
+            raise refusal(name, target, rule, shape_text(target_ids))
         sources = None
         if self.mask_sources and attention_mask is not None:
             sources = (attention_mask != 0).expand(target_ids.shape)

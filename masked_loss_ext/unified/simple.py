@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_tensor, shape_text
+from .._checks import check_number, check_tensor, refusal, shape_text
 from ..reference.cross_entropy import focal_factor
 from ._options import LossModule, NotNegative, Share, Size, Token, check_smoothing, one_of
 from ._rows import check_features, check_tokens, cross_entropy, reduced, torch_smoothing, valid_rows
@@ -65,10 +65,8 @@ class FocalLoss(LossModule):
             weight = self.alpha
             check_tokens(self.function, _INPUTS, inputs, targets, attention_mask)
             if inputs.shape[-1] != weight.numel():
-                raise ValueError(
-                    f"{self.function}: alpha must have one entry per class of inputs "
-                    f"{shape_text(inputs)}, got {shape_text(weight)}"
-                )
+                rule = f"have one entry per class of inputs {shape_text(inputs)}"
+                raise refusal(self.function, "alpha", rule, shape_text(weight))
             if self.reduction == "mean":  # else the classes' weights would be divided by
                 normalizer = valid_rows(targets, attention_mask, self.ignore_index).sum()
         loss = cross_entropy(
@@ -101,16 +99,12 @@ del FocalLoss.alpha  # the default: as an attribute of the class it would hide t
 def _check_alpha(function, alpha):
     check_tensor(function, "alpha", alpha)
     if alpha.dim() != 1 or not alpha.is_floating_point():
-        raise ValueError(
-            f"{function}: alpha must be a number or floating, of one entry per class [V], got "
-            f"{shape_text(alpha)} of {alpha.dtype}"
-        )
+        got = f"{shape_text(alpha)} of {alpha.dtype}"
+        raise refusal(function, "alpha", "be a number or floating, of one entry per class [V]", got)
     if type(alpha) is Tensor and alpha.device.type == "cpu" and not alpha.requires_grad:
         # NaN fits nothing
         if not ((alpha >= 0) & (alpha < float("inf"))).all():
-            raise ValueError(
-                f"{function}: alpha must be finite and not negative, got other entries"
-            )
+            raise refusal(function, "alpha", "be finite and not negative", "other entries")
 
 
 @dataclass(eq=False, repr=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_number
+from .._checks import check_choice, check_number, refusal
 from ._options import (
     Flag,
     Length,
@@ -120,9 +120,8 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
         check_class(self.function, "eos_token_id", self.eos_token_id, self.vocab_size)
         bounds = self.temperature_bounds
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(
-                f"{self.function}: temperature_bounds must be (lowest, highest), got {bounds!r}"
-            )
+            rule = "be (lowest, highest)"
+            raise refusal(self.function, "temperature_bounds", rule, repr(bounds), TypeError)
         check_number(self.function, "temperature_bounds[0]", bounds[0], above=0)
         check_number(self.function, "temperature_bounds[1]", bounds[1], least=bounds[0])
         self.temperature_bounds = bounds[0], bounds[1]

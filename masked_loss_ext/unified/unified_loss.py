@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .._checks import check_flags, check_number, check_rank, check_tensor, shape_text
+from .._checks import check_flags, check_number, check_rank, check_tensor, refusal, shape_text
 from ._components import COMPONENTS, Call, Component, of_options, put_option
 from ._options import (
     Flag,
@@ -204,10 +204,8 @@ class UnifiedLoss(SyncsState):
         if not isinstance(self.focal_alpha, Tensor):
             check_number(name, "focal_alpha", self.focal_alpha, least=0)
         elif self.focal_alpha.numel() != self.vocab_size:
-            raise ValueError(
-                f"{name}: focal_alpha must be a number or [vocab_size] = [{self.vocab_size}], got "
-                f"{shape_text(self.focal_alpha)}"
-            )
+            rule = f"be a number or [vocab_size] = [{self.vocab_size}]"
+            raise refusal(name, "focal_alpha", rule, shape_text(self.focal_alpha))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that a schedule moves here is its component's, too."""
@@ -317,9 +315,7 @@ class UnifiedLoss(SyncsState):
         for component in self.components():
             missing = component.missing(call)
             if missing is not None:
-                raise ValueError(
-                    f"{name}: {missing[0]} must be passed to forward for {missing[1]}, got None"
-                )
+                raise refusal(name, missing[0], f"be passed to forward for {missing[1]}", "None")
         for argument in ("gate_logits", "expert_indices", "expert_outputs"):
             value = getattr(call, argument)
             if argument == "expert_outputs" and isinstance(value, (list, tuple)):
@@ -382,9 +378,8 @@ def create_unified_loss(config: Mapping[str, Any]) -> UnifiedLoss:
         ValueError: a name that is no argument, or what ``UnifiedLoss`` refuses.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(
-            f"create_unified_loss: config must be a mapping, got {type(config).__name__}"
-        )
+        got = type(config).__name__
+        raise refusal("create_unified_loss", "config", "be a mapping", got, TypeError)
     known = inspect.signature(UnifiedLoss).parameters
     unknown = [name for name in config if name not in known]
     if unknown:
