@@ -29,7 +29,6 @@ MASKED_LOSS_EXT_INLINE bool is_integer(Kind kind) { return kind >= Kind::kUInt8;
 struct Array {
   void* data = nullptr;  // nullptr: absent
   Kind kind = Kind::kFloat;
-  uint8_t unused[7] = {};  // no padding: what nobody wrote could look like a pointer to the simulator
 };
 
 struct ByteRange {

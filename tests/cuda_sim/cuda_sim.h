@@ -27,7 +27,8 @@ constexpr size_t num_pointers() {
 }
 
 template <class T>
-void add_pointers(const T& argument, int position, PointerArgument*& next) {
+void add_pointers(T argument, int position, PointerArgument*& next) {
+  if constexpr (std::is_class_v<T>) __builtin_clear_padding(&argument);  // where the stack may have left some
   for (size_t i = 0; i < num_pointers<T>(); ++i) {
     const void* word;
     std::memcpy(&word, reinterpret_cast<const char*>(&argument) + i * sizeof word, sizeof word);
