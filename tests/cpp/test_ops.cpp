@@ -22,7 +22,9 @@ using SquaredError = std::tuple<at::Tensor, at::Tensor>(
     Optional weighting,
     double foreground_weight,
     double background_weight,
-    std::string_view reduction);
+    std::string_view reduction,
+    std::string_view loss,
+    Optional delta);
 
 int failures = 0;
 
@@ -45,12 +47,15 @@ int main() {
   const at::Tensor target = at::tensor({0.f, 0.f, 3.f, 3.f, 9.f, 9.f, 4.f, 4.f}).view({2, 2, 2});
   const at::Tensor mask = at::tensor({1, 0, 0, 1}).view({2, 2}).to(at::kBool);
 
-  const auto [loss, count] = op.call(prediction, target, mask, {}, {}, 2.0, 1.0, "mean");
+  const auto [loss, count] = op.call(prediction, target, mask, {}, {}, 2.0, 1.0, "mean", "mse", {});
   // (1 + 4 + 9 + 16) over the 4 elements of the 2 kept tokens
   expect("mean over what the mask keeps", loss.item<double>(), 7.5);
 
+  const auto [distance, kept] = op.call(prediction, target, mask, {}, {}, 2.0, 1.0, "mean", "l1", {});
+  expect("mean distance", distance.item<double>(), 2.5);  // (1 + 2 + 3 + 4) / 4
+
   const auto [nothing, none] =
-      op.call(prediction, target, at::zeros_like(mask), {}, {}, 2.0, 1.0, "mean");
+      op.call(prediction, target, at::zeros_like(mask), {}, {}, 2.0, 1.0, "mean", "mse", {});
   expect("mean over nothing", nothing.item<double>(), 0.0);
   return failures == 0 ? 0 : 1;
 }
