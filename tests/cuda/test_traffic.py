@@ -86,9 +86,7 @@ def test_squared_error(sim, shape, dtype, reduction):
     grad_loss = sim.upload(torch.rand(loss.shape))
     needs = (True, True, False)
     with sim.counting():
-        grads = op.backward(
-            grad_loss, *arguments, *OPTIONS, reduction, "mse", None, count, *needs
-        )
+        grads = op.backward(grad_loss, *arguments, *OPTIONS, reduction, "mse", None, count, *needs)
         for tensor, name in zip(arguments, ("prediction", "target"), strict=False):
             assert_accessed(sim, tensor, once, 0, name)
         for grad in grads[:2]:
