@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_rows(const IntervalRows& in, const PackedRow
 
 // grid: [batch * q_blocks] or less, in steps; block: kBlockMaskThreads. Writes the classes of one q-block,
 // a tile of kv-blocks at a time, however many there are.
-__global__ void __launch_bounds__(kBlockMaskThreads)
+__global__ void __launch_bounds__(kBlockMaskThreads, 4)  // ptxas left to itself spills for sm_120
     block_classes_kernel(IntervalRows in, PackedRows packed, BlockGrid grid,
                          uint8_t* classes)  // [batch, q_blocks, kv_blocks]
 {
