@@ -109,7 +109,10 @@ def masked_squared_error(
     on, difference, edit, omega = factors(
         prediction, target, mask, edit_mask, weighting, foreground_weight, background_weight
     )
-    delta = torch.as_tensor(1.0 if delta is None else delta).to(difference)
+    if not isinstance(delta, Tensor):  # on that device, whatever the default one is
+        number = 1.0 if delta is None else delta
+        delta = torch.tensor(number, dtype=difference.dtype, device=difference.device)
+    delta = delta.to(difference)
     term = select(on, edit * omega * ELEMENT_LOSSES[loss](difference, delta))
     denominator = _at_least_one(_denominator(reduction, prediction, on))
     if reduction == "none":
