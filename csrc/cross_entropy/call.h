@@ -19,8 +19,22 @@
 
 namespace masked_loss_ext {
 
+// What all that is per row goes by, and what its errors call it: logits [..., V], or where those are made in
+// pieces hidden states [..., D] with as many rows.
+struct RowLike {
+  const Tensor& like;
+  int64_t classes;
+  const char* name = "logits";
+  const char* class_weight = "weight";
+
+  RowLike(const Tensor& logits)
+      : like(logits), classes(logits.dim() > 0 ? logits.size(logits.dim() - 1) : 0) {}
+  RowLike(const Tensor& hidden, int64_t v)
+      : like(hidden), classes(v), name("hidden"), class_weight("class_weight") {}
+};
+
 struct CrossEntropyInputs {
-  Tensor logits;
+  Tensor logits;  // or hidden, see RowLike
   std::optional<Tensor> target, mask, weight, token_weight, segment_ids, temperature, normalizer;
 };
 
@@ -33,8 +47,10 @@ struct RowArguments : CrossEntropyInputs {
   bool statistics;
   std::optional<Tensor> schedule;
 
-  explicit RowArguments(Arguments& in)
-      : CrossEntropyInputs{in.tensor(),          in.optional_tensor(), in.optional_tensor(),
+  explicit RowArguments(Arguments& in) : RowArguments(in.tensor(), in) {}
+
+  RowArguments(Tensor first, Arguments& in)
+      : CrossEntropyInputs{std::move(first),     in.optional_tensor(), in.optional_tensor(),
                            in.optional_tensor(), in.optional_tensor(), in.optional_tensor(),
                            in.optional_tensor(), in.optional_tensor()},
         ignore_index(in.integer()),
@@ -112,21 +128,21 @@ inline void check_overwritable(const char* op, const char* name, const Tensor& t
   }
 }
 
-inline void check_per_row(const char* op, const char* name, const Tensor& tensor,
-                          const Tensor& logits) {
-  if (tensor.dim() != logits.dim() - 1 || !sizes_fit(tensor, logits)) {
-    fail(op, ": ", name, " must have the shape of logits ", shape_text(logits),
+inline void check_per_row(const char* op, const char* name, const Tensor& tensor, const RowLike& rows) {
+  const Tensor& like = rows.like;
+  if (tensor.dim() != like.dim() - 1 || !sizes_fit(tensor, like)) {
+    fail(op, ": ", name, " must have the shape of ", rows.name, " ", shape_text(like),
          " without the last dimension, got ", shape_text(tensor));
   }
-  check_same_device(op, name, tensor, logits, "logits");
+  check_same_device(op, name, tensor, like, rows.name);
 }
 
 inline void check_number(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                         const Tensor& logits) {
+                         const RowLike& rows) {
   if (!tensor) return;
   check_mask_type(op, name, *tensor);
   if (tensor->dim() != 0) fail(op, ": ", name, " must be a number [], got ", shape_text(*tensor));
-  check_same_device(op, name, *tensor, logits, "logits");
+  check_same_device(op, name, *tensor, rows.like, rows.name);
 }
 
 inline void check_loss_type(const char* op, const char* name, const Tensor& tensor,
@@ -137,72 +153,71 @@ inline void check_loss_type(const char* op, const char* name, const Tensor& tens
        torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_weight(const char* op, const Tensor& weight, const Tensor& logits) {
-  const int64_t classes = logits.size(logits.dim() - 1);
-  if (weight.dim() != 1 || weight.size(0) != classes) {
-    fail(op, ": weight must have one entry per class [", classes, "], got ", shape_text(weight));
+inline void check_weight(const char* op, const Tensor& weight, const RowLike& rows) {
+  const char* name = rows.class_weight;
+  if (weight.dim() != 1 || weight.size(0) != rows.classes) {
+    fail(op, ": ", name, " must have one entry per class [", rows.classes, "], got ", shape_text(weight));
   }
-  check_loss_type(op, "weight", weight, logits);
-  check_same_device(op, "weight", weight, logits, "logits");
+  check_loss_type(op, name, weight, rows.like);
+  check_same_device(op, name, weight, rows.like, rows.name);
 }
 
 inline void check_options(const char* op, const CrossEntropyOptions& options, int64_t shift,
-                          const Tensor& logits) {
+                          const RowLike& rows) {
   check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
   check_finite(op, "softcap", options.softcap, false);
   check_finite(op, "z_loss", options.z_loss, false);
   check_finite(op, "focal_gamma", options.focal_gamma, false);
   if (shift < 0) fail(op, ": shift must not be negative, got ", shift);
-  if (shift > 0 && logits.dim() < 2) {
-    fail(op, ": logits must be [..., S, V] where shift is not 0, got ", shape_text(logits));
+  if (shift > 0 && rows.like.dim() < 2) {
+    fail(op, ": ", rows.name, " must be [..., S, ", rows.name[0] == 'h' ? "D" : "V",
+         "] where shift is not 0, got ", shape_text(rows.like));
   }
 }
 
-inline void check_inputs(const char* op, const CrossEntropyInputs& in,
+inline void check_inputs(const char* op, const CrossEntropyInputs& in, const RowLike& rows,
                          const CrossEntropyOptions& options, int64_t shift) {
-  const Tensor& logits = in.logits;
-  check_logits(op, logits);
-  check_options(op, options, shift, logits);
+  check_options(op, options, shift, rows);
   constexpr const char* no_soft_labels =
       " (one class per row: soft labels are not what this function takes)";
   if (in.target) check_integer(op, "target", *in.target, no_soft_labels);
-  if (in.target) check_per_row(op, "target", *in.target, logits);
+  if (in.target) check_per_row(op, "target", *in.target, rows);
   if (in.mask) check_mask_type(op, "mask", *in.mask);
-  if (in.mask) check_per_row(op, "mask", *in.mask, logits);
-  if (in.weight) check_weight(op, *in.weight, logits);
+  if (in.mask) check_per_row(op, "mask", *in.mask, rows);
+  if (in.weight) check_weight(op, *in.weight, rows);
   if (in.token_weight) check_floating(op, "token_weight", *in.token_weight);
-  if (in.token_weight) check_per_row(op, "token_weight", *in.token_weight, logits);
+  if (in.token_weight) check_per_row(op, "token_weight", *in.token_weight, rows);
   if (in.segment_ids) check_integer(op, "segment_ids", *in.segment_ids, "");
-  if (in.segment_ids) check_per_row(op, "segment_ids", *in.segment_ids, logits);
-  check_number(op, "temperature", in.temperature, logits);
-  check_number(op, "normalizer", in.normalizer, logits);
+  if (in.segment_ids) check_per_row(op, "segment_ids", *in.segment_ids, rows);
+  check_number(op, "temperature", in.temperature, rows);
+  check_number(op, "normalizer", in.normalizer, rows);
 }
 
 // One value per row; where none is needed, what the forward leaves without elements may be so.
 inline void check_row_values(const char* op, const char* name, const Tensor& tensor,
-                             const Tensor& logits, bool needed = true) {
-  check_loss_type(op, name, tensor, logits);
-  if (!needed && tensor.numel() == 0) return check_same_device(op, name, tensor, logits, "logits");
-  check_per_row(op, name, tensor, logits);
+                             const RowLike& rows, bool needed = true) {
+  check_loss_type(op, name, tensor, rows.like);
+  if (!needed && tensor.numel() == 0) return check_same_device(op, name, tensor, rows.like, rows.name);
+  check_per_row(op, name, tensor, rows);
 }
 
 // What the forward returned of `type` and of these sizes.
 inline void check_saved(const char* op, const char* name, const Tensor& tensor,
                         const std::vector<int64_t>& sizes, ScalarType type, const char* shape,
-                        const Tensor& logits) {
+                        const RowLike& rows) {
   bool same = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(sizes.size());
   for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == sizes[d];
   if (!same) {
     fail(op, ": ", name, " must be what the forward returned, ", torch::headeronly::toString(type), " ",
          shape, ", got ", torch::headeronly::toString(tensor.scalar_type()), " ", shape_text(tensor));
   }
-  check_same_device(op, name, tensor, logits, "logits");
+  check_same_device(op, name, tensor, rows.like, rows.name);
 }
 
 inline void check_row_sums(const char* op, const char* name, const Tensor& sums, int64_t count,
-                           ScalarType type, const Tensor& logits) {
+                           ScalarType type, const RowLike& rows) {
   const std::string shape = "[..., " + std::to_string(count) + "]";
-  check_saved(op, name, sums, row_sizes(logits, count), type, shape.c_str(), logits);
+  check_saved(op, name, sums, row_sizes(rows.like, count), type, shape.c_str(), rows);
 }
 
 // --- from tensors to a RowProblem ----------------------------------------------------------------------
@@ -240,48 +255,80 @@ inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* gra
   return builder.build(op);
 }
 
-inline CountedRows counted_rows(const Tensor& logits, int64_t ignore_index, int64_t shift) {
-  const int64_t dims = logits.dim();
+inline CountedRows counted_rows(const RowLike& like, int64_t ignore_index, int64_t shift) {
+  const int64_t dims = like.like.dim();
   CountedRows q;
   q.rows = 1;
-  for (int64_t d = 0; d + 1 < dims; ++d) q.rows *= logits.size(d);
-  q.classes = logits.size(dims - 1);
-  q.row_length = dims > 1 ? logits.size(dims - 2) : 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) q.rows *= like.like.size(d);
+  q.classes = like.classes;
+  q.row_length = dims > 1 ? like.like.size(dims - 2) : 1;
   q.shift = std::min(shift, q.row_length);  // beyond the row there is nothing: no sum overflows
   q.ignore_index = ignore_index;
   return q;
 }
 
-// The checked arguments as a problem, for as long as this lives; results and gradients are not in it yet.
-struct RowCall {
+inline CrossEntropyOptions options_of(const RowArguments& in) {
+  if (!in.schedule) return in.options;
+  const Tensor numbers = torch::stable::contiguous(*in.schedule);
+  const auto* value = static_cast<const double*>(numbers.const_data_ptr());
+  return {value[0], value[1], value[2], value[3]};
+}
+
+inline void check_rows(const char* op, const RowArguments& in, const RowLike& rows) {
+  parse_row_reduction(op, in.reduction);
+  if (in.schedule) {
+    const Tensor& numbers = *in.schedule;
+    const bool fits = numbers.scalar_type() == ScalarType::Double && numbers.dim() == 1 &&
+                      numbers.size(0) == 4 && numbers.is_cpu();
+    if (!fits) fail(op, ": schedule must be float64 [4] on the CPU, got ", shape_text(numbers));
+  }
+  check_inputs(op, in, rows, options_of(in), in.shift);
+}
+
+// Checked arguments as a problem, for as long as this lives; logits, results and gradients are not in it yet.
+struct RowInputs {
   const char* const op;
-  const Tensor logits;  // with rows that are each one stretch of memory
   ReadTensors read;
   RowProblem problem;
 
-  // The problem of a room whose rows are those of these inputs.
-  RowCall(const char* name, const CrossEntropyInputs& in, int64_t ignore_index, int64_t shift)
-      : op(name),
-        logits(has_contiguous_rows(in.logits) ? in.logits : torch::stable::contiguous(in.logits)) {
-    problem.counted = counted_rows(logits, ignore_index, shift);
+  RowInputs(const char* name, const CrossEntropyInputs& in, const RowLike& rows, int64_t ignore_index,
+            int64_t shift)
+      : op(name) {
+    problem.counted = counted_rows(rows, ignore_index, shift);
     problem.counted.target = read(in.target);
     problem.counted.mask = read(in.mask);
     problem.counted.segment_ids = read(in.segment_ids);
-    problem.logits = array_of(logits);
     problem.weight = read(in.weight);
     problem.token_weight = read(in.token_weight);
     problem.temperature = read(in.temperature);
     problem.normalizer = read(in.normalizer);
   }
 
-  RowCall(const char* name, const RowArguments& in)
-      : RowCall(name, checked(name, in), in.ignore_index, in.shift) {
+  RowInputs(const char* name, const RowArguments& in, const RowLike& rows)
+      : RowInputs(name, in, rows, in.ignore_index, in.shift) {
     problem.options = options_of(in);
     problem.statistics = in.statistics;
     problem.reduction = parse_row_reduction(op, in.reduction);
     if (in.target) return;
     problem.reduction = RowReduction::kSum;  // without labels there is no loss, and nothing to divide
     problem.options.label_smoothing = 0;
+  }
+};
+
+// The problem of rows that lie in memory.
+struct RowCall : RowInputs {
+  const Tensor logits;  // with rows that are each one stretch of memory
+
+  // Of a room whose rows are those of these inputs.
+  RowCall(const char* name, const CrossEntropyInputs& in, int64_t ignore_index, int64_t shift)
+      : RowInputs(name, checked(name, in, shift), in.logits, ignore_index, shift),
+        logits(with_contiguous_rows(in.logits)) {
+    problem.logits = array_of(logits);
+  }
+
+  RowCall(const char* name, const RowArguments& in)
+      : RowInputs(name, checked(name, in), in.logits), logits(with_contiguous_rows(in.logits)) {
+    problem.logits = array_of(logits);
   }
 
   // The gradient of the logits is written there, or, with null, not made.
@@ -291,22 +338,20 @@ struct RowCall {
   }
 
  private:
-  static CrossEntropyOptions options_of(const RowArguments& in) {
-    if (!in.schedule) return in.options;
-    const Tensor numbers = torch::stable::contiguous(*in.schedule);
-    const auto* value = static_cast<const double*>(numbers.const_data_ptr());
-    return {value[0], value[1], value[2], value[3]};
+  static Tensor with_contiguous_rows(const Tensor& logits) {
+    return has_contiguous_rows(logits) ? logits : torch::stable::contiguous(logits);
+  }
+
+  static const CrossEntropyInputs& checked(const char* op, const CrossEntropyInputs& in, int64_t shift) {
+    check_logits(op, in.logits);
+    check_inputs(op, in, in.logits, {}, shift);
+    return in;
   }
 
   static const RowArguments& checked(const char* op, const RowArguments& in) {
     parse_row_reduction(op, in.reduction);
-    if (in.schedule) {
-      const Tensor& numbers = *in.schedule;
-      const bool fits = numbers.scalar_type() == ScalarType::Double && numbers.dim() == 1 &&
-                        numbers.size(0) == 4 && numbers.is_cpu();
-      if (!fits) fail(op, ": schedule must be float64 [4] on the CPU, got ", shape_text(numbers));
-    }
-    check_inputs(op, in, options_of(in), in.shift);
+    check_logits(op, in.logits);
+    check_rows(op, in, in.logits);
     return in;
   }
 };
@@ -370,18 +415,18 @@ struct RowGradientArguments {
         totals(in.tensor()) {}
 
   // Checked, into the call's problem.
-  void put(RowCall& call, const Tensor& logits) const {
+  void put(RowInputs& call, const RowLike& rows) const {
     const char* op = call.op;
     RowProblem& q = call.problem;
     const bool has_target = q.counted.target.data != nullptr;
     const auto per_row = [&](Array& place, const char* name, const std::optional<Tensor>& tensor,
                              bool needed = true) {
-      if (tensor) check_row_values(op, name, *tensor, logits, needed);
+      if (tensor) check_row_values(op, name, *tensor, rows, needed);
       place = call.read(tensor);
     };
     if (grad_loss && q.reduction != RowReduction::kNone) {
-      check_number(op, "grad_loss", grad_loss, logits);
-      check_loss_type(op, "grad_loss", *grad_loss, logits);
+      check_number(op, "grad_loss", grad_loss, rows);
+      check_loss_type(op, "grad_loss", *grad_loss, rows.like);
       q.grad_loss = array_of(*grad_loss);
     } else {
       per_row(q.grad_loss, "grad_loss", grad_loss);
@@ -390,12 +435,12 @@ struct RowGradientArguments {
     per_row(q.grad_lse, "grad_lse", grad_lse);
     per_row(q.grad_entropy, "grad_entropy", grad_entropy);
     per_row(q.grad_log_prob, "grad_log_prob", grad_log_prob);
-    check_row_sums(op, "row_sums", row_sums, kRowSums, accumulate_type(logits), logits);
+    check_row_sums(op, "row_sums", row_sums, kRowSums, accumulate_type(rows.like), rows);
     q.row_sums = call.read(row_sums);
     per_row(q.entropy, "entropy", entropy, grad_entropy.has_value());
     per_row(q.log_prob, "log_prob", log_prob, has_target);
     per_row(q.smooth_distance, "smooth_distance", smooth_distance, q.options.label_smoothing > 0);
-    check_saved(op, "totals", totals, {2}, ScalarType::Double, "[2]", logits);
+    check_saved(op, "totals", totals, {2}, ScalarType::Double, "[2]", rows);
     q.totals = call.read(totals);
   }
 };

@@ -27,11 +27,17 @@ namespace masked_loss_ext {
 
 // Which rows count, and their labels. Everything but the logits is contiguous.
 struct CountedRows {
-  int64_t rows = 0, classes = 0;
+  int64_t rows = 0, classes = 0;      // of the logits
   int64_t row_length = 1, shift = 0;  // row r is at t = r % row_length, its label at r + shift
   int64_t ignore_index = 0;
   Array target, mask, segment_ids;
+  Array index;  // [rows] int64: row i of the logits is row index[i] of all else, none where negative
 };
+
+// Which row of all that is per row the i-th row of the logits is; negative for none.
+MASKED_LOSS_EXT_INLINE int64_t place_of(const CountedRows& q, int64_t i) {
+  return q.index.data == nullptr ? i : static_cast<const int64_t*>(q.index.data)[i];
+}
 
 constexpr int64_t kNotCounted = -1;  // what label_of() returns besides labels
 constexpr int64_t kBadLabel = -2;    // counts, but is outside [0, V): nothing may be read for it
@@ -40,6 +46,7 @@ constexpr int64_t kNoLabel = -3;     // counts, and there are no labels
 // Elements::integer(array, i) and Elements::is_on(array, i) read one entry.
 template <class Elements>
 MASKED_LOSS_EXT_INLINE int64_t label_of(const CountedRows& q, int64_t row) {
+  if (row < 0) return kNotCounted;
   if (q.shift > 0 && row % q.row_length + q.shift >= q.row_length) return kNotCounted;
   const int64_t at = row + q.shift;
   if (q.mask.data != nullptr && !Elements::is_on(q.mask, at)) return kNotCounted;
@@ -318,6 +325,7 @@ MASKED_LOSS_EXT_INLINE RowResult finished(const RowProblem& q, const RowPart& pa
 
 template <class A>
 MASKED_LOSS_EXT_INLINE void put_row(const RowProblem& q, int64_t row, const RowResult& r) {
+  if (row < 0) return;
   put_row_sums(static_cast<A*>(q.row_sums.data), row, r);
   put<A>(q.lse, row, r.lse);
   put<A>(q.entropy, row, r.entropy);
@@ -357,6 +365,7 @@ MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_at(const RowProblem& q, cons
 // are nobody's.
 template <class A>
 MASKED_LOSS_EXT_INLINE void put_token_gradient(const RowProblem& q, int64_t row, double gradient) {
+  if (row < 0) return;
   const int64_t shift = q.counted.shift, at = shift > 0 ? row % q.counted.row_length : 0;
   if (at + shift < q.counted.row_length || shift == 0) put<A>(q.grad_token_weight, row + shift, gradient);
   if (at < shift) put<A>(q.grad_token_weight, row, 0);

@@ -24,8 +24,7 @@ struct TermArguments : CrossEntropyInputs {
         context_before(in.optional_tensor()),
         ngram_after(in.optional_tensor()) {}
 
-  const TermArguments& checked(const char* op) const {
-    check_inputs(op, *this, {}, 0);
+  void check(const char* op) const {
     if (classes) check_classes(op);
     if (context_before.has_value() != ngram_after.has_value()) {
       fail(op, ": links must be a pair (context_before, ngram_after), got one of the two");
@@ -34,7 +33,6 @@ struct TermArguments : CrossEntropyInputs {
       check_links(op, "context_before", *context_before);
       check_links(op, "ngram_after", *ngram_after);
     }
-    return *this;
   }
 
  private:
@@ -64,7 +62,8 @@ struct TermCall : RowCall {
   TermRows terms;
 
   TermCall(const char* name, const TermArguments& in, int64_t ignore_index)
-      : RowCall(name, in.checked(name), ignore_index, 0) {
+      : RowCall(name, in, ignore_index, 0) {
+    in.check(name);
     terms.counted = problem.counted;
     terms.classes = read(in.classes);
     terms.asked = in.classes ? in.classes->size(in.classes->dim() - 1) : 0;

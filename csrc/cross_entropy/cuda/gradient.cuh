@@ -54,21 +54,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
 {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= q.counted.rows) return;
-  const int64_t label = label_at(q, row);
+  const int64_t place = place_of(q.counted, row), label = label_at(q, place);
   RowGradient<A> gradient = {};
   gradient.label = label;
   double token_weight_gradient = label == kBadLabel ? double(NAN) : 0;
   if (label >= 0 || label == kNoLabel) {
-    const RowResult r = saved_row<A>(q, row, scale_of<double>(q));
-    const double loss_gradient = row_loss_gradient<A>(q, row);
-    gradient = row_gradient_of<A>(q, r, row, label, entry<double>(q.totals, 1), loss_gradient);
+    const RowResult r = saved_row<A>(q, place, scale_of<double>(q));
+    const double loss_gradient = row_loss_gradient<A>(q, place);
+    gradient = row_gradient_of<A>(q, r, place, label, entry<double>(q.totals, 1), loss_gradient);
     if (q.grad_token_weight.data != nullptr && label >= 0) {
       token_weight_gradient =
           loss_gradient * row_loss(q.options, r, class_weight<A>(q, label), q.counted.classes);
     }
   }
   gradients[row] = gradient;
-  put_token_gradient<A>(q, row, token_weight_gradient);
+  put_token_gradient<A>(q, place, token_weight_gradient);
 }
 
 // Gradient of single logits of one row. kFull: with entropy, label smoothing or softcap.

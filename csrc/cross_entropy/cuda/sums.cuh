@@ -284,13 +284,14 @@ __device__ __forceinline__ void sum_class_weights(const CrossEntropyParams& q) {
 template <class T, bool kFull>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_sums_kernel(CrossEntropyParams q, unsigned blocks,
-                              RowPart* parts,  // [rows, q.parts] or null
-                              Totals* totals)  // [blocks]
+                              RowPart* parts,      // [rows, q.parts] or null
+                              double* row_losses,  // [rows], or null: then the totals are left
+                              Totals* totals)      // [blocks]
 {
   using A = accumulate_t<T>;
   if (blockIdx.x == blocks) return sum_class_weights<A>(q);
   const RowItem item = item_of(q);
-  const int64_t label = item.exists ? label_at(q, item.row) : kNotCounted;
+  const int64_t place = item.exists ? place_of(q.counted, item.row) : -1, label = label_at(q, place);
   const bool read = label >= 0 || label == kNoLabel, block_per_part = q.team > kWarpSize;
   if (q.parts > 1 && !read) return;  // the whole block
   RowShare<A> share;
@@ -310,10 +311,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     if (q.parts > 1) {
       parts[item.row * q.parts + item.part] = part;
     } else {
-      mine = finish_row<A>(q, part, item.row, label, label_u);
+      mine = finish_row<A>(q, part, place, label, label_u);
+      if (row_losses != nullptr) row_losses[item.row] = mine.loss;
     }
   }
-  if (q.parts > 1) return;
+  if (q.parts > 1 || row_losses != nullptr) return;
   leave(q, block_per_part ? mine : block_totals(mine), totals, blocks, Totalled::kAll);
 }
 
@@ -322,16 +324,19 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_rows_kernel(CrossEntropyParams q,
                               const RowPart* parts,  // [rows, q.parts]
+                              double* row_losses,    // [rows], or null: then the totals are left
                               Totals* totals)        // [blocks]
 {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   Totals mine = {0, 0, 0};
   if (row < q.counted.rows) {
-    const int64_t label = label_at(q, row);
+    const int64_t place = place_of(q.counted, row), label = label_at(q, place);
     const bool read = label >= 0 || label == kNoLabel;
-    mine = finish_row<A>(q, read ? merge_parts(parts + row * q.parts, q.parts) : RowPart{}, row, label,
+    mine = finish_row<A>(q, read ? merge_parts(parts + row * q.parts, q.parts) : RowPart{}, place, label,
                          label_unit<A>(q, row, label));
+    if (row_losses != nullptr) row_losses[row] = mine.loss;
   }
+  if (row_losses != nullptr) return;
   leave(q, block_totals(mine), totals, gridDim.x, Totalled::kAll);
 }
 

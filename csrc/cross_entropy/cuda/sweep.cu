@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The loss of masked_cross_entropy and its gradient in one sweep, on CUDA: launches. Nothing here waits for
 // the device. How many blocks share a row depends on the GPU's shared memory, and with it the last bits.
+#include "cross_entropy/cuda/rows.cuh"
 #include "cross_entropy/cuda/sweep.cuh"
 
 namespace masked_loss_ext::cuda {
@@ -48,21 +49,12 @@ void launch_sweep(const char* op, CrossEntropyParams q, double* row_losses, cuda
 struct Sweep : Cuda {
   // Three launches, up to two more where there are many rows: the denominator, which labels, mask and class
   // weights tell, the rows, the loss.
-  static void sweep(const char* op, const RowProblem& problem, const Tensor& like) {
-    const CrossEntropyParams q = params_of(problem, 0);
-    const int64_t rows = q.counted.rows;
-    const Tensor buffer = device_empty(like, {rows}, ScalarType::Double);
+  static void sweep(const char* op, const RowProblem& q, const Tensor& like) {
+    const Tensor buffer = device_empty(like, {q.counted.rows}, ScalarType::Double);
     auto* row_losses = static_cast<double*>(buffer.mutable_data_ptr());
-    const cudaStream_t stream = current_stream(like);
-    const bool full = q.options.label_smoothing > 0 || q.options.softcap > 0;
-    add_totals(op, q, Totalled::kDenominator, nullptr, nullptr, rows, like);
-    with_logits_type(q, [&](auto value) {
-      using T = decltype(value);
-      if (rows == 0) return;
-      full ? launch_sweep<T, true>(op, q, row_losses, stream)
-           : launch_sweep<T, false>(op, q, row_losses, stream);
-    });
-    add_totals(op, q, Totalled::kLoss, nullptr, row_losses, rows, like);
+    count_rows(op, q, like);
+    sweep_rows(op, q, like, row_losses);
+    add_rows(op, q, like, row_losses, true);
   }
 
   static void scale(const char* op, const RowProblem& problem, const Tensor& like) {
@@ -79,6 +71,30 @@ struct Sweep : Cuda {
 };
 
 }  // namespace
+
+void count_rows(const char* op, const RowProblem& rows, const Tensor& like) {
+  const CrossEntropyParams q = params_of(rows, 0);
+  add_totals(op, q, Totalled::kDenominator, nullptr, nullptr, q.counted.rows, like);
+}
+
+void sweep_rows(const char* op, const RowProblem& rows, const Tensor& like, double* row_losses) {
+  const CrossEntropyParams q = params_of(rows, 0);
+  if (q.counted.rows == 0) return;
+  const cudaStream_t stream = current_stream(like);
+  const bool full = q.options.label_smoothing > 0 || q.options.softcap > 0;
+  with_logits_type(q, [&](auto value) {
+    using T = decltype(value);
+    full ? launch_sweep<T, true>(op, q, row_losses, stream)
+         : launch_sweep<T, false>(op, q, row_losses, stream);
+  });
+}
+
+void add_rows(const char* op, const RowProblem& rows, const Tensor& like, const double* row_losses,
+              bool counted) {
+  const CrossEntropyParams q = params_of(rows, 0);
+  add_totals(op, q, counted ? Totalled::kLoss : Totalled::kAll, nullptr, row_losses, q.counted.rows, like);
+}
+
 }  // namespace masked_loss_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {

@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 {
   using A = accumulate_t<T>;
   const RowItem item = item_of(q);
-  const int64_t label = item.exists ? label_at(q, item.row) : kNotCounted;
+  const int64_t row = item.exists ? item.row : 0, place = place_of(q.counted, row);
+  const int64_t label = item.exists ? label_at(q, place) : kNotCounted;
   const bool counts = label >= 0, block_per_part = q.team > kWarpSize;
-  const int64_t row = item.exists ? item.row : 0;
   const T* logits = static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, row);
   T* out = grad_logits + offset_at(q.layout, kGrad, row);
   const Stretch s = stretch_of(q, out, item.part);
@@ -108,11 +108,16 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       const double scale = scale_of<double>(q);
       RowPart part = part_of(share, scale);
       part.label = label_u;
-      const RowResult r = finished<A, DeviceElements>(q, part, scale, row, label);
+      const RowResult r = finished<A, DeviceElements>(q, part, scale, place, label);
       const double denominator = *static_cast<const double*>(q.totals.data);
+      const double loss_gradient = denominator == 0 ? 0 : 1 / denominator;
       if (item.part == 0) row_losses[row] = r.loss;
-      *slot.gradient =
-          row_gradient_of<A>(q, r, row, label, part.weights, denominator == 0 ? 0 : 1 / denominator);
+      *slot.gradient = row_gradient_of<A>(q, r, place, label, part.weights, loss_gradient);
+      if (item.part == 0 && q.grad_token_weight.data != nullptr) {
+        put_token_gradient<A>(q, place, loss_gradient *
+                                            row_loss(q.options, r, class_weight<A>(q, label),
+                                                     q.counted.classes));
+      }
     }
     if (block_per_part) {
       __syncthreads();

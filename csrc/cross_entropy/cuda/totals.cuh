@@ -82,7 +82,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     if (of_blocks != nullptr) {
       one = of_blocks[i];
     } else {
-      const int64_t label = label_at(q, i);
+      const int64_t label = label_at(q, place_of(q.counted, i));
       one = totals_of(q, label, row_losses != nullptr && label >= 0 ? row_losses[i] : 0);
     }
     mine.loss += one.loss;

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The passes over rows on CUDA, for this room and for those that have the same rows chunk by chunk. A chunk
+// leaves the losses of its rows, which are added once all are there. Nothing here waits for the device.
+#pragma once
+
+#include "common/cuda/runtime.cuh"
+#include "cross_entropy/call.h"
+
+namespace masked_loss_ext::cuda {
+
+// The results of each row; row_losses [rows] on the device.
+void forward_rows(const char* op, const RowProblem& rows, const Tensor& like, double* row_losses);
+// The denominator, into totals; what follows from labels, mask and class weights alone.
+void count_rows(const char* op, const RowProblem& rows, const Tensor& like);
+// The gradients of each row, for the incoming ones and the denominator in totals.
+void backward_rows(const char* op, const RowProblem& rows, const Tensor& like);
+// Loss and gradient of each row, for an incoming gradient of 1 and the denominator in totals.
+void sweep_rows(const char* op, const RowProblem& rows, const Tensor& like, double* row_losses);
+// The loss, of all rows; the denominator, too, unless count_rows() has put it into totals.
+void add_rows(const char* op, const RowProblem& rows, const Tensor& like, const double* row_losses,
+              bool counted);
+
+}  // namespace masked_loss_ext::cuda
