@@ -63,6 +63,26 @@
   "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_prob, "               \
   "Tensor row_sums, Tensor entropy, Tensor log_prob, Tensor smooth_distance, Tensor totals"
 
+// masked_cross_entropy of logits = hidden linear_weight^T + bias, which are never made as a whole
+// (linear_cross_entropy/call.h).
+//   hidden         [..., D]  floating; any strides
+//   linear_weight  [V, D]    the classifier's, in the dtype of hidden, as is
+//   bias           [V]
+//   and what masked_cross_entropy takes of rows: weight are the class weights; the dtype of the loss is
+//   float32 (float64 where hidden is)
+//   chunk_rows               rows whose logits are made at a time; None: by their size
+//   num_valid                at least the number of rows that count, where that is known: on CUDA nothing
+//                            waits for it then
+//   fp32_logits              logits of half inputs are float32
+#define MASKED_LOSS_EXT_LINEAR_ARGUMENTS                                                            \
+  MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor hidden, Tensor linear_weight, Tensor? bias")                \
+  ", int? chunk_rows=None, SymInt? num_valid=None, bool fp32_logits=False"
+#define MASKED_LOSS_EXT_LINEAR_NEEDS                                                                \
+  "bool needs_hidden=True, bool needs_linear_weight=True, bool needs_bias=True, "                    \
+  "bool needs_token_weight=True"
+#define MASKED_LOSS_EXT_LINEAR_GRADIENTS                                                            \
+  "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_bias, Tensor grad_token_weight"
+
 // What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms/formula.h).
 //   logits, target, mask, temperature as above; target may not be None
 //   classes         [..., K]  integer, classes whose log-probability is asked for; negative: none
@@ -134,6 +154,16 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
   // of 0 stays 0.
   m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
+  m.def("linear_cross_entropy(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS ") -> (Tensor loss, Tensor lse, "
+        "Tensor entropy, Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor totals, "
+        "Tensor row_sums)");
+  // Gradients that are not needed come back with no elements.
+  m.def("_linear_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_LINEAR_ARGUMENTS ", " MASKED_LOSS_EXT_LINEAR_NEEDS ") -> ("
+        MASKED_LOSS_EXT_LINEAR_GRADIENTS ")");
+  // Loss and gradients for an incoming gradient of 1; with a target, for reduction mean or sum.
+  m.def("_linear_cross_entropy_sweep(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS ", " MASKED_LOSS_EXT_LINEAR_NEEDS
+        ") -> (Tensor loss, " MASKED_LOSS_EXT_LINEAR_GRADIENTS ")");
   m.def(
       "cross_entropy_terms(Tensor logits, Tensor target, Tensor? mask=None, "
       "Tensor? temperature=None, Tensor? classes=None, Tensor? context_before=None, "

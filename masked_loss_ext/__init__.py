@@ -37,6 +37,10 @@ from .losses.token_mse import (  # noqa: E402
     compute_loss_multi_resolution,
     masked_edit_token_mean_loss,
 )
+from .ops.linear_cross_entropy import (  # noqa: E402
+    linear_row_statistics,
+    masked_linear_cross_entropy,
+)
 from .ops.masked_cross_entropy import masked_cross_entropy, row_statistics  # noqa: E402
 from .padding import (  # noqa: E402
     lengths_to_mask,
@@ -73,10 +77,12 @@ __all__ = [
     "generate_nested_dropout_attention_mask",
     "generate_nested_dropout_mask_ids",
     "lengths_to_mask",
+    "linear_row_statistics",
     "map_mask_to_latent",
     "mask_labels",
     "masked_cross_entropy",
     "masked_edit_token_mean_loss",
+    "masked_linear_cross_entropy",
     "masked_mse",
     "masked_sse",
     "nested_dropout_block_mask",

@@ -24,6 +24,8 @@ LEVEL_SOURCES = [  # compiled once per level
 ]
 CPU_SOURCES = [
     "cross_entropy/cpu/ops.cpp",
+    "linear_cross_entropy/cpu/ops.cpp",
+    "linear_cross_entropy/cpu/products.cpp",
     "cross_entropy_terms/cpu/ops.cpp",
     "block_mask/cpu/ops.cpp",
     "elementwise/cpu/ops.cpp",

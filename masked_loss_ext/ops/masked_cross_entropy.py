@@ -191,20 +191,30 @@ def masked_cross_entropy(
         checks.check_sweep(name, reduction, return_stats)
     loss, *stats = _call(name, given, inplace_backward, gradient_in_forward)
     if aggregation:
-        loss = _aggregate(name, loss, given, reduction, normalizer)
+        rows = checks.expanded(given) or given
+        loss = aggregate(name, loss, rows, reduction, normalizer)
     return (loss, RowStatistics(*stats)) if return_stats else loss
 
 
-def _aggregate(name, loss, given, reduction, normalizer):
-    """loss: of reduction "none". What is given the operator has accepted, but for its views.
+def aggregate(
+    name: str,
+    loss: torch.Tensor,
+    a: dict[str, Any],
+    reduction: str,
+    normalizer: Number | None,
+) -> torch.Tensor:
+    """loss: of reduction "none"; a: what the operator has accepted, logits or, with a head's
+    linear_weight, hidden.
 
     Class weights take the part in the denominators that they have in "mean".
     """
-    a = checks.expanded(given) or given
-    logits, weight, shift = a["logits"], a["weight"], a["shift"]
+    rows = "logits" if "logits" in a else "hidden"
+    classes = a["logits"].shape[-1] if rows == "logits" else a["linear_weight"].shape[0]
+    logits, weight, shift = a[rows], a["weight"], a["shift"]
     if logits.dim() < 2 and reduction != "weighted_mean":
+        last = "V" if rows == "logits" else "D"
         got = shape_text(logits)
-        raise refusal(name, "logits", f"be [..., S, V] for reduction {reduction}", got)
+        raise refusal(name, rows, f"be [..., S, {last}] for reduction {reduction}", got)
     mask = as_mask(name, "mask", a["mask"])
     target, segment_ids = as_integers(a["target"]), as_integers(a["segment_ids"])
     labels, on = counted_rows(logits, target, mask, a["ignore_index"], shift, segment_ids)
@@ -212,7 +222,7 @@ def _aggregate(name, loss, given, reduction, normalizer):
     if weight is not None:
         # On a GPU a label may be out of range; its loss is NaN already.
         weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
-        share = select(on, at_labels(weight, labels.clamp(0, logits.shape[-1] - 1)))
+        share = select(on, at_labels(weight, labels.clamp(0, classes - 1)))
     if reduction == "weighted_mean":
         share = share * select(on, shifted(a["token_weight"], shift, 0).to(loss.dtype))
     divisor = as_divisor(name, normalizer, loss)
@@ -310,7 +320,7 @@ def _prepared(name, given):
         a["weight"] = checks.class_weight(name, weight, logits)
     a["temperature"] = temperature_tensor(name, a["temperature"], logits)
     if a["normalizer"] is not None:
-        a["normalizer"] = _number(name, "normalizer", a["normalizer"], logits)
+        a["normalizer"] = number_tensor(name, "normalizer", a["normalizer"], logits)
     return a
 
 
@@ -331,7 +341,7 @@ def temperature_tensor(name, temperature, logits):
                 return None
         _check_number(name, "temperature", temperature)
         checks.check_scale(name, "temperature", temperature)
-    return _number(name, "temperature", temperature, logits)
+    return number_tensor(name, "temperature", temperature, logits)
 
 
 def _check_number(name, argument, value):
@@ -341,7 +351,7 @@ def _check_number(name, argument, value):
         raise refusal(name, argument, "be a number or a 0-d tensor", got, TypeError)
 
 
-def _number(name, argument, value, logits):
+def number_tensor(name: str, argument: str, value: Number, logits: torch.Tensor) -> torch.Tensor:
     """A number as a 0-d tensor: as a Python number it would be compiled in."""
     if isinstance(value, torch.Tensor):
         check_constant(name, argument, value)

@@ -60,10 +60,10 @@ def classes_last(name, logits, class_dim):
     return logits.movedim(class_dim, -1)
 
 
-def class_weight(name, weight, logits):
+def class_weight(name, weight, logits, argument="weight"):
     """In the dtype of the loss."""
     if weight.is_complex():
-        raise ValueError(f"{name}: weight must be floating or integer, got {weight.dtype}")
+        raise ValueError(f"{name}: {argument} must be floating or integer, got {weight.dtype}")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return weight.to(dtype).contiguous()
 

@@ -17,17 +17,15 @@ import torch
 
 from .. import reference
 from .._checks import as_number, is_symbolic
-from ..reference.squared_error import select
 from ._autograd import (
     Differentiable,
     Like,
     Once,
     Signature,
-    _below_autograd,
-    is_batch,
     is_transformed,
     refuse_derivative,
 )
+from ._swept import Sweep, swept
 
 _NAME = "masked_cross_entropy"
 
@@ -80,14 +78,14 @@ DEFAULTS = _Arguments._field_defaults
 def call(a: dict[str, Any], shown: int, inplace_backward: bool) -> tuple[torch.Tensor, ...]:
     """a: the operator's arguments by name."""
     if torch.compiler.is_compiling():
-        a = _scheduled(a)
+        a = scheduled(a)
         args = _Arguments(**a)
     else:
         args = _in_order(a)
     return operator.call(args, shown, _overwrite if inplace_backward else None)
 
 
-def _scheduled(a):
+def scheduled(a: dict[str, Any]) -> dict[str, Any]:
     """Numbers that are inputs of a compiled graph, as a schedule moves them, in a tensor on the CPU
     that is read when the graph runs: a float of an operator is a part of the graph, and each new
     value would compile another one."""
@@ -123,47 +121,29 @@ def call_sweep(a: dict[str, Any], inplace_backward: bool) -> tuple[torch.Tensor,
         or is_transformed()
     ):
         return call(a, 1, inplace_backward)
-    return (_Sweep.apply(a["logits"], (_in_order(a), inplace_backward)),)
+    run = _sweep_over if inplace_backward else _sweep_beside
+    args = _in_order(a)
+    option = f"{_NAME}: gradient_in_forward=True has"
+    once = f"{option} one backward: the gradient has been handed over"
+    refused = f"{option} no second derivative; call it without, or backward without create_graph"
+    return (swept(Sweep((a["logits"],), lambda: run(args), scale_gradient, once, refused)),)
 
 
-class _Sweep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, how):
-        args, inplace = how
-        with _below_autograd():
-            if inplace:
-                loss = _overwriting_sweep.op(*args)
-                gradient = logits.detach()  # with the version of the logits: all see the other
-                torch.autograd.graph.increment_version(gradient)
-            else:
-                loss, gradient = _sweep.op(*args)
-        ctx.save_for_backward(gradient)
-        ctx.handed_over = False
-        return loss
+def _sweep_over(args):
+    loss = _overwriting_sweep.op(*args)
+    gradient = args[0].detach()  # with the version of the logits: all see the other
+    torch.autograd.graph.increment_version(gradient)
+    return loss, (gradient,)
 
-    @staticmethod
-    def backward(ctx, grad_loss):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                f"{_NAME}: gradient_in_forward=True has no second derivative; call it without, or "
-                "backward without create_graph"
-            )
-        if ctx.handed_over:  # a flag, as saved-tensor hooks hide the version of what is saved
-            raise RuntimeError(
-                f"{_NAME}: gradient_in_forward=True has one backward: the gradient has been handed "
-                "over"
-            )
-        (gradient,) = ctx.saved_tensors
-        if torch.compiler.is_dynamo_compiling() or is_transformed() or is_batch(grad_loss):
-            # compiled autograd, a gradient with a tangent, a batch of them
-            scaled = (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
-            return select(gradient != 0, scaled), None
-        ctx.handed_over = True
-        with _below_autograd():
-            _scale.op(gradient, grad_loss)
-            # Who gets it may add to it: a second backward must not find it.
-            torch.autograd.graph.increment_version(gradient)
-            return gradient.data, None
+
+def _sweep_beside(args):
+    loss, gradient = _sweep.op(*args)
+    return loss, (gradient,)
+
+
+def scale_gradient(gradient: torch.Tensor, grad_loss: torch.Tensor) -> None:
+    """gradient *= grad_loss []; where that is 1 nothing is read."""
+    _scale.op(gradient, grad_loss)
 
 
 # --- the operators without a derivative ----------------------------------------------------------

@@ -16,6 +16,7 @@ from .cross_entropy import (
     row_statistics,
 )
 from .cross_entropy_terms import CrossEntropyTerms, cross_entropy_terms
+from .linear import linear_row_statistics, masked_linear_cross_entropy
 from .padding import lengths_to_mask, map_mask_to_latent, pad_latents_for_multi_res, unpad
 from .squared_error import (
     accumulate_dtype,
@@ -42,11 +43,13 @@ __all__ = [
     "cross_entropy_terms",
     "factors",
     "lengths_to_mask",
+    "linear_row_statistics",
     "map_mask_to_latent",
     "mask_edit_loss",
     "mask_labels",
     "masked_cross_entropy",
     "masked_edit_token_mean_loss",
+    "masked_linear_cross_entropy",
     "masked_mse",
     "masked_squared_error",
     "masked_sse",

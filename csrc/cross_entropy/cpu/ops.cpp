@@ -92,15 +92,53 @@ void run_backward(CrossEntropyProblem q) {
                           [&](int64_t chunk) { kernels().backward(q, chunk); });
 }
 
-[[noreturn]] void refuse_label(const RowProblem& q, const Tensor& logits, int64_t row) {
+struct Rows : Cpu {
+  static void forward(const char* op, const RowProblem& q, const Tensor& logits) {
+    const double given = given_denominator(op, q);
+    put_class_weights(q);
+    const RowTotals totals = forward_rows(op, q);
+    if (totals.bad_row >= 0) refuse_label(op, q, logits, totals.bad_row);
+    put_loss(q, totals, denominator_of(q, totals, given));
+  }
+
+  static void backward(const char* op, RowProblem q, const Tensor&) {
+    const double grad_scale = grad_scale_of(q);
+    if (q.reduction != RowReduction::kNone) q.grad_loss = {};
+    backward_rows(op, q, grad_scale);
+  }
+
+  // The counted rows are known before the first gradient is written, so that a bad label leaves all as it
+  // was.
+  static void sweep(const char* op, RowProblem q, const Tensor& logits) {
+    const double given = given_denominator(op, q);
+    read_scale(op, q.temperature);
+    const RowTotals counted = count_rows(q);
+    if (counted.bad_row >= 0) refuse_label(op, q, logits, counted.bad_row);
+    put_class_weights(q);
+    const double denominator = denominator_of(q, counted, given);
+    const Tensor buffer = sweep_buffer(q, logits, q.counted.rows);
+    put_loss(q, sweep_rows(op, q, denominator != 0 ? 1 / denominator : 0), denominator);
+  }
+
+  static void scale(const char*, const RowProblem& rows, const Tensor&) {
+    const double factor = read_entry<double>(rows.grad_loss, 0);
+    if (factor == 1) return;
+    CrossEntropyProblem q = pass_over(rows, 1);
+    q.chunks = cut(q.counted, false);
+    for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernels().scale(q, factor, chunk); });
+  }
+};
+
+}  // namespace
+
+void refuse_label(const char* op, const RowProblem& q, const Tensor& like, int64_t row) {
   std::ostringstream text;
-  text << "masked_cross_entropy: target at row " << row_index(logits, row, q.counted.shift)
+  text << op << ": target at row " << row_index(like, row, q.counted.shift)
        << " must be in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
        << ", got " << read_integer(q.counted.target, row + q.counted.shift);
   throw std::out_of_range(text.str());
 }
 
-// What the sum of the rows' losses is divided by, but for their number: known before any is read.
 double given_denominator(const char* op, const RowProblem& q) {
   if (q.reduction != RowReduction::kMean || q.normalizer.data == nullptr) return 1;
   const double value = read_entry<double>(q.normalizer, 0);
@@ -129,60 +167,25 @@ void put_loss(const RowProblem& q, const RowTotals& totals, double denominator) 
   else *static_cast<float*>(q.loss.data) = static_cast<float>(loss);
 }
 
-struct Rows : Cpu {
-  static void forward(const char* op, const RowProblem& q, const Tensor& logits) {
-    const double given = given_denominator(op, q);
-    put_class_weights(q);
-    const RowTotals totals = forward_rows(op, q);
-    if (totals.bad_row >= 0) refuse_label(q, logits, totals.bad_row);
-    put_loss(q, totals, denominator_of(q, totals, given));
-  }
+double grad_scale_of(const RowProblem& q) {
+  if (q.grad_loss.data == nullptr) return 0;
+  if (q.reduction == RowReduction::kNone) return 1;
+  const double denominator = *static_cast<const double*>(q.totals.data);
+  return denominator != 0 ? read_entry<double>(q.grad_loss, 0) / denominator : 0;
+}
 
-  static void backward(const char* op, RowProblem q, const Tensor&) {
-    double grad_scale = 0;
-    if (q.grad_loss.data != nullptr && q.reduction == RowReduction::kNone) {
-      grad_scale = 1;
-    } else if (q.grad_loss.data != nullptr) {
-      const double denominator = *static_cast<const double*>(q.totals.data);
-      grad_scale = denominator != 0 ? read_entry<double>(q.grad_loss, 0) / denominator : 0;
-      q.grad_loss = {};
-    }
-    backward_rows(op, q, grad_scale);
-  }
-
-  // The counted rows are known before the first gradient is written, so that a bad label leaves all as it
-  // was.
-  static void sweep(const char* op, RowProblem q, const Tensor& logits) {
-    const double given = given_denominator(op, q);
-    read_scale(op, q.temperature);
-    const RowTotals counted = count_rows(q);
-    if (counted.bad_row >= 0) refuse_label(q, logits, counted.bad_row);
-    put_class_weights(q);
-    const double denominator = denominator_of(q, counted, given);
-    // What the backward reads of each row that the forward wrote.
-    const int64_t rows = q.counted.rows;
-    const Tensor buffer = empty_tensor(logits, {kRowSums + 2, rows}, accumulate_type(logits));
-    const auto part = [&](int64_t i) {
-      Array array = array_of(buffer);
-      array.data = static_cast<char*>(array.data) + i * rows * size_of(array.kind);
-      return array;
-    };
-    q.row_sums = part(0);
-    q.log_prob = part(kRowSums);
-    if (q.options.label_smoothing > 0) q.smooth_distance = part(kRowSums + 1);
-    put_loss(q, sweep_rows(op, q, denominator != 0 ? 1 / denominator : 0), denominator);
-  }
-
-  static void scale(const char*, const RowProblem& rows, const Tensor&) {
-    const double factor = read_entry<double>(rows.grad_loss, 0);
-    if (factor == 1) return;
-    CrossEntropyProblem q = pass_over(rows, 1);
-    q.chunks = cut(q.counted, false);
-    for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernels().scale(q, factor, chunk); });
-  }
-};
-
-}  // namespace
+Tensor sweep_buffer(RowProblem& q, const Tensor& like, int64_t rows) {
+  const Tensor buffer = empty_tensor(like, {kRowSums + 2, rows}, accumulate_type(like));
+  const auto part = [&](int64_t i) {
+    Array array = array_of(buffer);
+    array.data = static_cast<char*>(array.data) + i * rows * size_of(array.kind);
+    return array;
+  };
+  q.row_sums = part(0);
+  q.log_prob = part(kRowSums);
+  if (q.options.label_smoothing > 0) q.smooth_distance = part(kRowSums + 1);
+  return buffer;
+}
 
 RowTotals forward_rows(const char* op, const RowProblem& rows) {
   return run_forward(pass_over(rows, read_scale(op, rows.temperature)));

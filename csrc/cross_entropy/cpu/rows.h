@@ -22,6 +22,19 @@ void backward_rows(const char* op, const RowProblem& rows, double grad_scale);
 // Both, row after row, so that the second read of a row is from the cache; the same bits.
 RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale);
 
+// The numbers of a call, around its passes: what the sum of losses is divided by, as far as it is given,
+// and with the totals of all rows; the sum of class weights, into totals; the loss and the denominator.
+double given_denominator(const char* op, const RowProblem& q);
+double denominator_of(const RowProblem& q, const RowTotals& totals, double given);
+void put_class_weights(const RowProblem& q);
+void put_loss(const RowProblem& q, const RowTotals& totals, double denominator);
+// d loss / d row loss, but for what grad_loss holds per row.
+double grad_scale_of(const RowProblem& q);
+// An IndexError; like: what the rows are of.
+[[noreturn]] void refuse_label(const char* op, const RowProblem& q, const Tensor& like, int64_t row);
+// What the backward reads of each row, for a sweep: made here, put into the problem, kept by the caller.
+Tensor sweep_buffer(RowProblem& q, const Tensor& like, int64_t rows);
+
 // Logits of work per chunk, and the longest piece of a row: so few that one long row gives every core
 // work, enough to hide the scheduling (some 50 ns).
 constexpr int64_t kChunkLogits = 16384;
