@@ -179,10 +179,8 @@ def linear_row_statistics(
     given |= {"reduction": "sum", "chunk_rows": chunk_rows, "num_valid": num_valid}
     checks.check_options(name, given)
     a = _prepared(name, given, logits_dtype)
-    _, lse, entropy, log_prob, hit = call(a, SHOWN)
-    if target is None:
-        log_prob = hit = None
-    return RowStatistics(lse, entropy, log_prob, hit)
+    _, lse, entropy, *of_target = call(a, SHOWN)
+    return RowStatistics(lse, entropy, *(of_target if target is not None else (None, None)))
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 The sweep makes loss and gradients together, where these are known but for a factor: of one number,
 in training. The operator alone makes the logits a second time in its backward, for any incoming
 gradients. Under torch.compile both are opaque, and the sweep's gradients are saved by the graph.
-torch.func's vmap, forward mode and second derivatives are plain PyTorch, with the logits as a whole.
+torch.func's vmap, forward mode and second derivatives are plain PyTorch, with whole logits.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,9 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
         return _sweep.op(*args)[:1]
 
     def again(*inputs):
-        return _plain(operator.forward.arguments(**a | dict(zip(operator.inputs, inputs))))[0]
+        return _plain(
+            operator.forward.arguments(**a | dict(zip(operator.inputs, inputs, strict=True)))
+        )[0]
 
     once = f"{NAME}: there is one backward of a mean or a sum: its gradients have been handed over"
     return (swept(Sweep(inputs, lambda: _run(args, needs), scale_gradient, once, again=again)),)
@@ -96,7 +98,9 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
 
 def _run(args, needs):
     loss, *gradients = _sweep.op(*args)
-    return loss, [gradient if needed else None for gradient, needed in zip(gradients, needs)]
+    return loss, [
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    ]
 
 
 # --- the sweep's operator, for torch.compile -----------------------------------------------------

@@ -43,8 +43,8 @@ def masked_linear_cross_entropy(
     """masked_cross_entropy of the logits, with its keywords."""
     _, on = counted_rows(hidden, target, mask, ignore_index, shift, segment_ids)
     logits = logits_of(hidden, weight, bias, on)
-    rows = {"ignore_index": ignore_index, "shift": shift, "segment_ids": segment_ids}
-    return masked_cross_entropy(logits, target, mask, weight=class_weight, **rows, **keywords)
+    keywords |= {"ignore_index": ignore_index, "shift": shift, "segment_ids": segment_ids}
+    return masked_cross_entropy(logits, target, mask, weight=class_weight, **keywords)
 
 
 def linear_row_statistics(
