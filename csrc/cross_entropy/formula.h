@@ -209,9 +209,10 @@ struct RowGradients {
   double loss = 0, lse = 0, entropy = 0, log_prob = 0;
 };
 
-// P, X, M, g_H and H of the derivative above.
+// P, Y, M, W, X - M W, g_H and H of the derivative above.
 struct RowCoefficients {
-  double probability = 0, excess = 0, smoothing = 0, entropy_scale = 0, entropy = 0;
+  double probability = 0, target = 0, smoothing = 0, weights = 0, rest = 0;
+  double entropy_scale = 0, entropy = 0;
 };
 
 // What the forward keeps of a row for the backward, [rows, 2] in the dtype of the loss, so that
@@ -242,27 +243,29 @@ MASKED_LOSS_EXT_INLINE RowCoefficients coefficients_of(const CrossEntropyOptions
                                                        double w_y, double weight_sum,
                                                        int64_t classes) {
   RowCoefficients k;
-  double target = -g.log_prob;
+  k.target = -g.log_prob;
   if (g.loss != 0) {
     const Focal focal = focal_of(-r.log_prob, o.focal_gamma);
-    target += g.loss * focal.factor * (1 - o.label_smoothing) * w_y;
+    k.target += g.loss * focal.factor * (1 - o.label_smoothing) * w_y;
     if (focal.slope != 0) {
-      target += g.loss * focal.slope * core_of(o, -r.log_prob, w_y, r.smooth_distance, classes);
+      k.target += g.loss * focal.slope * core_of(o, -r.log_prob, w_y, r.smooth_distance, classes);
     }
     k.smoothing = g.loss * focal.factor * o.label_smoothing / double(classes);
   }
-  k.excess = k.smoothing * weight_sum + 2 * g.loss * o.z_loss * r.lse + g.lse;
-  k.probability = r.highest == INFINITY ? double(NAN) : target + k.excess;
+  k.weights = weight_sum;
+  k.rest = 2 * g.loss * o.z_loss * r.lse + g.lse;
+  k.probability = r.highest == INFINITY ? double(NAN) : k.target + (k.smoothing * weight_sum + k.rest);
   k.entropy_scale = g.entropy;
   k.entropy = r.entropy;
   return k;
 }
 
-// d / d z at the label: p - 1 and P - Y each lose no digit.
+// d / d z at the label: p - 1 and P - Y each lose no digit, and W p - w_y is 0 where there is one class,
+// which M W p - M w_y is not: of a fused multiply-add it leaves the rounding of a product.
 MASKED_LOSS_EXT_INLINE double target_gradient(const RowCoefficients& k, double log_prob, double w_y) {
-  const double target = k.probability - k.excess;
-  double gradient = k.excess * ::exp(log_prob) + target * ::expm1(log_prob) - k.smoothing * w_y;
-  if (k.entropy_scale != 0) gradient -= k.entropy_scale * (log_prob + k.entropy) * ::exp(log_prob);
+  const double p = ::exp(log_prob);
+  double gradient = k.target * ::expm1(log_prob) + k.rest * p + k.smoothing * (k.weights * p - w_y);
+  if (k.entropy_scale != 0) gradient -= k.entropy_scale * (log_prob + k.entropy) * p;
   return gradient;
 }
 

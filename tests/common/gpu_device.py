@@ -2,7 +2,8 @@
 """A GPU in the place of the simulator, so that its tests run on both.
 
 Where there is no GPU the tests that need one are skipped with the reason, and those that run on
-both run under the simulator alone; with REQUIRE_CUDA=1 that is an error.
+both run under the simulator alone; with REQUIRE_CUDA=1 that is an error. REQUIRE_CUDA=only also
+leaves out the simulator and the CPU, of the tests that run there as well.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import os
 import pytest
 import torch
 
-REQUIRED = os.environ.get("REQUIRE_CUDA") == "1"
+WANTED = os.environ.get("REQUIRE_CUDA", "")
+REQUIRED = WANTED in ("1", "only")
+BOUNDARY = 512  # bytes: what torch's allocator, and an uploaded row, begins on
 
 
 def missing():
@@ -32,13 +35,20 @@ def missing():
 def need_gpu():
     """For a test, or at the head of a file of tests, that cannot do without."""
     if (reason := missing()) and REQUIRED:
-        pytest.fail(f"REQUIRE_CUDA=1, but {reason}")
+        pytest.fail(f"REQUIRE_CUDA={WANTED}, but {reason}")
     if reason:
         pytest.skip(f"{reason} (REQUIRE_CUDA=1 makes this an error)")
 
 
+def with_gpu(host, gpu):
+    """What a test that runs on both is run on here."""
+    if WANTED == "only":
+        return [gpu]
+    return [host, gpu] if REQUIRED or not missing() else [host]
+
+
 # For fixtures: params=DEVICES, and device_named(request.param) is what an operator's class takes.
-DEVICES = ["simulator", *(["gpu"] if REQUIRED or not missing() else [])]
+DEVICES = with_gpu("simulator", "gpu")
 
 
 def device_named(name):
@@ -49,7 +59,7 @@ def device_named(name):
 
 
 # For public functions: those of `at(place, function)` take and give CPU tensors.
-PLACES = ["cpu", *(["cuda"] if REQUIRED or not missing() else [])]
+PLACES = with_gpu("cpu", "cuda")
 
 
 def moved(value, device):
@@ -94,6 +104,20 @@ class GpuDevice:
     def upload(self, tensor, writable=True):
         """A copy on the device, with the storage as it is: same offset and strides."""
         return _with_storage(tensor.detach(), self.device)
+
+    def upload_rows(self, rows, gap=0):
+        """Equal rows as one tensor [n, ...], `gap` bytes or more apart. What is between them, and
+        a row that is None, reads as NaN: here is no memory that ends the process."""
+        like = rows[0]
+        step = -(-(like.nbytes + gap) // BOUNDARY) * BOUNDARY
+        nbytes = step * (len(rows) - 1) + like.nbytes
+        memory = torch.full((nbytes,), 255, dtype=torch.uint8, device=self.device)
+        strides = (step // like.element_size(), *like.stride())
+        uploaded = memory.view(like.dtype).as_strided((len(rows), *like.shape), strides)
+        for place, row in zip(uploaded, rows, strict=True):
+            if row is not None:
+                place.copy_(row)
+        return uploaded
 
     def download(self, tensor):
         return _with_storage(tensor.detach(), "cpu")

@@ -133,6 +133,16 @@ def test_confident_at_a_temperature(way, temperature):
         assert_relative(grad, gradient[row : row + 1] / temperature)
 
 
+@every_dtype
+@pytest.mark.parametrize("way", CROSS_ENTROPY[:-1], ids=lambda f: f.__name__)
+def test_one_class_has_no_gradient(way, dtype):
+    """None at all: what cancels does so also where products and sums are fused."""
+    for weight in torch.rand(50, 1):
+        options = {"weight": weight, "token_weight": torch.rand(3), "label_smoothing": 0.3}
+        _, gradient = way(torch.randn(3, 1).to(dtype), torch.zeros(3, dtype=torch.long), **options)
+        assert (gradient == 0).all()
+
+
 # --- large logits --------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from cases import FLOATING
 from device_calls import CALLS, SIZES, on_device
 from gpu_device import GpuDevice, missing, need_gpu
 
@@ -92,3 +93,15 @@ def test_a_copy_on_the_device_keeps_its_storage(layout):
     assert torch.equal(copy, tensor) and copy.stride() == tensor.stride()
     assert copy.storage_offset() == tensor.storage_offset()
     assert copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("gap", [0, 1, 5000])
+def test_rows_on_the_device_lie_between_nans(dtype, gap):
+    rows = torch.randn(3, 7).to(dtype)
+    uploaded = GpuDevice("cpu").upload_rows([rows[0], None, rows[2]], gap)
+    step = uploaded.stride(0) * dtype.itemsize
+    assert step % 512 == 0 and gap + 7 * dtype.itemsize <= step < gap + 7 * dtype.itemsize + 512
+    assert torch.equal(uploaded[::2], rows[::2]) and uploaded[1].isnan().all()
+    whole = torch.empty(0, dtype=dtype).set_(uploaded.untyped_storage())
+    assert whole.isnan().sum() == len(whole) - 14

@@ -16,7 +16,7 @@ if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
 
 from cuda_sim.probing import message_of_abort
-from simulated_cross_entropy import random_upstream, simulated_cross_entropy
+from simulated_cross_entropy import random_upstream, simulated_cross_entropy, simulated_sweep
 
 from masked_loss_ext import reference
 from tests.cuda.test_cross_entropy import OPTIONS, columns, filled, make
@@ -103,7 +103,7 @@ def test_offsets_beyond_32_bits(op, length):
     try:
         far = in_pieces(op, logits, [1, 1, 1], gap)
     except RuntimeError as error:
-        pytest.skip(f"{error}: the address space is limited here")
+        pytest.skip(f"no room for rows so far apart: {error}")
     assert far.stride(0) > 1 << 31
     upstream = random_upstream(logits, "mean", True)
     near = in_pieces(op, logits, [1, 1, 1])
@@ -213,3 +213,10 @@ def test_more_totals_than_a_block_adds(op):
     expected = reference.masked_cross_entropy(logits[-20:], target[-20:])
     torch.testing.assert_close(call.results["loss"], expected)
     assert sum("cross_entropy_totals" in line for line in op.sim.launches()) == 2
+
+
+def test_scaling_by_1_touches_nothing(op):
+    gradient = op.sim.upload(torch.randn(4, 50))  # a write to it would end the process
+    before = op.sim.download(gradient)
+    simulated_sweep().scale(gradient, 1.0)
+    assert_same_bits(op.sim.download(gradient), before)

@@ -17,7 +17,6 @@ from gpu_device import DEVICES, device_named
 if compiler() is None:
     pytest.skip("the CUDA simulator needs g++, and there is none", allow_module_level=True)
 
-from simulated import simulator
 from simulated_cross_entropy import check_sweep, simulated_sweep
 
 from tests.cross_entropy.test_hand_worked import MASK, TARGET, WEIGHT, logits
@@ -190,7 +189,7 @@ def test_offsets_beyond_32_bits(sweep):
         try:
             far = in_pieces(sweep, logits, [1, 1, 1], logits.element_size() << 31)
         except RuntimeError as error:
-            pytest.skip(f"{error}: the address space is limited here")
+            pytest.skip(f"no room for rows so far apart: {error}")
         assert far.stride(0) > 1 << 31
         for ours, near in zip(sweep(far, target), sweep(logits, target), strict=True):
             torch.testing.assert_close(sweep.sim.download(ours), sweep.sim.download(near))
@@ -211,14 +210,6 @@ def test_scaling(sweep, shape, dtype):
     gradient = sweep(logits, target, mask)[1]
     sweep.scale(gradient, float("inf"))
     assert torch.equal(sweep.sim.download(gradient) == 0, one == 0)
-
-
-def test_scaling_by_1_touches_nothing():
-    sim, sweep = simulator(), simulated_sweep()  # where this gradient must not be written to
-    gradient = sim.upload(torch.randn(4, 50))
-    before = sim.download(gradient)
-    sweep.scale(gradient, 1.0)
-    assert_same_bits(sim.download(gradient), before)
 
 
 def test_scaling_leaves_what_lies_between_rows(sweep):

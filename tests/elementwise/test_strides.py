@@ -10,7 +10,7 @@ import torch
 from accuracy import Expected, assert_all_accurate, assert_same_bits, evaluate
 from cases import BY_NAME, REDUCTIONS, make
 from cuda_sim import compiler
-from gpu_device import PLACES, at
+from gpu_device import DEVICES, PLACES, at, need_gpu
 from simulated import simulator
 
 import masked_loss_ext as mle
@@ -148,14 +148,17 @@ def test_backward_operator_with_the_strides_of_nobody():
 # Sizes.
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", *DEVICES])
 def ops(request):
-    """The operators as the device has them; what they refuse they refuse before they see data."""
-    if request.param == "cpu":
-        return torch.ops.masked_loss_ext
-    if compiler() is None:
+    """The operators as the device has them, while every tensor is made there; what they refuse they
+    refuse before they see data, so to the simulator host memory is as good."""
+    if request.param == "gpu":
+        need_gpu()
+    if request.param == "simulator" and compiler() is None:
         pytest.skip("the CUDA simulator needs g++, and there is none")
-    return simulator().ops
+    simulated = request.param == "simulator"
+    with torch.device("cuda" if request.param == "gpu" else "cpu"):
+        yield simulator().ops if simulated else torch.ops.masked_loss_ext
 
 
 HUGE = [(2**25, 2**24), (2**49,), (3, 2**48), (2**31, 2**31, 1)]

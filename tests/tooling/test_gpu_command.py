@@ -140,15 +140,13 @@ def test_every_file_that_a_step_names_is_there(tmp_path):
                 name = word.removeprefix("--ignore=")
                 if name.startswith("tests/"):
                     assert (ROOT / name).is_file(), name
-    large, simulators, first, others = steps.all_steps(tmp_path, 2)[2].commands
-    for one in (large, first, others):
-        assert one.environment == {"REQUIRE_CUDA": "1"}
-    assert "tests/cross_entropy/test_values.py" in first.line
-    assert (
-        "tests/cuda/test_kernels.py" in first.line and "tests/build/test_build.py" not in first.line
-    )
-    assert "--ignore=tests/cuda/test_kernels.py" in others.line
-    assert "simulated" in simulators.line[-1]
+    large, many = steps.all_steps(tmp_path, 2)[2].commands
+    assert large.environment == {"REQUIRE_CUDA": "1"}
+    assert many.environment == {"REQUIRE_CUDA": "only"}
+    assert "tests/cuda/test_large.py" in large.line and "tests/cuda/test_large.py" not in many.line
+    for name in ("cross_entropy/test_values.py", "cuda/test_kernels.py", "cuda/test_calls.py"):
+        assert f"tests/{name}" in many.line
+    assert not any("test_build" in word or "test_memory" in word for word in many.line)
 
 
 def test_what_is_missing_is_left_out_by_name(tmp_path):
@@ -157,7 +155,7 @@ def test_what_is_missing_is_left_out_by_name(tmp_path):
 
     made = {step.name: step for step in steps.all_steps(tmp_path, 16, has, lambda name: None)}
     notes = made["tests"].notes
-    assert "cross_entropy/test_property.py is left out: hypothesis missing" in notes
+    assert steps.left_out(steps.TESTS, has)["cross_entropy/test_property.py"] == ["hypothesis"]
     assert any("pytest-xdist is missing" in note for note in notes)
     assert "-n" not in made["tests"].commands[-1].line
     assert [one.missing for one in made["sanitizer"].commands] == ["compute-sanitizer"] * 3

@@ -20,11 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
 QUESTIONS = ["tests/cuda/test_questions.py"]
 CALLS = ["tests/cuda/test_calls.py"]
-NEED_NO_GPU = ["tests/cuda/test_resources.py"]  # and take a minute
 LARGE = ["tests/cuda/test_large.py"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 FIGURES = "figures.csv"
-MOST_TEST_PROCESSES = 12
+MOST_TEST_PROCESSES = 14
 RIVALS = {"liger_kernel": "liger-kernel", "quack": "quack-kernels", "triton": "triton"}
 
 
@@ -116,30 +115,21 @@ def on_gpu(tests: Path) -> list[str]:
 
 
 def tests_step(has: Callable[[str], bool], processors: int) -> Step:
-    """What runs on the GPU first: if time runs out, it is the others that are cut short."""
-    absent = left_out(TESTS, has)
+    """What needs a GPU, and what runs on one too, there alone: the rest is for `make test`."""
+    gpu = on_gpu(TESTS)
+    absent = {name: them for name, them in left_out(TESTS, has).items() if name in gpu}
     notes = [f"{name} is left out: {', '.join(them)} missing" for name, them in absent.items()]
-    notes += [f"{name} is left out: it needs no GPU" for name in NEED_NO_GPU]
-    apart = [*QUESTIONS, *LARGE, *NEED_NO_GPU]
-    first = [f"tests/{name}" for name in on_gpu(TESTS) if name not in absent]
-    first = [name for name in first if name not in apart]
-    others = [f"--ignore={name}" for name in [*apart, *first]]
-    others += [f"--ignore=tests/{name}" for name in absent]
+    files = [f"tests/{name}" for name in gpu if name not in absent]
+    files = [name for name in files if name not in (*QUESTIONS, *LARGE)]
     parallel = []
     if has("xdist"):
-        count = min(MOST_TEST_PROCESSES, max(1, processors - 2))
-        parallel = ["-n", str(count), "--dist", "loadfile"]
+        # Case by case, not by file: one file has half of the cases, and the GPU has no fixture.
+        parallel = ["-n", str(min(MOST_TEST_PROCESSES, max(1, processors - 2))), "--dist", "load"]
     else:
         notes.append("pytest-xdist is missing: one process runs the tests, perhaps not all in time")
-    # Compiled once, or every process would begin with it.
-    simulators = "import simulated as s; s.simulator(); s.counting_simulator()"
-    commands = [
-        pytest_command(LARGE, has),
-        Command(python("-c", simulators), {"PYTHONPATH": f"{ROOT}:{TESTS}:{TESTS / 'common'}"}),
-        pytest_command([*parallel, *first], has),
-        pytest_command([*parallel, *others], has),
-    ]
-    return Step("tests", "the test suite with REQUIRE_CUDA=1", 130, commands, notes)
+    many = pytest_command([*parallel, *files], has)
+    alone = Command(many.line, {"REQUIRE_CUDA": "only"}, many.missing)
+    return Step("tests", "what runs on a GPU", 130, [pytest_command(LARGE, has), alone], notes)
 
 
 def sanitizer_step(has: Callable[[str], bool], which: Callable[[str], str | None]) -> Step:
