@@ -3,7 +3,6 @@
 // the errors that no kernel can raise.
 #include <torch/csrc/stable/library.h>
 
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -132,11 +131,10 @@ struct Rows : Cpu {
 }  // namespace
 
 void refuse_label(const char* op, const RowProblem& q, const Tensor& like, int64_t row) {
-  std::ostringstream text;
-  text << op << ": target at row " << row_index(like, row, q.counted.shift)
-       << " must be in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
-       << ", got " << read_integer(q.counted.target, row + q.counted.shift);
-  throw std::out_of_range(text.str());
+  throw std::out_of_range(text_of(op, ": target at row ", row_index(like, row, q.counted.shift),
+                                  " must be in [0, ", q.counted.classes, ") or ignore_index ",
+                                  q.counted.ignore_index, ", got ",
+                                  read_integer(q.counted.target, row + q.counted.shift)));
 }
 
 double given_denominator(const char* op, const RowProblem& q) {

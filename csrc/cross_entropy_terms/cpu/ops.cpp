@@ -2,7 +2,6 @@
 // cross_entropy_terms on CPU: rows, cut into chunks for the threads, and the errors for a bad label or class.
 #include <torch/csrc/stable/library.h>
 
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -32,17 +31,15 @@ TermsProblem whole_rows(const char* op, const RowProblem& rows, const TermRows& 
 
 [[noreturn]] void refuse(const TermsProblem& q, const Tensor& logits, BadRow bad) {
   const bool is_label = bad.asked < 0;
-  std::ostringstream text;
-  text << "cross_entropy_terms: " << (is_label ? "target" : "classes") << " at row "
-       << row_index(logits, bad.row, 0) << " must be ";
+  const std::string place = text_of("cross_entropy_terms: ", is_label ? "target" : "classes", " at row ",
+                                    row_index(logits, bad.row, 0), " must be ");
   if (is_label) {
-    text << "in [0, " << q.counted.classes << ") or ignore_index " << q.counted.ignore_index
-         << ", got " << read_integer(q.counted.target, bad.row);
-  } else {
-    text << "below " << q.counted.classes << " (negative where none is asked for), got "
-         << read_integer(q.rows.classes, bad.row * q.rows.asked + bad.asked);
+    throw std::out_of_range(text_of(place, "in [0, ", q.counted.classes, ") or ignore_index ",
+                                    q.counted.ignore_index, ", got ",
+                                    read_integer(q.counted.target, bad.row)));
   }
-  throw std::out_of_range(text.str());
+  throw std::out_of_range(text_of(place, "below ", q.counted.classes, " (negative where none is asked for), got ",
+                                  read_integer(q.rows.classes, bad.row * q.rows.asked + bad.asked)));
 }
 
 struct Terms : Cpu {
