@@ -40,7 +40,8 @@
 //   weight        [V]       class weights, in the dtype of the loss
 //   token_weight  [...]     floating
 //   segment_ids   [...]     integer
-//   temperature   []        floating, > 0; a tensor, as it may change from step to step
+//   temperature   []        > 0; a tensor, as it may change from step to step; or [...], one per row of logits
+//                           (not per label, where a shift is), looked at where the row counts
 //   normalizer    []        number to divide by, for reduction "mean"
 //   softcap                 0 for none
 //   shift                   position t of the last row dimension is scored against target t + shift
@@ -48,11 +49,11 @@
 //   schedule      [4]       float64 on the CPU: label_smoothing, softcap, z_loss, focal_gamma, in the place
 //                           of these, where they change from step to step of a compiled graph
 // Returns, in float32 (float64 where logits is): the loss; per row log-sum-exp, entropy (with
-// `statistics`, else [0]), log-probability and argmax hit (bool, with `statistics`) of the target (with
-// one, else [0]), and smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing or a schedule, else
-// [0]), all 0 at rows that do not count; and what the backward needs besides: totals [2] (float64), the
-// denominator and the sum of the class weights (V where nothing needs that), and row_sums [..., 2]
-// (cross_entropy/formula.h).
+// `statistics`, else [0]), log-probability of the target and whether that is the argmax (hit, bool, with
+// `statistics`; both [0] without a target), argmax (int64, with `statistics`, else [0]), and
+// smooth_distance = sum_c w_c * (lse - z_c) (with label_smoothing or a schedule, else [0]), all 0 at rows
+// that do not count; and what the backward needs besides: totals [2] (float64), the denominator and the sum
+// of the class weights (V where nothing needs that), and row_sums [..., 2] (cross_entropy/formula.h).
 #define MASKED_LOSS_EXT_ROW_ARGUMENTS(logits)                                                       \
   logits ", Tensor? target, Tensor? mask=None, Tensor? weight=None, Tensor? token_weight=None, "     \
   "Tensor? segment_ids=None, Tensor? temperature=None, Tensor? normalizer=None, "                    \
@@ -84,7 +85,8 @@
   "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_bias, Tensor grad_token_weight"
 
 // What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms/formula.h).
-//   logits, target, mask, temperature as above; target may not be None
+//   logits, target, mask as above; target may not be None
+//   temperature     []
 //   classes         [..., K]  integer, classes whose log-probability is asked for; negative: none
 //   context_before, ngram_after  [..., S] int32, the links of repetition_links: to the n-gram candidates
 //   unscaled        False: the two terms at temperature T alone; the others, but sums, are then [0]
@@ -133,8 +135,8 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "bool needs_prediction, bool needs_target, bool needs_weighting) -> (Tensor grad_prediction, "
       "Tensor grad_target, Tensor grad_weighting)");
   m.def("masked_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> (Tensor loss, "
-        "Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor totals, "
-        "Tensor row_sums)");
+        "Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor argmax, Tensor smooth_distance, "
+        "Tensor totals, Tensor row_sums)");
   // grad_* may be absent; grad_logits is contiguous, with no elements where it is not needed, and so
   // is grad_token_weight (in the dtype of the loss).
   m.def("_masked_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
@@ -155,8 +157,8 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   // of 0 stays 0.
   m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
   m.def("linear_cross_entropy(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS ") -> (Tensor loss, Tensor lse, "
-        "Tensor entropy, Tensor log_prob, Tensor hit, Tensor smooth_distance, Tensor totals, "
-        "Tensor row_sums)");
+        "Tensor entropy, Tensor log_prob, Tensor hit, Tensor argmax, Tensor smooth_distance, "
+        "Tensor totals, Tensor row_sums)");
   // Gradients that are not needed come back with no elements.
   m.def("_linear_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
         MASKED_LOSS_EXT_LINEAR_ARGUMENTS ", " MASKED_LOSS_EXT_LINEAR_NEEDS ") -> ("

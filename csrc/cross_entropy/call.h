@@ -128,13 +128,16 @@ inline void check_overwritable(const char* op, const char* name, const Tensor& t
   }
 }
 
+inline bool is_per_row(const Tensor& tensor, const RowLike& rows) {
+  return tensor.dim() == rows.like.dim() - 1 && sizes_fit(tensor, rows.like);
+}
+
 inline void check_per_row(const char* op, const char* name, const Tensor& tensor, const RowLike& rows) {
-  const Tensor& like = rows.like;
-  if (tensor.dim() != like.dim() - 1 || !sizes_fit(tensor, like)) {
-    fail(op, ": ", name, " must have the shape of ", rows.name, " ", shape_text(like),
+  if (!is_per_row(tensor, rows)) {
+    fail(op, ": ", name, " must have the shape of ", rows.name, " ", shape_text(rows.like),
          " without the last dimension, got ", shape_text(tensor));
   }
-  check_same_device(op, name, tensor, like, rows.name);
+  check_same_device(op, name, tensor, rows.like, rows.name);
 }
 
 inline void check_number(const char* op, const char* name, const std::optional<Tensor>& tensor,
@@ -143,6 +146,17 @@ inline void check_number(const char* op, const char* name, const std::optional<T
   check_mask_type(op, name, *tensor);
   if (tensor->dim() != 0) fail(op, ": ", name, " must be a number [], got ", shape_text(*tensor));
   check_same_device(op, name, *tensor, rows.like, rows.name);
+}
+
+inline void check_temperature(const char* op, const std::optional<Tensor>& temperature,
+                              const RowLike& rows) {
+  if (!temperature || temperature->dim() == 0) return check_number(op, "temperature", temperature, rows);
+  check_mask_type(op, "temperature", *temperature);
+  if (!is_per_row(*temperature, rows)) {
+    fail(op, ": temperature must be a number, a 0-d tensor or have the shape of ", rows.name, " ",
+         shape_text(rows.like), " without the last dimension, got ", shape_text(*temperature));
+  }
+  check_same_device(op, "temperature", *temperature, rows.like, rows.name);
 }
 
 inline void check_loss_type(const char* op, const char* name, const Tensor& tensor,
@@ -189,7 +203,7 @@ inline void check_inputs(const char* op, const CrossEntropyInputs& in, const Row
   if (in.token_weight) check_per_row(op, "token_weight", *in.token_weight, rows);
   if (in.segment_ids) check_integer(op, "segment_ids", *in.segment_ids, "");
   if (in.segment_ids) check_per_row(op, "segment_ids", *in.segment_ids, rows);
-  check_number(op, "temperature", in.temperature, rows);
+  check_temperature(op, in.temperature, rows);
   check_number(op, "normalizer", in.normalizer, rows);
 }
 
@@ -301,6 +315,7 @@ struct RowInputs {
     problem.weight = read(in.weight);
     problem.token_weight = read(in.token_weight);
     problem.temperature = read(in.temperature);
+    problem.temperature_per_row = in.temperature && in.temperature->dim() > 0;
     problem.normalizer = read(in.normalizer);
   }
 
@@ -374,7 +389,7 @@ struct RowForward {
 
   explicit RowForward(Arguments& arguments) : in(arguments) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
     RowCall call("masked_cross_entropy", in);
     RowProblem& q = call.problem;
     const typename Device::Scope scope(in.logits);
@@ -389,12 +404,13 @@ struct RowForward {
     const Tensor entropy = make(q.entropy, in.statistics, rows, type);
     const Tensor log_prob = make(q.log_prob, has_target, rows, type);
     const Tensor hit = make(q.hit, in.statistics && has_target, rows, ScalarType::Bool);
+    const Tensor argmax = make(q.argmax, in.statistics, rows, ScalarType::Long);
     const Tensor distance = make(q.smooth_distance, in.smooths() && has_target, rows, type);
     const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
     const Tensor sums = make(q.row_sums, true, row_sizes(in.logits, kRowSums), type);
     call.set_layout(nullptr);
     Device::forward(call.op, q, in.logits);
-    return {loss, lse, entropy, log_prob, hit, distance, totals, sums};
+    return {loss, lse, entropy, log_prob, hit, argmax, distance, totals, sums};
   }
 };
 

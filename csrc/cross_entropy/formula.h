@@ -71,12 +71,11 @@ enum class RowReduction { kMean, kSum, kNone };
 // `ties` counts stays apart for the same reason; it may be 0, and the terms then be part of the sum.
 template <class A>
 struct RowSums {
-  A max = -A(INFINITY);     // of z
-  A ties = 0;               // terms e^0, of z = max
-  A sum = 0;                // of e^(z - max) but for those
-  A distance = 0;           // of e^(z - max) (z - max), for the entropy
-  A weighted = 0;           // of w z, for label smoothing; the label's too
-  A before = -A(INFINITY);  // largest z before the target, for the hit
+  A max = -A(INFINITY);  // of z
+  A ties = 0;            // terms e^0, of z = max
+  A sum = 0;             // of e^(z - max) but for those
+  A distance = 0;        // of e^(z - max) (z - max), for the entropy
+  A weighted = 0;        // of w z, for label smoothing; the label's too
 };
 
 // max is -inf until something larger came: then there is nothing to rescale.
@@ -103,7 +102,20 @@ MASKED_LOSS_EXT_INLINE void merge(RowSums<double>& a, RowSums<double> b) {
   a.sum += b.sum;
   a.distance += b.distance;
   a.weighted += b.weighted;
-  a.before = a.before > b.before ? a.before : b.before;
+}
+
+// The first of the largest columns as torch.argmax has it, NaN being the largest: the column of the largest
+// number, or kNanColumn + that of the first NaN, so that of equal ones the smaller value is the right one. Of
+// nothing but -inf it is 0, which is also what a part without any column may say.
+constexpr int64_t kNanColumn = INT64_MIN;
+
+MASKED_LOSS_EXT_INLINE int64_t merged_argmax(double a, int64_t a_column, double b, int64_t b_column) {
+  if (a_column < 0 || b_column < 0 || a == b) return a_column < b_column ? a_column : b_column;
+  return a > b ? a_column : b_column;
+}
+
+MASKED_LOSS_EXT_INLINE int64_t column_of(int64_t argmax) {
+  return argmax < 0 ? argmax - kNanColumn : argmax;
 }
 
 // What a part of a row comes to, on every device: all that the row's results are made of. Parts merge in
@@ -114,10 +126,12 @@ struct RowPart {
   double highest = -INFINITY;  // of s, z = s scale, but for the label's; sums.max is its multiple
   double label = 0;            // s at the label, where the part holds it; else 0
   double weights = 0;          // sum of w, for label smoothing
+  int64_t argmax = 0;          // of s but for the label's, see merged_argmax(); with statistics alone
 };
 
 MASKED_LOSS_EXT_INLINE void merge(RowPart& a, const RowPart& b) {
   merge(a.sums, b.sums);
+  a.argmax = merged_argmax(a.highest, a.argmax, b.highest, b.argmax);
   a.highest = a.highest > b.highest ? a.highest : b.highest;
   a.label += b.label;
   a.weights += b.weights;
@@ -146,6 +160,7 @@ MASKED_LOSS_EXT_INLINE double entropy_of(const RowSums<double>& sums, double log
 struct RowResult {
   double highest = 0, log_sum = 0;  // see RowPart: lse = highest scale + log_sum
   double lse = 0, entropy = 0, log_prob = 0, smooth_distance = 0, loss = 0;
+  int64_t argmax = 0;  // with it hit: of a row whose statistics are asked for
   bool hit = false;
 };
 
@@ -183,7 +198,8 @@ MASKED_LOSS_EXT_INLINE double row_loss(const CrossEntropyOptions& o, const RowRe
   return loss;
 }
 
-MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, bool has_label) {
+MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, int64_t label) {
+  const bool has_label = label >= 0;
   RowResult r;
   RowSums<double>& sums = part.sums;
   const double target = part.label * scale;
@@ -191,7 +207,10 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, bool has
   if (has_label) {
     with_label(sums, target);
     r.highest = part.highest > part.label ? part.highest : part.label;
+    const int64_t own = part.label != part.label ? kNanColumn + label : label;
+    part.argmax = merged_argmax(part.highest, part.argmax, part.label, own);
   }
+  r.argmax = column_of(part.argmax);
   r.log_sum = log_sum_of(sums);
   r.lse = sums.max + r.log_sum;
   r.entropy = entropy_of(sums, r.log_sum);
@@ -200,7 +219,7 @@ MASKED_LOSS_EXT_INLINE RowResult row_result(RowPart part, double scale, bool has
   r.log_prob = overflows ? double(NAN) : (target - sums.max) - r.log_sum;
   const double weighted_lse = part.weights != 0 ? part.weights * r.lse : 0;  // lse may be -inf
   r.smooth_distance = overflows ? double(NAN) : weighted_lse - sums.weighted;
-  r.hit = target == sums.max && sums.before < target;
+  r.hit = r.argmax == label;
   return r;
 }
 
@@ -276,14 +295,16 @@ struct RowProblem {
   CountedRows counted;
   CrossEntropyOptions options;
   RowReduction reduction = RowReduction::kSum;  // kNone: loss and grad_loss are [rows]
-  bool statistics = false;                      // entropy and hit are wanted
+  bool statistics = false;                      // entropy, hit and argmax are wanted
+  bool temperature_per_row = false;             // else it is one number
   Layout layout;  // where rows of the logits (kPrediction) and of their gradient (kGrad) begin
   Array logits, grad_logits;      // [rows, V], any floating dtype
   Array weight, token_weight;     // [V]; [rows], any floating dtype
-  Array temperature, normalizer;  // [], any dtype
+  Array temperature, normalizer;  // [], any dtype; of a temperature per row [rows]
   // What the forward makes and the backward reads: [rows], of loss [rows] or []
   Array loss, lse, entropy, log_prob, smooth_distance;
   Array hit;       // [rows], bool
+  Array argmax;    // [rows], int64
   Array totals;    // [2] double: denominator, and the sum of w, or V where nothing needs that
   Array row_sums;  // [rows, kRowSums]
   // Incoming gradients: [rows], of grad_loss [rows] or []
@@ -318,7 +339,7 @@ MASKED_LOSS_EXT_INLINE double token_weight(const RowProblem& q, int64_t row) {
 template <class A, class Elements>
 MASKED_LOSS_EXT_INLINE RowResult finished(const RowProblem& q, const RowPart& part, double scale, int64_t row,
                                           int64_t label) {
-  RowResult r = row_result(part, scale, label >= 0);
+  RowResult r = row_result(part, scale, label);
   if (label >= 0) {
     r.loss = token_weight<Elements>(q, row) *
              row_loss(q.options, r, class_weight<A>(q, label), q.counted.classes);
@@ -335,6 +356,7 @@ MASKED_LOSS_EXT_INLINE void put_row(const RowProblem& q, int64_t row, const RowR
   put<A>(q.log_prob, row, r.log_prob);
   put<A>(q.smooth_distance, row, r.smooth_distance);
   put<bool>(q.hit, row, r.hit);
+  put<int64_t>(q.argmax, row, double(r.argmax));
   if (q.reduction == RowReduction::kNone) put<A>(q.loss, row, r.loss);
 }
 

@@ -24,6 +24,12 @@ struct TermArguments : CrossEntropyInputs {
         context_before(in.optional_tensor()),
         ngram_after(in.optional_tensor()) {}
 
+  // Before what the rows of masked_cross_entropy may have is read.
+  const TermArguments& with_one_temperature(const char* op) const {
+    check_number(op, "temperature", temperature, logits);
+    return *this;
+  }
+
   void check(const char* op) const {
     if (classes) check_classes(op);
     if (context_before.has_value() != ngram_after.has_value()) {
@@ -62,7 +68,7 @@ struct TermCall : RowCall {
   TermRows terms;
 
   TermCall(const char* name, const TermArguments& in, int64_t ignore_index)
-      : RowCall(name, in, ignore_index, 0) {
+      : RowCall(name, in.with_one_temperature(name), ignore_index, 0) {
     in.check(name);
     terms.counted = problem.counted;
     terms.classes = read(in.classes);

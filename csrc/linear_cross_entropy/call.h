@@ -239,7 +239,7 @@ struct LinearForward {
 
   explicit LinearForward(Arguments& arguments) : in(arguments) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
     constexpr const char* op = "masked_linear_cross_entropy";
     RowInputs call(op, in.checked(op).rows, in.like());
     const typename Device::Scope scope(in.hidden);
@@ -257,6 +257,7 @@ struct LinearForward {
     const Tensor entropy = make(q.entropy, in.rows.statistics, rows, type);
     const Tensor log_prob = make(q.log_prob, has_target, rows, type);
     const Tensor hit = make(q.hit, in.rows.statistics && has_target, rows, ScalarType::Bool);
+    const Tensor argmax = make(q.argmax, in.rows.statistics, rows, ScalarType::Long);
     const Tensor distance = make(q.smooth_distance, in.rows.smooths() && has_target, rows, type);
     const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
     const Tensor sums = make(q.row_sums, true, row_sizes(in.hidden, kRowSums), type);
@@ -267,7 +268,7 @@ struct LinearForward {
       losses.forward(chunk, first);
     });
     losses.finish();
-    return {loss, lse, entropy, log_prob, hit, distance, totals, sums};
+    return {loss, lse, entropy, log_prob, hit, argmax, distance, totals, sums};
   }
 };
 

@@ -34,8 +34,8 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
     >>> torch.testing.assert_close(loss_fn(logits, labels, attention_mask), expected)
 
     The keywords are those of ``masked_cross_entropy``, where their formulas stand, with the same
-    defaults, but for what comes with each batch. ``weight`` becomes a buffer; a tensor as
-    ``temperature`` one that is not saved.
+    defaults, but for what comes with each batch, as temperatures of rows may. ``weight`` becomes a
+    buffer; a tensor as ``temperature`` one that is not saved.
 
     How they meet:
 
@@ -88,8 +88,15 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         token_weight: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         normalizer: Number | None = None,
+        temperature: Number | None = None,
     ) -> Any:
-        """The loss, or (loss, ``RowStatistics``); arguments as in ``masked_cross_entropy``."""
+        """The loss, or (loss, ``RowStatistics``); arguments as in ``masked_cross_entropy``.
+
+        temperature: of this batch, one number or one per row; None: that of the module.
+        """
+        keywords = {keyword: getattr(self, keyword) for keyword in _DEFAULTS}
+        if temperature is not None:
+            keywords["temperature"] = temperature
         return masked_cross_entropy(
             logits,
             target,
@@ -97,7 +104,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
             token_weight=token_weight,
             segment_ids=segment_ids,
             normalizer=normalizer,
-            **{keyword: getattr(self, keyword) for keyword in _DEFAULTS},
+            **keywords,
         )
 
     def extra_repr(self) -> str:

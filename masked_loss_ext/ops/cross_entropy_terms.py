@@ -141,6 +141,8 @@ def _check_traced(a):
         },
     )
     check_integers(_NAME, "target", a.target)
+    if a.temperature is not None and a.temperature.dim() > 0:
+        raise refusal(_NAME, "temperature", "be a number []", shape_text(a.temperature))
     if a.classes is not None and a.classes.shape[:-1] != a.logits.shape[:-1]:
         rule = f"be [..., K] with the leading dimensions of logits {shape_text(a.logits)}"
         raise refusal(_NAME, "classes", rule, shape_text(a.classes))

@@ -160,7 +160,7 @@ def linear_row_statistics(
     r"""``row_statistics`` of hidden states and a classifier's weight, without its logits.
 
     Of :math:`z = \mathrm{softcap}(h W^\top + b) / T` per row that counts: lse, entropy, log_prob of
-    the target and hit; gradients through lse, entropy and log_prob for any incoming ones. The
+    the target, hit and argmax; gradients through lse, entropy, log_prob for any incoming ones. The
     backward makes the logits of those rows again into which a gradient flows, chunk by chunk:
     tokens that a policy-gradient loss clips or a filter leaves out cost it nothing.
 
@@ -179,8 +179,9 @@ def linear_row_statistics(
     given |= {"reduction": "sum", "chunk_rows": chunk_rows, "num_valid": num_valid}
     checks.check_options(name, given)
     a = _prepared(name, given, logits_dtype)
-    _, lse, entropy, *of_target = call(a, SHOWN)
-    return RowStatistics(lse, entropy, *(of_target if target is not None else (None, None)))
+    _, *found = call(a, SHOWN)
+    stats = RowStatistics(*found)
+    return stats if target is not None else stats._replace(log_prob=None, hit=None)
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -263,6 +264,7 @@ def _check_rows(name, a):
         if tensor is not None and tensor.shape != rows:
             rule = f"have the shape of hidden {shape_text(a['hidden'])} without the last dimension"
             raise refusal(name, argument, rule, shape_text(tensor))
+    checks.check_number_or_rows(name, "temperature", a["temperature"], a["hidden"], "hidden")
     weight, classes = a["weight"], a["linear_weight"].shape[0]
     if weight is not None and weight.shape != (classes,):
         rule = f"have one entry per class [{classes}]"

@@ -30,6 +30,7 @@ def _likes(a) -> Iterator[Like]:
     yield (rows if a.statistics else None), dtype
     yield labelled, dtype
     yield (labelled if a.statistics else None), torch.bool
+    yield (rows if a.statistics else None), torch.int64
     yield (labelled if smooths else None), dtype
     yield (2,), torch.float64
     yield (*rows, 2), dtype
@@ -71,7 +72,7 @@ operator = Differentiable(
 )
 _in_order = itemgetter(*operator.forward.names)
 DEFAULTS = operator.forward.arguments._field_defaults
-SHOWN = 5  # loss and statistics
+SHOWN = 1 + len(reference.RowStatistics._fields)
 
 
 def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:

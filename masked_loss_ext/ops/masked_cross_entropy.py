@@ -100,9 +100,11 @@ def masked_cross_entropy(
         token_weight: ``[...]`` floating, may be fractional; no part of the denominator, but of that
             of "weighted_mean". Differentiable.
         label_smoothing: in [0, 1].
-        temperature: T > 0, a number or a 0-d tensor, which may change without recompilation. A CPU
-            tensor is checked, as that of normalizer; on CUDA neither is read before it is used, and
-            what is NaN, or a temperature not above 0, spoils the result.
+        temperature: T > 0, a number or a 0-d tensor, which may change without recompilation; or
+            ``[...]``, one for each row of logits: with a shift that of t, not of the label's t + k.
+            Those of rows that do not count are not looked at; no gradient. A CPU tensor is checked,
+            as that of normalizer; on CUDA neither is read before it is used, and what is NaN, or a
+            temperature that is not positive and finite, makes the rows that it belongs to NaN.
         softcap: c > 0; None or infinity for none.
         z_loss: :math:`\lambda`, weight of lse squared, at least 0 and finite.
         focal_gamma: :math:`\gamma`, at least 0; p is the target's own probability, without
@@ -135,12 +137,12 @@ def masked_cross_entropy(
             in unless that is 1 (so divide by ``normalizer``; not for float16 under a loss scaler).
             With inplace_backward the forward already overwrites the logits: gone also for metrics.
             Ignored without gradients, with one of token_weight, under torch.compile, torch.func.
-        return_stats: also return RowStatistics(lse, entropy, log_prob, hit), each ``[...]``,
-            differentiable (but hit), from the same read.
+        return_stats: also return RowStatistics(lse, entropy, log_prob, hit, argmax), each
+            ``[...]``, differentiable (but hit and argmax), from the same read.
 
         Dimensions of size 1 are expanded, as views: ``[1, S]`` of target, mask, token_weight and
-        segment_ids for a batch of several, ``[B, 1]`` of mask and token_weight. Integers are int64,
-        int32, int16, int8, uint8, uint16 or uint32.
+        segment_ids for a batch of several, ``[B, 1]`` of mask, token_weight and temperature.
+        Integers are int64, int32, int16, int8, uint8, uint16 or uint32.
 
     Returns:
         the loss, float32 (float64 for float64 logits), or (loss, RowStatistics).
@@ -243,11 +245,14 @@ def row_statistics(
 
     Of :math:`z = \mathrm{softcap}(\mathrm{logits}) / T` per row that counts: lse
     :math:`\ln \sum_c e^{z_c}`, entropy :math:`-\sum_c p_c \ln p_c` in nats, log_prob
-    :math:`\ln p_y` and hit, whether the label is the (first) largest. At other rows 0 and False;
-    without a target log_prob and hit are None. All but hit are differentiable.
+    :math:`\ln p_y`, hit, whether the label is the argmax, and argmax itself, the first of the
+    largest (of NaN, which counts as largest, too; where softcap makes logits equal, of these). At
+    other rows 0 and False; without a target log_prob and hit are None. All but hit and argmax are
+    differentiable.
 
     >>> stats = row_statistics(logits, labels)
     >>> torch.testing.assert_close(stats.lse, torch.logsumexp(logits, -1))
+    >>> assert torch.equal(stats.argmax, logits.argmax(-1))
     >>> log_p = logits.log_softmax(-1)
     >>> torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(-1))
     >>> torch.testing.assert_close(
@@ -256,7 +261,8 @@ def row_statistics(
     Arguments are as in ``masked_cross_entropy``.
 
     Returns:
-        RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool.
+        RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool, argmax
+        int64.
     """
     name = "row_statistics"
     given = {"logits": logits, "target": target, **DEFAULTS, "mask": mask}
@@ -265,10 +271,10 @@ def row_statistics(
     if class_dim != -1:
         given["logits"] = checks.classes_last(name, logits, class_dim)
     given |= {"softcap": checks.softcap_number(name, softcap), "reduction": "sum"}
-    _, lse, entropy, log_prob, hit = _call(name, given)
+    _, lse, entropy, log_prob, hit, argmax = _call(name, given)
     if target is None:
         log_prob = hit = None
-    return RowStatistics(lse, entropy, log_prob, hit)
+    return RowStatistics(lse, entropy, log_prob, hit, argmax)
 
 
 def _call(name, given, inplace_backward=False, gradient_in_forward=False):
@@ -287,7 +293,7 @@ def _call(name, given, inplace_backward=False, gradient_in_forward=False):
             checks.check_traced(name, a)
         if gradient_in_forward:
             return call_sweep(a, inplace_backward)
-        return call(a, 5 if a["statistics"] else 1, inplace_backward)
+        return call(a, 1 + len(RowStatistics._fields) if a["statistics"] else 1, inplace_backward)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     try:

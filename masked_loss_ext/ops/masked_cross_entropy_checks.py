@@ -44,6 +44,7 @@ _MAY_BE_NUMBERS = ("temperature", "normalizer")
 # One entry per row, and whether one of the last dimension stands for all of it: one label for all
 # positions of a sequence is a mistake, one mask entry or weight per sample is not.
 _PER_ROW = {"target": False, "mask": True, "token_weight": True, "segment_ids": False}
+_MAY_BE_PER_ROW = {"temperature": True}  # or one number
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -75,9 +76,10 @@ def expanded(given):
     # While tracing sizes that depend on data may not be compared.
     expand = _expand_traced if torch.compiler.is_compiling() else _expand
     result = None
-    for argument, last in _PER_ROW.items():
+    for argument, last in (_PER_ROW | _MAY_BE_PER_ROW).items():
         tensor = given[argument]
-        fitted = tensor if tensor is None else expand(tensor, rows, last)
+        is_tensor = isinstance(tensor, torch.Tensor)
+        fitted = expand(tensor, rows, last) if is_tensor else tensor
         if fitted is not tensor:
             result = {**(result or given), argument: fitted}
     return result
@@ -233,6 +235,14 @@ def check_rows(name, logits, per_row):
             raise refusal(name, argument, rule, shape_text(tensor))
 
 
+def check_number_or_rows(name, argument, value, like, like_name="logits"):
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return
+    if value.shape != like.shape[:-1]:
+        rule = f"be a number, a 0-d tensor or have the shape of {like_name} {shape_text(like)}"
+        raise refusal(name, argument, f"{rule} without the last dimension", shape_text(value))
+
+
 def check_traced(name, given):
     """Under torch.func: all that the operator would check."""
     target, weight = given["target"], given["weight"]
@@ -240,6 +250,8 @@ def check_traced(name, given):
         rule = "be integers (soft labels are not what this function takes)"
         raise refusal(name, "target", rule, target.dtype)
     check_rows(name, given["logits"], {argument: given[argument] for argument in _PER_ROW})
+    for argument in _MAY_BE_PER_ROW:
+        check_number_or_rows(name, argument, given[argument], given["logits"])
     if weight is not None and weight.shape != given["logits"].shape[-1:]:
         raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
     check_shift(name, given["shift"])

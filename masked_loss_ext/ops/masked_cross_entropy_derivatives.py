@@ -39,6 +39,7 @@ def _likes(a) -> Iterator[Like]:
     yield (rows if a.statistics else None), dtype
     yield labelled, dtype
     yield (labelled if a.statistics else None), torch.bool
+    yield (rows if a.statistics else None), torch.int64
     yield (labelled if smooths else None), dtype
     yield (2,), torch.float64
     yield (*rows, 2), dtype

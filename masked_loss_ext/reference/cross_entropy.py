@@ -15,7 +15,7 @@ the loss of a row that counts is
 and exactly 0 of one that does not. Where a logit is +inf lse is inf, and all else of the row NaN,
 its gradient too. A row counts where the mask is on and its label is not
 ignore_index; with a shift k both are those of position t + k, which must lie inside the row and,
-where segment_ids are given, in the segment of t.
+where segment_ids are given, in the segment of t. A temperature per row is that of position t.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,15 @@ class RowStatistics(NamedTuple):
     lse       log-sum-exp of z
     entropy   of softmax(z), in nats
     log_prob  of the target; None without one
-    hit       whether the target is the (first) largest entry; None without a target
+    hit       whether the target is argmax; None without a target
+    argmax    the first of the largest entries, int64, as torch.argmax: NaN is the largest
     """
 
     lse: Tensor
     entropy: Tensor
     log_prob: Tensor | None
     hit: Tensor | None
+    argmax: Tensor
 
 
 def shifted(tensor, shift, fill):
@@ -69,11 +71,14 @@ def counted_rows(logits, target, mask, ignore_index, shift=0, segment_ids=None):
 
 
 def scaled_logits(logits, on, temperature=1.0, softcap=None):
-    """z of the rows that count; all 0 in the others."""
+    """z of the rows that count; all 0 in the others. temperature: one number, or one per row."""
     z = select(on.unsqueeze(-1), logits.to(accumulate_dtype(logits, logits)))
     banned = z == -torch.inf
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        # A number does not change the dtype of what is divided by it, more of them would.
+        temperature = torch.where(on, temperature, 1).to(z.dtype).unsqueeze(-1)
     return (z / temperature).masked_fill(banned, -torch.inf)  # a constant: its gradient is 0
 
 
@@ -94,19 +99,21 @@ def _one_or_nan(lse):
 def statistics_of(z, labels, on):
     """RowStatistics of z; banned classes (-inf) have probability, gradient and entropy term 0."""
     if z.numel() == 0:
-        nothing = z.sum(-1)
-        return RowStatistics(nothing, nothing, *((None, None) if labels is None else (nothing, on)))
+        nothing, labelled = z.sum(-1), labels is not None
+        of_label = (nothing, on) if labelled else (None, None)
+        return RowStatistics(nothing, nothing, *of_label, on.long())
     lse = torch.logsumexp(z, -1)
     banned = z == -torch.inf
     finite = z.masked_fill(banned, 0)  # 0 * -inf must not come about, in the derivative neither
     p = torch.exp(z - lse.unsqueeze(-1))
     entropy = lse - (p * finite).sum(-1)
+    argmax = torch.where(on, z.argmax(-1), 0)
     if labels is None:
-        return RowStatistics(select(on, lse), select(on, entropy), None, None)
+        return RowStatistics(select(on, lse), select(on, entropy), None, None, argmax)
     z_y = _gather(z, labels)
-    hit = (z.argmax(-1) == labels) & on
+    hit = (argmax == labels) & on
     log_prob = (z_y - lse) * _one_or_nan(lse)
-    return RowStatistics(select(on, lse), select(on, entropy), select(on, log_prob), hit)
+    return RowStatistics(select(on, lse), select(on, entropy), select(on, log_prob), hit, argmax)
 
 
 def row_losses(z, labels, on, weight, token_weight, label_smoothing, z_loss, focal_gamma):

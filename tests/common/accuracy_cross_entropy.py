@@ -78,7 +78,7 @@ class Magnitudes:
     def __init__(self, inputs, upstream, options, is_its_own_truth):
         self.o = {"label_smoothing": 0.0, "z_loss": 0.0, "focal_gamma": 0.0, **options}
         self.inputs, self.upstream = inputs, upstream or {}
-        shift, T = options.get("shift", 0), options.get("temperature", 1.0)
+        shift = options.get("shift", 0)
         labels, self.on = counted_rows(
             inputs["logits"],
             inputs["target"],
@@ -87,7 +87,9 @@ class Magnitudes:
             shift,
             inputs.get("segment_ids"),
         )
-        softcap = options.get("softcap")
+        softcap, T = options.get("softcap"), options.get("temperature", 1.0)
+        if "temperature" in inputs:
+            T = torch.where(self.on, inputs["temperature"], 1).double()
         z = scaled_logits(inputs["logits"], self.on, T, softcap)
         self.is_label = torch.nn.functional.one_hot(labels, z.shape[-1]).bool()
         banned = z == -torch.inf
@@ -96,7 +98,9 @@ class Magnitudes:
         self.p, self.log_p = self.log_p.exp(), self.log_p.masked_fill(banned, 0)
         top = z.amax(-1, keepdim=True)
         d = (top - z).masked_fill(banned, 0)
-        exact = T == 1.0 and softcap is None
+        exact = isinstance(T, float) and T == 1.0 and softcap is None
+        if isinstance(T, torch.Tensor):
+            T = T.unsqueeze(-1)
         self.u = d if exact else d + self.z.abs()
         self.log_sum = torch.logsumexp(z - top, -1)
         self.unit = 1 + self.log_sum + (self.p * self.u).sum(-1)
@@ -251,17 +255,17 @@ class Expected:
 def assert_all_accurate(actual, expected, what=""):
     """``actual``: what ``evaluate`` returned, with or without statistics."""
     for name in actual:
-        if name == "hit":
-            _assert_hits(actual[name], expected, what)
+        if name in ("hit", "argmax"):
+            _assert_same_choice(actual[name], expected, name, what)
         else:
             assert_accurate(actual[name], expected, name, what)
 
 
-def _assert_hits(actual, expected, what):
-    assert actual.dtype == torch.bool
-    wrong = actual != expected.truth["hit"]
+def _assert_same_choice(actual, expected, name, what):
+    assert actual.dtype == {"hit": torch.bool, "argmax": torch.int64}[name]
+    wrong = actual != expected.truth[name]
     # A temperature or a cap may make two different logits equal by rounding.
     top = expected.logits.topk(min(2, expected.logits.shape[-1]), -1).values
     close = (top[..., 0] - top[..., -1]) < 1e-5 * top[..., 0].abs()
     close &= top[..., 0] != top[..., -1]
-    assert_same_places(wrong & ~close, torch.zeros_like(wrong), f"{what}: hit")
+    assert_same_places(wrong & ~close, torch.zeros_like(wrong), f"{what}: {name}")

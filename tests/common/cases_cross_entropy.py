@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from cases import FLOATING, MASK_DTYPES, stored_as
 
+from masked_loss_ext.reference.cross_entropy import counted_rows
+
 IGNORE = -100
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
@@ -37,6 +39,7 @@ class Case:
     weight: bool = False
     token_weight: bool = False
     segments: bool = False
+    temperatures: bool = False  # one per row, NaN where that does not count
     banned: float = 0.0  # share of logits that are -inf
     spread: float = 3.0  # standard deviation of the logits
     layout: str = "contiguous"  # of the logits; see stored_as and _stored_logits
@@ -144,6 +147,22 @@ for _reduction in REDUCTIONS:
         ),
     ]
 
+_others = {name: value for name, value in EVERYTHING.items() if name != "temperature"}
+TEMPERATURES = [
+    Case(f"temperatures_{name}", reason, shape, options, temperatures=True, **more)
+    for name, reason, shape, options, more in (
+        ("mean", "one per row", (3, 7, 37), {}, {}),
+        ("none", "one per row", (3, 7, 37), {"reduction": "none"}, {"mask": None}),
+        ("everything", "with each keyword", (3, 7, 1025), _others, {"weight": True}),
+        ("shift", "that of t", (3, 17, 37), {"shift": 2, **_others}, {"segments": True}),
+        ("pieces", "a row is cut", (2, 16385), {"softcap": 20.0}, {"mask": None}),
+        ("of_many", "many chunks", (5000, 11), {}, {"token_weight": True}),
+        ("rank_1", "[V]", (37,), {}, {"mask": None, "ignored": 0.0}),
+        ("transposed", "copied", (3, 7, 37), {}, {"row_layout": "transposed"}),
+        ("expanded", "copied", (3, 7, 37), {}, {"row_layout": "expanded"}),
+    )
+]
+
 MASKS = [
     Case("no_mask", "every row counts", (3, 7, 12), mask=None, ignored=0.0),
     Case("ignore_only", "labels alone drop rows", (3, 7, 12), mask=None, ignored=0.5),
@@ -209,10 +228,10 @@ STRIDES += [
     for layout in ("transposed", "sliced", "expanded", "misaligned")
 ]
 
-CASES = SIZES + OPTIONS + MASKS + EMPTY + RANKS + STRIDES
+CASES = SIZES + OPTIONS + TEMPERATURES + MASKS + EMPTY + RANKS + STRIDES
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES)
-TENSORS = ("target", "mask", "weight", "token_weight", "segment_ids")
+TENSORS = ("target", "mask", "weight", "token_weight", "segment_ids", "temperature")
 
 
 def make(case, dtype, seed=0):
@@ -242,7 +261,18 @@ def make(case, dtype, seed=0):
     if case.segments:
         ids = torch.rand(rows, generator=g).lt(0.2).cumsum(-1)
         inputs["segment_ids"] = stored_as(ids, case.row_layout)
+    if case.temperatures:
+        values = stored_as(torch.rand(rows, generator=g).add(0.5), case.row_layout)
+        inputs["temperature"] = _of_rows_that_count(values, case, inputs, ignore)
     return inputs
+
+
+def _of_rows_that_count(values, case, inputs, ignore):
+    if case.row_layout == "expanded":  # an entry belongs to rows of each kind
+        return values
+    masks = (inputs["target"], inputs.get("mask"), ignore, case.options.get("shift", 0))
+    _, on = counted_rows(inputs["logits"], *masks, inputs.get("segment_ids"))
+    return values.masked_fill_(~on, float("nan"))
 
 
 def options_of(case):

@@ -170,6 +170,9 @@ CALLS = {
     "row_statistics": [
         lambda e: tuple(mle.row_statistics(e["logits"], e["labels"], e["mask"])),
         lambda e: tuple(mle.row_statistics(e["logits"], temperature=e["number"]))[:2],
+        lambda e: tuple(
+            mle.row_statistics(e["logits"], e["labels"], temperature=e["grey"].detach() + 0.5)
+        ),
     ],
     "MaskedCrossEntropyLoss": [
         lambda e: mle.MaskedCrossEntropyLoss(label_smoothing=0.1, shift=1)(

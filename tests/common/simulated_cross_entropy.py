@@ -15,7 +15,7 @@ from simulated import Uploader
 
 from masked_loss_ext import reference
 
-STATISTICS = ("lse", "entropy", "log_prob", "hit")
+STATISTICS = ("lse", "entropy", "log_prob", "hit", "argmax")
 OUTPUTS = ("loss", *STATISTICS, "smooth_distance", "totals", "row_sums")
 DIFFERENTIABLE = ("loss", "lse", "entropy", "log_prob")
 ROUNDINGS_IN_A_ROW = 64  # in float64; the reference's own error is 0 there
@@ -55,7 +55,9 @@ class Call:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         weight = None if o["weight"] is None else o["weight"].to(wide)
         inputs = (logits, target, mask, weight, o.get("token_weight"), o.get("segment_ids"))
-        self.inputs = [*map(op.upload, inputs), op.number(o["temperature"])]
+        per_row = isinstance(o["temperature"], torch.Tensor) and o["temperature"].dim() > 0
+        upload = op.upload if per_row else op.number
+        self.inputs = [*map(op.upload, inputs), upload(o["temperature"])]
         self.tensors = [*self.inputs, op.number(o["normalizer"])]
 
     def numbers(self):
@@ -119,7 +121,7 @@ def random_upstream(logits, reduction, statistics):
 def assert_close(actual, truth, in_dtype, what, size=0.0):
     """The rule above; places of NaN, inf and exact 0 apart."""
     assert actual.shape == truth.shape, f"{what}: {list(actual.shape)} for {list(truth.shape)}"
-    if actual.dtype == torch.bool:
+    if not actual.dtype.is_floating_point:
         assert torch.equal(actual, truth), what
         return
     rounded = truth.to(actual.dtype)

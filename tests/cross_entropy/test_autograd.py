@@ -14,6 +14,8 @@ TARGET = torch.tensor([[1, 4, -100, 0, 3], [2, 2, 0, 77, 4]])
 MASK = torch.tensor([[1, 1, 1, 0, 1], [1, 0, 1, 0, 1]])
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 3, 3, 3]])
 WEIGHT = torch.tensor([1.0, 0.5, 2, 0, 1.5], dtype=torch.float64)
+NAN = float("nan")
+TEMPERATURES = torch.tensor([[0.7, 1.3, NAN, -1, 2], [1, 0, 0.5, NAN, 0.8]], dtype=torch.float64)
 OPTIONS = {
     "plain": {},
     "sum": {"reduction": "sum"},
@@ -23,6 +25,7 @@ OPTIONS = {
     "weight": {"weight": WEIGHT},
     "weight_smoothing": {"weight": WEIGHT, "label_smoothing": 0.3, "reduction": "none"},
     "temperature": {"temperature": 0.7},
+    "temperatures": {"temperature": TEMPERATURES, "label_smoothing": 0.1, "z_loss": 0.1},
     "softcap": {"softcap": 2.0, "temperature": 1.3},
     "z_loss": {"z_loss": 0.1},
     "focal": {"focal_gamma": 2.0},
@@ -130,7 +133,7 @@ def test_derivatives_with_banned_classes(which, check):
 def test_outputs_that_are_not_differentiable():
     x, t = leaves()
     _, stats = mle.masked_cross_entropy(x, TARGET, MASK, token_weight=t, return_stats=True)
-    assert not stats.hit.requires_grad
+    assert not stats.hit.requires_grad and not stats.argmax.requires_grad
     assert all(getattr(stats, name).requires_grad for name in STATISTICS)
     (grad,) = torch.autograd.grad(stats.lse.sum(), t, allow_unused=True)
     assert grad is None or (grad == 0).all()

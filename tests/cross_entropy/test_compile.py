@@ -14,7 +14,15 @@ inplace_op = torch.ops.masked_loss_ext._masked_cross_entropy_backward_.default
 sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep.default
 inplace_sweep_op = torch.ops.masked_loss_ext._masked_cross_entropy_sweep_.default
 scale_op = torch.ops.masked_loss_ext._masked_cross_entropy_scale_gradient_.default
-CHECKED = ["v17", "both_weights_none", "segments_mean", "padded", "rank_1_none", "banned_sum"]
+CHECKED = [
+    "temperatures_shift",
+    "v17",
+    "both_weights_none",
+    "segments_mean",
+    "padded",
+    "rank_1_none",
+    "banned_sum",
+]
 SIZES = [(3, 5, 11), (4, 9, 30), (7, 11, 1030)]
 
 
@@ -37,7 +45,7 @@ def op_arguments(name, dtype=torch.float32, target=True):
         None if weight is None else weight.to(torch.float32),
         inputs.get("token_weight"),
         inputs.get("segment_ids"),
-        torch.tensor(options.get("temperature", 1.0), dtype=torch.float64),
+        torch.as_tensor(inputs.get("temperature", options.get("temperature", 1.0))).double(),
         None,
     )
     numbers = (
@@ -55,7 +63,7 @@ def op_arguments(name, dtype=torch.float32, target=True):
 def backward_arguments(name, statistics):
     tensors, numbers = op_arguments(name)
     results = op(*tensors, *numbers, statistics)
-    loss, lse, entropy, log_prob, _, distance, totals, row_sums = results
+    loss, lse, entropy, log_prob, _, _, distance, totals, row_sums = results
     g = torch.full_like(lse, 0.5)
     grads = (torch.ones_like(loss), g, g, g) if statistics else (torch.ones_like(loss), *[None] * 3)
     saved = (row_sums, entropy, log_prob, distance, totals)
@@ -113,6 +121,8 @@ LOSSES = {
     "none": lambda x, y, m, t, n: f(x, y, reduction="none"),
     "weighted": lambda x, y, m, t, n: f(x, y, m, token_weight=t, label_smoothing=0.1),
     "temperature": lambda x, y, m, t, n: f(x, y, m, temperature=n),
+    "temperatures": lambda x, y, m, t, n: f(x, y, m, temperature=t.detach() + 0.5, shift=1),
+    "temperature_of_a_sample": lambda x, y, m, t, n: f(x, y, m, temperature=n + m[:, :1]),
     "normalizer": lambda x, y, m, t, n: f(x, y, m, normalizer=n),
     "segments": lambda x, y, m, t, n: f(x, y, m, segment_ids=y % 2, shift=2, reduction="sum"),
     "module": lambda x, y, m, t, n: module(x, y, m, token_weight=t, normalizer=n),
@@ -250,10 +260,11 @@ def test_meta_tensors():
     args = (x, y, m, None, t, None, None, None, -100, 0.1, 0.0, 0.0, 0.0, 1)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (4, 9))):
         results = op(*args, reduction, True)
-        shapes = [shape, (4, 9), (4, 9), (4, 9), (4, 9), (4, 9), (2,), (4, 9, 2)]
+        shapes = [shape, *[(4, 9)] * 6, (2,), (4, 9, 2)]
         assert [tuple(r.shape) for r in results] == shapes
         assert all(r.device.type == "meta" for r in results)
-        dtypes = [torch.float32] * 4 + [torch.bool, torch.float32, torch.float64, torch.float32]
+        dtypes = [torch.float32] * 4 + [torch.bool, torch.int64]
+        dtypes += [torch.float32, torch.float64, torch.float32]
         assert [r.dtype for r in results] == dtypes
 
 

@@ -64,6 +64,7 @@ TENSORS = [
     ({"weight": W.to("meta")}, ValueError, "all tensors", "one device", "cpu and meta"),
     ({"token_weight": META}, ValueError, "all tensors", "one device", "cpu and meta"),
 ]
+ROWS_TOO = "a number, a 0-d tensor or have the shape of logits [2, 3, 5] without the last dimension"
 SIX = "mean, sum, none, sequence_mean, sequence_sum or weighted_mean"
 NUMBERS = [
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing", "at least 0", "got -0.1"),
@@ -79,7 +80,12 @@ NUMBERS = [
     ({"temperature": 2**2000}, ValueError, "temperature", "finite", "got 1148"),
     ({"temperature": torch.tensor(0.0)}, ValueError, "temperature", "positive", "got 0"),
     ({"temperature": torch.tensor(-2.0)}, ValueError, "temperature", "positive", "got -2"),
-    ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
+    ({"temperature": torch.ones(3)}, ValueError, "temperature", ROWS_TOO, "got [3]"),
+    ({"temperature": torch.ones(5)}, ValueError, "temperature", ROWS_TOO, "got [5]"),
+    ({"temperature": torch.ones(2, 2)}, ValueError, "temperature", ROWS_TOO, "got [2, 2]"),
+    ({"temperature": torch.ones(3, 3)}, ValueError, "temperature", ROWS_TOO, "got [3, 3]"),
+    ({"temperature": X}, ValueError, "temperature", ROWS_TOO, "got [2, 3, 5]"),
+    ({"temperature": META}, ValueError, "all tensors", "one device", "cpu and meta"),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
     ({"temperature": None}, TypeError, "temperature", "number", "got NoneType"),
     ({"temperature": True}, TypeError, "temperature", "number", "got bool"),
@@ -267,7 +273,47 @@ def test_a_mask_with_as_many_rows_as_classes_is_a_mask():
 def test_what_gets_no_gradient_may_not_ask_for_one():
     number = torch.tensor(2.0, requires_grad=True)
     check(lambda: f(X, Y, temperature=number), ValueError, "temperature", "require", "gradient")
+    rows = torch.ones(2, 3, requires_grad=True)
+    check(lambda: f(X, Y, temperature=rows), ValueError, "temperature", "require", "gradient")
     check(lambda: f(X, Y, normalizer=number), ValueError, "normalizer", "require", "gradient")
+
+
+@pytest.mark.parametrize("value,text", [(0, "0"), (-2, "-2"), (math.nan, "nan"), (math.inf, "inf")])
+def test_a_bad_temperature_names_its_row(value, text):
+    """The first of rows that count, in the tensor of the caller; of others nothing is looked at."""
+    t = torch.ones(2, 3)
+    t[0, 1] = t[1, 0] = t[1, 2] = value
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
+    rule = f"temperature at row [1, 0] must be positive and finite, got {text}"
+    x = X.clone().requires_grad_()
+    for options in ({}, {"gradient_in_forward": True}, {"inplace_backward": True}):
+        for logits in (X, x):
+            run = lambda x=logits, o=options: f(x, Y, mask, temperature=t, **o)  # noqa: E731
+            check(run, ValueError, "masked_cross_entropy: " + rule)
+    run = lambda: mle.row_statistics(X, None, mask, temperature=t)  # noqa: E731
+    check(run, ValueError, "row_statistics: " + rule)
+    # With a shift it is the mask of the next position, and behind [1, 2] there is none.
+    for row in (0, 1), (1, 0):
+        rule = f"temperature at row {list(row)} must be positive and finite, got {text}"
+        check(lambda: f(X, Y, mask, temperature=t, shift=1), ValueError, rule)
+        t[row] = 1
+    assert f(X, Y, mask, temperature=t, shift=1).isfinite()
+    target = torch.where(t == 1, Y, -100)
+    assert f(X, target, temperature=t).isfinite()
+    wide = torch.zeros(2, 3, 40000)  # rows in pieces
+    rule = "temperature at row [1, 2] must be positive and finite"
+    check(lambda: f(wide, Y, mask, temperature=t), ValueError, rule)
+    for call, name in ((backward, ""), (backward_in_place, "_")):
+        name = f"_masked_cross_entropy_backward{name}: {rule}"
+        check(lambda c=call, t=t: call_backward(c, temperature=t), ValueError, name)
+    x = X.clone()
+    check(lambda: sweep_in_place(x, Y, temperature=t), ValueError, rule)
+    assert torch.equal(x, X)
+
+
+def test_a_bad_label_goes_before_a_bad_temperature():
+    with pytest.raises(IndexError, match=r"target at row \[0, 0\]"):
+        f(X, Y + 7, temperature=T * 0)
 
 
 def test_there_is_no_loss_without_labels():
@@ -397,7 +443,8 @@ OP_ARGUMENTS = [
     ({"weight": W[:3]}, "weight must have one entry per class"),
     ({"token_weight": Y}, "token_weight must be float16"),
     ({"segment_ids": M}, "segment_ids must be"),
-    ({"temperature": torch.ones(1)}, "temperature must be a number [], got [1]"),
+    ({"temperature": torch.ones(1)}, f"temperature must be {ROWS_TOO}, got [1]"),
+    ({"temperature": T[:, :1]}, f"temperature must be {ROWS_TOO}, got [2, 1]"),
     ({"label_smoothing": 2.0}, "label_smoothing must be in [0, 1]"),
     ({"label_smoothing": math.nan}, "label_smoothing must be in [0, 1], got nan"),
     *(
@@ -513,7 +560,7 @@ def test_any_strides_are_read():
     results = call_op(logits=x, weight=w, statistics=True)
     expected = call_op(logits=x.contiguous(), weight=w.contiguous(), statistics=True)
     assert all(map(torch.equal, results, expected))
-    saved = dict(zip(("entropy", "log_prob"), results[2:4], strict=True), row_sums=results[7])
-    saved["totals"] = results[6]
+    saved = dict(zip(("entropy", "log_prob"), results[2:4], strict=True), row_sums=results[8])
+    saved["totals"] = results[7]
     grads = [call_backward(logits=a, weight=b, **saved) for a, b in ((x, w), (x.contiguous(), w))]
     assert grads[0][0].equal(grads[1][0]) and grads[0][0].any()

@@ -134,6 +134,41 @@ def test_temperature(module):
 
 
 @BOTH
+def test_temperatures_of_rows(module):
+    # odds 1, 1, 4 at T = 1/2;  6, 1, 1 at 1;  1, 4, 9 at 1/2; the last row does not count
+    t = torch.tensor([0.5, 1, 0.5, nan])
+    check(rows(module, temperature=t), [log(6 / 4), LN8, log(14)])
+    x = logits()
+    rows(module, x, temperature=t.double()).sum().backward()  # (p - [c = y]) / T
+    check(x.grad[0], [2 / 6, 2 / 6, 2 * (4 / 6 - 1)])
+    check(x.grad[1], [3 / 4, -7 / 8, 1 / 8])
+    check(x.grad[2], [2 * (1 / 14 - 1), 2 * 4 / 14, 2 * 9 / 14])
+    assert (x.grad[3] == 0).all()
+    s = module.row_statistics(logits(), TARGET, MASK, temperature=t)
+    check(s.lse, [LN6, LN8, log(14), 0.0])
+    check(s.log_prob, [log(4 / 6), -LN8, -log(14), 0.0])
+    assert s.argmax.tolist() == [2, 0, 2, 0]
+
+
+@BOTH
+def test_a_temperature_is_that_of_the_logits_not_of_the_label(module):
+    # scored against the next label: odds 1 of 6 at T = 1/2, 6 of 8 at T = 1 (of the labels T would
+    # be 1 and 1/4)
+    x = logits().detach()[None].requires_grad_()
+    t = torch.tensor([[0.5, 1, 0.25, -1]])
+    f = module.masked_cross_entropy
+    loss = f(x, TARGET[None], MASK[None], shift=1, temperature=t, reduction="none")
+    check(loss, [[LN6, LN8 - LN6, 0.0, 0.0]])
+    # one for each sample: both rows of the first at 1/2, the one that counts of the second at 1
+    x, y = logits().detach().reshape(2, 2, 3), TARGET.reshape(2, 2)
+    t = torch.tensor([[0.5], [1.0]])
+    if module is reference:
+        t = t.expand(2, 2)
+    loss = f(x, y, MASK.reshape(2, 2), temperature=t, reduction="none")
+    check(loss, [[log(6 / 4), log(38)], [LN6, 0.0]])
+
+
+@BOTH
 def test_softcap(module):
     # tanh(ln 2) = (4 - 1) / (4 + 1) = 3/5, so a cap of 5 makes 0 and 3 of 0 and 5 ln 2
     x = torch.tensor([[0.0, 5 * LN2]], dtype=torch.float64, requires_grad=True)
@@ -224,6 +259,8 @@ def test_statistics(module):
         check(s.entropy, [1.5 * LN2, h1, h2, 0.0])
         check(s.log_prob, [-LN2, -LN8, -LN6, 0.0])
         assert s.hit.tolist() == [True, False, False, False]
+        assert s.argmax.tolist() == [2, 0, 2, 0]
+    assert module.row_statistics(logits(), None, MASK).argmax.tolist() == [2, 0, 2, 0]
 
 
 @BOTH
@@ -235,7 +272,9 @@ def test_statistics_of_a_uniform_row(module, classes):
     check(s.entropy, [log(classes)] * 2, 1e-12)
     check(s.log_prob, [-log(classes)] * 2)
     assert s.hit.tolist() == [True, classes == 1]  # the first of equal ones
-    assert module.row_statistics(x).hit is None
+    assert s.argmax.tolist() == [0, 0]
+    alone = module.row_statistics(x)
+    assert alone.hit is None and alone.argmax.tolist() == [0, 0]
 
 
 @BOTH

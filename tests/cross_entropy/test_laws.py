@@ -25,7 +25,7 @@ POISONED = [
     *("few_of_many", "nothing_counts", "nothing_weighted", "row_gaps_none", "row_slice_mean"),
     *("v1025", "v32769", "both_weights_mean", "banned_mean", "normalizer_weight", "permuted_mean"),
     *(f"segments_{r}" for r in REDUCTIONS),
-    *("transposed_mean", "misaligned_none"),
+    *("transposed_mean", "misaligned_none", "temperatures_everything", "temperatures_shift"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_rows_that_do_not_count_change_no_bit(name):
         for key, result in clean.items():
             assert_same_bits(results[key], result, f"{value}: {key}")
         assert (results["grad logits"][~on] == 0).all()
-        for key in ("lse", "entropy", "log_prob", "hit"):
+        for key in ("lse", "entropy", "log_prob", "hit", "argmax"):
             assert (results[key][~on] == 0).all()
 
 

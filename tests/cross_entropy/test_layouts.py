@@ -133,6 +133,9 @@ EXPANDED = [
     {"token_weight": torch.rand(1, S)},
     {"token_weight": PER_SAMPLE},
     {"segment_ids": SEGMENTS, "shift": 1},
+    {"temperature": torch.tensor([[0.5], [1.0], [2.0]])},
+    {"temperature": torch.linspace(0.5, 2, S)[None]},
+    {"temperature": torch.tensor([[1.5]]), "mask": MASK},
     {"target": TARGET.to(torch.uint16), "ignore_index": 65436, "mask": MASK.to(torch.uint16)},
     {"target": TARGET, "mask": MASK, "token_weight": PER_SAMPLE, "segment_ids": SEGMENTS},
     {"target": TARGET, "mask": PER_SAMPLE, "reduction": "sequence_mean"},
@@ -141,7 +144,7 @@ EXPANDED = [
 
 
 def expand(arguments):
-    rows = ("target", "mask", "token_weight", "segment_ids")
+    rows = ("target", "mask", "token_weight", "segment_ids", "temperature")
     return {n: v.expand(B, S) if n in rows else v for n, v in arguments.items()}
 
 

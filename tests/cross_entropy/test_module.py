@@ -99,6 +99,7 @@ FORWARD = {
     "token_weight": torch.linspace(0, 1, 15).reshape(3, 5),
     "segment_ids": torch.tensor([[0, 0, 1, 1, 1]] * 3),
     "normalizer": 13,
+    "temperature": torch.linspace(0.5, 2, 15).reshape(3, 5),
 }
 
 
@@ -192,6 +193,18 @@ def test_temperature_may_be_a_tensor_that_changes():
     for value in (2.0, 0.5):
         loss_fn.temperature.fill_(value)
         torch.testing.assert_close(loss_fn(*batch()), Loss(temperature=value)(*batch()))
+
+
+def test_temperatures_of_a_batch_go_before_that_of_the_module():
+    rows = torch.linspace(0.5, 2, 15).reshape(3, 5)
+    for given in (0.5, torch.tensor(0.5), rows, rows[:, :1]):
+        ours = Loss(temperature=3.0)(*batch(), temperature=given)
+        assert torch.equal(ours, Loss()(*batch(), temperature=given))
+        assert torch.equal(ours, mle.masked_cross_entropy(*batch(), temperature=given))
+    # one for each position, for batches of any number of samples
+    loss_fn = Loss(temperature=rows[:1])
+    expected = mle.masked_cross_entropy(*batch(), temperature=rows[:1].expand(3, 5))
+    assert torch.equal(loss_fn(*batch()), expected)
 
 
 def test_repr_shows_what_was_changed():

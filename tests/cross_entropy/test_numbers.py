@@ -215,6 +215,35 @@ def test_ties_hit_the_first():
     assert run(flat, Y([0, 1, 32]))[1].hit.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 5, 33, 2049, 5000, 16385, 40000])
+def test_argmax_is_that_of_torch(classes, dtype):
+    """Ties, NaN, infinities, rows of nothing but -inf; the label on the largest and beside it."""
+    g = torch.Generator().manual_seed(classes)
+    x = torch.randint(-3, 4, (12, classes), generator=g).to(dtype)  # of many equal ones
+    for row, value in ((1, nan), (2, nan), (3, inf), (4, inf), (5, 9.0)):
+        x[row, torch.randint(classes, (2,), generator=g)] = value
+    x[2, torch.randint(classes, (2,), generator=g)] = inf
+    x[6] = -inf
+    x[7] = nan
+    x[8, classes // 2 :] = -inf
+    x[9] = -inf
+    x[9, -1] = -1e37  # finite at each temperature
+    largest = x.argmax(-1)
+    for target in (largest, (largest + 1) % classes, torch.zeros(12, dtype=torch.long)):
+        for options in ({}, {"temperature": 0.3}):
+            s = mle.row_statistics(x, target, **options)
+            assert torch.equal(s.argmax, largest) and torch.equal(s.hit, target == largest)
+            theirs = reference.row_statistics(x, target, **options)
+            assert torch.equal(s.argmax, theirs.argmax) and torch.equal(s.hit, theirs.hit)
+    assert torch.equal(mle.row_statistics(x).argmax, largest)
+
+
+def test_argmax_where_a_cap_makes_logits_equal():
+    x = torch.tensor([[1.0, 1000.0, 2000.0], [1.0, 2.0, -5.0]])
+    assert mle.row_statistics(x, softcap=5.0).argmax.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("classes", [5, 16, 33, 1025, 4100])
 def test_every_label_is_found(classes):
     """The largest entry at each place in turn, as the label and not."""

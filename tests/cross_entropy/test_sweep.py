@@ -84,6 +84,19 @@ def test_the_same_bits_as_the_ordinary_way(name, dtype):
 
 
 @in_both
+@pytest.mark.parametrize("name", ["mean", "everything", "shift", "pieces", "of_many"])
+def test_temperatures_of_rows(name, inplace):
+    case = BY_NAME[f"temperatures_{name}"]
+    inputs, options = make(case, torch.float32), options_of(case)
+    loss, expected, _ = loss_and_gradient(inputs, options)
+    options |= {"gradient_in_forward": True, "inplace_backward": inplace}
+    same, gradient, _ = loss_and_gradient(inputs, options)
+    assert expected.isfinite().all()
+    assert_same_bits(same, loss)
+    assert_same_bits(gradient, expected)
+
+
+@in_both
 @pytest.mark.parametrize("rows, classes", [(64, 16385), (63, 16385), (300, 40), (1, 70000)])
 def test_every_cut_of_the_work(rows, classes, inplace):
     g = torch.Generator().manual_seed(rows)

@@ -39,6 +39,7 @@ def test_the_function(options, text):
         ({"reduction": "none"}, "reduction must be mean or sum, got none"),
         ({"reduction": "max"}, "reduction must be mean, sum or none, got max"),
         ({"temperature": torch.tensor(0.0)}, "temperature must be positive and finite, got 0"),
+        ({"temperature": torch.zeros(2, 3)}, r"temperature at row \[0, 0\] must be positive"),
         ({"normalizer": torch.ones(1)}, r"normalizer must be a number \[\], got \[1\]"),
         ({"token_weight": torch.ones(3)}, "token_weight must have the shape of logits"),
         ({"shift": -1}, "shift must not be negative"),

@@ -45,13 +45,15 @@ def test_statistics_alone(shape, dtype):
     options = {"temperature": 0.7, "softcap": 15.0}
     _, expected = mle.masked_cross_entropy(logits, target, mask, **options, return_stats=True)
     actual = mle.row_statistics(logits, target, mask, **options)
-    assert actual._fields == ("lse", "entropy", "log_prob", "hit")
+    assert actual._fields == ("lse", "entropy", "log_prob", "hit", "argmax")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name, value in actual._asdict().items():
         assert_same_bits(value.detach(), getattr(expected, name).detach(), name)
-        assert value.dtype == (torch.bool if name == "hit" else wide)
+        assert value.dtype == {"hit": torch.bool, "argmax": torch.int64}.get(name, wide)
+    assert torch.equal(actual.hit & mask, (actual.argmax == target) & mask)
     alone = mle.row_statistics(logits, None, mask, **options)
     assert alone.log_prob is None and alone.hit is None
+    assert torch.equal(alone.argmax, actual.argmax)
     for name in ("lse", "entropy"):
         ours, theirs = getattr(alone, name), getattr(expected, name)
         # A label's column comes last, apart from the others.

@@ -33,6 +33,7 @@ BAD = [
     ({"temperature": 0}, ValueError, "temperature", "above 0", "got 0"),
     ({"temperature": torch.tensor(-2.0)}, ValueError, "temperature", "positive", "got -2"),
     ({"temperature": torch.ones(3)}, ValueError, "temperature", "number", "got [3]"),
+    ({"temperature": torch.ones(Y.shape)}, ValueError, "temperature", "number []", "got ["),
     ({"temperature": "hot"}, TypeError, "temperature", "number", "got str"),
     ({"classes": C[0]}, ValueError, "classes", "[..., K] with the leading", "got [3, 4]"),
     ({"classes": C[:, :1]}, ValueError, "classes", "leading dimensions", "got [2, 1, 4]"),

@@ -31,6 +31,7 @@ OPTIONS = {
     "smoothing_weight": {"label_smoothing": 0.3, "weight": "random"},
     "all_smooth": {"label_smoothing": 1.0, "reduction": "sum"},
     "temperature": {"temperature": 0.7},
+    "temperatures": {"temperature": "random"},
     "softcap": {"softcap": 5.0, "temperature": 1.5},
     "z_loss": {"z_loss": 0.1, "token_weight": "random"},
     "focal": {"focal_gamma": 2.0},
@@ -38,6 +39,10 @@ OPTIONS = {
     "everything": {
         "weight": "random", "token_weight": "random", "label_smoothing": 0.2, "temperature": 1.3,
         "softcap": 8.0, "z_loss": 0.05, "focal_gamma": 1.5, "shift": 1, "segment_ids": "random",
+    },
+    "everything_by_row": {
+        "weight": "random", "token_weight": "random", "label_smoothing": 0.2, "softcap": 8.0,
+        "temperature": "random", "z_loss": 0.05, "focal_gamma": 1.5, "shift": 1,
     },
 }  # fmt: skip
 NAMES = list(OPTIONS)
@@ -76,6 +81,8 @@ def filled(options, logits):
         options["weight"] = torch.rand(logits.shape[-1]) * (torch.rand(logits.shape[-1]) < 0.9)
     if "token_weight" in options:
         options["token_weight"] = torch.rand(rows)
+    if options.get("temperature") == "random":
+        options["temperature"] = torch.rand(rows) + 0.5
     if "segment_ids" in options:
         options["segment_ids"] = torch.randint(0, 2, rows, dtype=torch.int32)
     return options
@@ -226,6 +233,7 @@ def test_shift(op, shift):
 def test_no_target(op):
     logits, _, mask = make((4, 70))
     call = op(logits, None, mask, reduction="none", label_smoothing=0.1)
+    assert torch.equal(call.results["argmax"], logits.argmax(-1) * mask)
     assert call.results["loss"].item() == 0
     for name in ("log_prob", "hit", "smooth_distance"):
         assert call.results[name].shape == (0,)
@@ -245,7 +253,7 @@ def test_no_statistics(op):
     logits, target, mask = make((4, 70))
     every, lean = op(logits, target, mask), op(logits, target, mask, statistics=False)
     for name, result in lean.results.items():
-        if name in ("entropy", "hit"):
+        if name in ("entropy", "hit", "argmax"):
             assert result.shape == (0,)
         elif name != "smooth_distance":
             close = torch.testing.assert_close

@@ -15,7 +15,7 @@ if compiler() is None:
 
 from simulated_cross_entropy import check, evaluate, random_upstream, simulated_cross_entropy
 
-from tests.cuda.test_cross_entropy import OPTIONS, filled, make
+from tests.cuda.test_cross_entropy import OPTIONS, every_dtype, filled, make
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,6 +40,46 @@ def test_ties_go_to_the_first(op):
     assert check(op, logits, target)["hit"].tolist() == [True, False, False, False, True, True]
     wide = logits.repeat(1, 20)
     assert check(op, wide, target)["hit"].tolist() == [True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 33, 70, 1100, 2500, 9000])
+@every_dtype
+def test_argmax_is_that_of_torch(op, length, dtype):
+    # ties, NaN, infinities, rows of nothing but -inf; off the 16-byte boundaries, in parts
+    logits = torch.randint(-3, 4, (12, length + 3)).to(dtype)[:, 3:]
+    for row, value in ((1, NAN), (2, NAN), (3, INF), (4, INF), (5, 9.0)):
+        logits[row, torch.randint(length, (2,))] = value
+    logits[2, torch.randint(length, (2,))] = INF
+    logits[6], logits[7], logits[9] = -INF, NAN, -INF
+    logits[8, length // 2 :] = -INF
+    logits[9, -1] = -6e4
+    largest = logits.argmax(-1)
+    for target in (largest, (largest + 1) % length, torch.zeros(12, dtype=torch.int64)):
+        results = op(logits, target, temperature=0.7).results
+        assert_same_bits(results["argmax"], largest)
+        assert_same_bits(results["hit"], target == largest)
+    assert_same_bits(op(logits, None).results["argmax"], largest)
+
+
+@pytest.mark.parametrize("length", [37, 1100, 9000])
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
+def test_a_bad_temperature_spoils_its_row(op, value, length):
+    logits, target, _ = make((4, length))
+    mask = torch.tensor([1, 1, 0, 1])
+    temperature = torch.tensor([1.5, value, value, 0.5])
+    for name in ("none", "focal_half", "softcap"):
+        options = filled(OPTIONS[name], logits) | {"reduction": "none", "temperature": temperature}
+        call = op(logits, target, mask, **options)
+        options["temperature"] = torch.tensor([1.5, 1.0, 1.0, 0.5])
+        clean = op(logits, target, mask, **options)
+        upstream = random_upstream(logits, "none", True)
+        grads, good = call.backward(upstream)["logits"], [0, 2, 3]
+        for result in ("loss", "lse", "entropy", "log_prob"):
+            assert call.results[result][1].isnan()
+            assert_same_bits(call.results[result][good], clean.results[result][good], result)
+        assert_same_bits(call.results["argmax"], clean.results["argmax"])
+        assert grads[1].isnan().all() and (grads[2] == 0).all()
+        assert_same_bits(grads[good], clean.backward(upstream)["logits"][good])
 
 
 @pytest.mark.parametrize("name", ["plain", "smoothing_weight", "softcap", "focal"])
@@ -149,7 +189,7 @@ def test_bad_label(op, label, reduction):
     for name in ("lse", "entropy", "log_prob", "smooth_distance"):
         assert call.results[name][1].isnan()
         assert_same_bits(call.results[name][good], clean.results[name][good], name)
-    assert not call.results["hit"][1]
+    assert not call.results["hit"][1] and call.results["argmax"][1] == 0
     upstream = random_upstream(logits, reduction, True)
     grads = call.backward(upstream)
     assert grads["logits"][1].isnan().all() and grads["token_weight"][1].isnan()

@@ -30,6 +30,15 @@ __device__ __forceinline__ T group_max(T value, int lanes) {
   return value;
 }
 
+// Smallest value of the group; every lane gets it. All 32 lanes must call it.
+template <class T>
+__device__ __forceinline__ T group_min(T value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    value = min(value, __shfl_xor_sync(kFullWarp, value, offset));
+  }
+  return value;
+}
+
 // Sum over the block, valid in thread 0. The block is a multiple of 32 threads, and every thread calls
 // it. `scratch` is shared memory for one value per warp, not in use by another call.
 template <class T>

@@ -18,13 +18,14 @@ struct RowChunks {
 // What is added over rows.
 struct RowTotals {
   double loss = 0, denominator = 0;
-  int64_t bad_row = -1;  // the first with a label outside [0, V)
+  int64_t bad_row = -1;          // the first with a label outside [0, V)
+  int64_t bad_temperature = -1;  // the first row that counts whose own is not positive and finite
 };
 
 // A problem in one pass over its rows.
 struct CrossEntropyProblem : RowProblem {
   RowChunks chunks;
-  double scale = 1;                   // 1 / temperature
+  double scale = 1;                   // 1 / temperature, where that is one number
   double grad_scale = 0;              // d loss / d row loss, but for what grad_loss holds per row
   double weight_sum = 0;              // of w in a gradient; V without class weights
   RowPart* parts = nullptr;           // [rows, pieces], where rows are cut

@@ -42,20 +42,21 @@ void prepare_gradient(CrossEntropyProblem& q, double grad_scale) {
   q.zero_logits = untouched_pages(q.grad_logits.data, bytes);
 }
 
+void add(RowTotals& all, const RowTotals& more) {
+  all.loss += more.loss;
+  all.denominator += more.denominator;
+  if (all.bad_row < 0) all.bad_row = more.bad_row;
+  if (all.bad_temperature < 0) all.bad_temperature = more.bad_temperature;
+}
+
 // Added in order, `per_group` neighbours first.
 RowTotals sum_of(const std::vector<RowTotals>& totals, int64_t per_group) {
   RowTotals all;
   const int64_t count = static_cast<int64_t>(totals.size());
   for (int64_t first = 0; first < count; first += per_group) {
     RowTotals group;
-    for (int64_t i = first; i < first + per_group && i < count; ++i) {
-      group.loss += totals[i].loss;
-      group.denominator += totals[i].denominator;
-      if (group.bad_row < 0) group.bad_row = totals[i].bad_row;
-    }
-    all.loss += group.loss;
-    all.denominator += group.denominator;
-    if (all.bad_row < 0) all.bad_row = group.bad_row;
+    for (int64_t i = first; i < first + per_group && i < count; ++i) add(group, totals[i]);
+    add(all, group);
   }
   return all;
 }
@@ -91,16 +92,27 @@ void run_backward(CrossEntropyProblem q) {
                           [&](int64_t chunk) { kernels().backward(q, chunk); });
 }
 
+void refuse_bad_temperature(const char* op, const RowProblem& q, const Tensor& logits,
+                            const RowTotals& totals) {
+  if (totals.bad_temperature >= 0) check_temperature_of(op, q, logits, totals.bad_temperature);
+}
+
+void refuse_bad_rows(const char* op, const RowProblem& q, const Tensor& logits, const RowTotals& totals) {
+  if (totals.bad_row >= 0) refuse_label(op, q, logits, totals.bad_row);
+  refuse_bad_temperature(op, q, logits, totals);
+}
+
 struct Rows : Cpu {
   static void forward(const char* op, const RowProblem& q, const Tensor& logits) {
     const double given = given_denominator(op, q);
     put_class_weights(q);
     const RowTotals totals = forward_rows(op, q);
-    if (totals.bad_row >= 0) refuse_label(op, q, logits, totals.bad_row);
+    refuse_bad_rows(op, q, logits, totals);
     put_loss(q, totals, denominator_of(q, totals, given));
   }
 
-  static void backward(const char* op, RowProblem q, const Tensor&) {
+  static void backward(const char* op, RowProblem q, const Tensor& logits) {
+    if (q.temperature_per_row) refuse_bad_temperature(op, q, logits, count_rows(q));
     const double grad_scale = grad_scale_of(q);
     if (q.reduction != RowReduction::kNone) q.grad_loss = {};
     backward_rows(op, q, grad_scale);
@@ -110,9 +122,9 @@ struct Rows : Cpu {
   // was.
   static void sweep(const char* op, RowProblem q, const Tensor& logits) {
     const double given = given_denominator(op, q);
-    read_scale(op, q.temperature);
+    read_scale(op, q);
     const RowTotals counted = count_rows(q);
-    if (counted.bad_row >= 0) refuse_label(op, q, logits, counted.bad_row);
+    refuse_bad_rows(op, q, logits, counted);
     put_class_weights(q);
     const double denominator = denominator_of(q, counted, given);
     const Tensor buffer = sweep_buffer(q, logits, q.counted.rows);
@@ -186,7 +198,7 @@ Tensor sweep_buffer(RowProblem& q, const Tensor& like, int64_t rows) {
 }
 
 RowTotals forward_rows(const char* op, const RowProblem& rows) {
-  return run_forward(pass_over(rows, read_scale(op, rows.temperature)));
+  return run_forward(pass_over(rows, read_scale(op, rows)));
 }
 
 RowTotals count_rows(const RowProblem& rows) {
@@ -201,13 +213,13 @@ RowTotals count_rows(const RowProblem& rows) {
 }
 
 void backward_rows(const char* op, const RowProblem& rows, double grad_scale) {
-  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows.temperature));
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows));
   prepare_gradient(q, grad_scale);
   run_backward(q);
 }
 
 RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale) {
-  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows.temperature));
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows));
   prepare_gradient(q, grad_scale);
   q.chunks = cut(q.counted, false);
   const bool is_cut = q.chunks.pieces > 1;

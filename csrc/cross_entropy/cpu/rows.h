@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The passes over rows on CPU, for this room and for those that have the same rows chunk by chunk: what a
-// chunk comes to is added by the caller. Numbers are read and refused here, labels by the caller.
+// chunk comes to is added by the caller. Numbers are read and refused here; labels, and temperatures of which
+// each row has its own, by the caller.
 #pragma once
 
 #include <algorithm>
@@ -48,17 +49,17 @@ inline RowChunks cut(const CountedRows& q, bool whole_rows) {
   return c;
 }
 
-// 1 / temperature.
-inline double read_scale(const char* op, const Array& temperature) {
-  if (temperature.data == nullptr) return 1;
-  const double value = read_entry<double>(temperature, 0);
+// 1 / temperature; 1 where each row has its own, which the kernels read and check.
+inline double read_scale(const char* op, const RowProblem& rows) {
+  if (rows.temperature.data == nullptr || rows.temperature_per_row) return 1;
+  const double value = read_entry<double>(rows.temperature, 0);
   if (!(value > 0 && value < INFINITY)) {
     fail(op, ": temperature must be positive and finite, got ", value);
   }
   return 1 / value;
 }
 
-// Where the label of a row stands in its tensor: [i, j].
+// Where a row stands in its tensor, with its shift where its label does: [i, j].
 inline std::string row_index(const Tensor& logits, int64_t row, int64_t shift) {
   std::string index;
   int64_t rest = row;
@@ -69,6 +70,14 @@ inline std::string row_index(const Tensor& logits, int64_t row, int64_t shift) {
     index = std::to_string(i) + (index.empty() ? "" : ", " + index);
   }
   return "[" + index + "]";
+}
+
+// A row's own temperature, where each has one and this counts; like: what the rows are of.
+inline void check_temperature_of(const char* op, const RowProblem& rows, const Tensor& like, int64_t row) {
+  if (!rows.temperature_per_row) return;
+  const double value = read_entry<double>(rows.temperature, row);
+  if (value > 0 && value < INFINITY) return;
+  fail(op, ": temperature at row ", row_index(like, row, 0), " must be positive and finite, got ", value);
 }
 
 }  // namespace masked_loss_ext

@@ -24,14 +24,14 @@ __device__ __forceinline__ double row_loss_gradient(const CrossEntropyParams& q,
   return entry<A>(q.grad_loss, q.reduction == RowReduction::kNone ? row : 0) / denominator;
 }
 
-// weights: the sum of w.
+// row: as place_of() says. weights: the sum of w.
 template <class A>
 __device__ __forceinline__ RowGradient<A> row_gradient_of(const CrossEntropyParams& q, const RowResult& r,
                                                           int64_t row, int64_t label, double weights,
                                                           double loss_gradient) {
   const RowCoefficients k =
       coefficients_at<A, DeviceElements>(q, r, row, label, weights, loss_gradient);
-  const double scale = scale_of<double>(q);
+  const double scale = scale_of<double>(q, row);
   // d z / d logit is 1 / T, with softcap (1 - u^2) / T.
   const double per_z = q.options.softcap > 0 ? scale / q.options.softcap : scale;
   RowGradient<A> out;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   gradient.label = label;
   double token_weight_gradient = label == kBadLabel ? double(NAN) : 0;
   if (label >= 0 || label == kNoLabel) {
-    const RowResult r = saved_row<A>(q, place, scale_of<double>(q));
+    const RowResult r = saved_row<A>(q, place, scale_of<double>(q, place));
     const double loss_gradient = row_loss_gradient<A>(q, place);
     gradient = row_gradient_of<A>(q, r, place, label, entry<double>(q.totals, 1), loss_gradient);
     if (q.grad_token_weight.data != nullptr && label >= 0) {
@@ -83,10 +83,10 @@ struct GradientWriter {
   Unit<A> unit;
   Exponential<A> exponential;
 
-  __device__ GradientWriter(const CrossEntropyParams& q, const RowGradient<A>& k)
+  __device__ GradientWriter(const CrossEntropyParams& q, int64_t place, const RowGradient<A>& k)
       : weight(static_cast<const A*>(q.weight.data)),
         k(k),
-        scale(scale_of<A>(q)),
+        scale(scale_of<A>(q, place)),
         unit(q),
         exponential(A(1)) {}
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     return fill(s, item.lane, q.team, out, constant_gradient<T>(gradient.label));
   }
   const T* row = static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, item.row);
-  const GradientWriter<T, kFull> writer(q, gradient);
+  const GradientWriter<T, kFull> writer(q, place_of(q.counted, item.row), gradient);
   writer.write(s, item.lane, q.team, RowMemory<T>{row, same_boundaries<T>(row, out)}, out);
 }
 

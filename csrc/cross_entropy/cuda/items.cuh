@@ -47,10 +47,13 @@ __device__ __forceinline__ int64_t label_at(const CrossEntropyParams& q, int64_t
   return label_of<DeviceElements>(q.counted, row);
 }
 
+// Of a row that counts; NaN where its temperature is not positive and finite.
 template <class A>
-__device__ __forceinline__ A scale_of(const CrossEntropyParams& q) {
+__device__ __forceinline__ A scale_of(const CrossEntropyParams& q, int64_t place) {
   const A cap = q.options.softcap > 0 ? A(q.options.softcap) : A(1);
-  return q.temperature.data != nullptr ? cap / load<A>(q.temperature, 0) : cap;
+  if (q.temperature.data == nullptr) return cap;
+  const A temperature = load<A>(q.temperature, q.temperature_per_row ? place : 0);
+  return temperature > 0 && temperature < A(INFINITY) ? cap / temperature : A(NAN);
 }
 
 // e^(scale * x). In float a result below the normal numbers becomes 0: it is added to 1 or more, or is

@@ -14,6 +14,7 @@ template <class A>
 struct RowShare {
   RowSums<A> sums;
   double weighted = 0, weights = 0;
+  int64_t argmax = 0;  // see merged_argmax(); with statistics alone
 };
 
 // In z, as RowPart is on every device.
@@ -26,8 +27,8 @@ __device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scal
   part.sums.sum = share.sums.sum;
   part.sums.distance = scale * share.sums.distance;
   part.sums.weighted = scale * share.weighted;
-  part.sums.before = scale * share.sums.before;
   part.weights = share.weights;
+  part.argmax = share.argmax;
   return part;
 }
 
@@ -44,13 +45,13 @@ struct RowReader {
   Exponential<A> exponential;
   RowShare<A> share;
 
-  __device__ RowReader(const CrossEntropyParams& q, int64_t label)
+  __device__ RowReader(const CrossEntropyParams& q, int64_t label, Exponential<A> exponential)
       : weight(static_cast<const A*>(q.weight.data)),
         label(label),
         statistics(q.statistics),
         smoothing(q.options.label_smoothing > 0 && label >= 0),
         unit(q),
-        exponential(scale_of<A>(q)) {}
+        exponential(exponential) {}
 
   // The label's column is no part of the sums (see RowSums). Nobody looks at a column at a time: that a pack
   // holds it is found by one comparison.
@@ -62,17 +63,17 @@ struct RowReader {
     for (int j = 0; j < kVector; ++j) u[j] = j == static_cast<int>(offset) ? -A(INFINITY) : u[j];
   }
 
-  // The largest before the label tells whether the label is the first of equal ones.
-  template <int kVector>
-  __device__ __forceinline__ void note_before(const A* u, A largest, int64_t col) {
-    A& before = share.sums.before;
-    if (col + kVector <= label) {
-      before = max(before, largest);
-    } else if (col < label) {
-      for (int j = 0; j < kVector; ++j) {
-        if (col + j < label) before = max(before, u[j]);
-      }
+  // The first column that f(u) is true of, where there is one.
+  template <int kCount, int kVector, class F>
+  __device__ __forceinline__ bool find(const A (&u)[kCount][kVector], int64_t col, int64_t step,
+                                       int64_t& column, F f) const {
+    int at = -1;
+#pragma unroll
+    for (int i = kCount * kVector - 1; i >= 0; --i) {
+      if (f(u[i / kVector][i % kVector])) at = i;
     }
+    column = col + at / kVector * step + at % kVector;
+    return at >= 0;
   }
 
   // A class of weight 0 takes no part, also where its logit is -inf. Distances from the largest of the pack
@@ -102,9 +103,13 @@ struct RowReader {
 #pragma unroll
       for (int j = 1; j < kVector; ++j) in_pack = max(in_pack, u[i][j]);
       largest = max(largest, in_pack);
-      if (kFull && statistics) note_before<kVector>(u[i], in_pack, col + i * step);
     }
+    int64_t column;
     if (largest > sums.max) {
+      if (kFull && statistics && share.argmax >= 0 &&
+          find(u, col, step, column, [=](A x) { return x == largest; })) {
+        share.argmax = column;
+      }
       rescale(sums, largest, exponential(sums.max - largest));
       sums.max = largest;
     }
@@ -122,6 +127,10 @@ struct RowReader {
       sums.sum += sum;
       if (kFull) sums.ties += ties;
       if (kFull) sums.distance += distance;
+    }
+    if (kFull && statistics && sums.sum != sums.sum &&
+        find(u, col, step, column, [](A x) { return x != x; })) {
+      share.argmax = min(share.argmax, kNanColumn + column);
     }
   }
 
@@ -150,6 +159,8 @@ struct RowReader {
     if (kFull) unit.apply(u[0]);
     if (kFull && smoothing) add_weighted<1>(u[0], col);
     leave_out_label<1>(u[0], col);
+    // Not in the order of the columns: one of the head stands before equal ones.
+    if (kFull && statistics && u[0][0] == share.sums.max) share.argmax = min(share.argmax, col);
     add(u, col, 0);
   }
 
@@ -192,13 +203,16 @@ template <bool kFull, class A>
 __device__ __forceinline__ RowShare<A> group_merge(RowShare<A> share, Exponential<A> exponential, int lanes) {
   RowSums<A>& sums = share.sums;
   const A largest = group_max(sums.max, lanes);
+  if (kFull) {
+    const bool its = share.argmax < 0 || sums.max == largest;
+    share.argmax = group_min(its ? share.argmax : INT64_MAX, lanes);
+  }
   rescale(sums, largest, exponential(sums.max - largest));
   sums.max = largest;
   sums.sum = group_sum(sums.sum, lanes);
   if (kFull) {
     sums.ties = group_sum(sums.ties, lanes);
     sums.distance = group_sum(sums.distance, lanes);
-    sums.before = group_max(sums.before, lanes);
     share.weighted = group_sum(share.weighted, lanes);
     share.weights = group_sum(share.weights, lanes);
   }
@@ -259,7 +273,7 @@ __device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, RowPar
   if (label == kBadLabel) r = not_a_number();
   if (label >= 0 || label == kNoLabel) {
     part.label = label_u;
-    r = finished<A, DeviceElements>(q, part, scale_of<double>(q), row, label);
+    r = finished<A, DeviceElements>(q, part, scale_of<double>(q, row), row, label);
   }
   put_row<A>(q, row, r);
   return totals_of(q, label, r.loss);
@@ -295,19 +309,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const bool read = label >= 0 || label == kNoLabel, block_per_part = q.team > kWarpSize;
   if (q.parts > 1 && !read) return;  // the whole block
   RowShare<A> share;
+  const Exponential<A> exponential(read ? scale_of<A>(q, place) : A(1));
   double label_u = 0;
   if (read) {
     if (q.parts == 1 && item.lane == 0) label_u = label_unit<A>(q, item.row, label);
     const T* row = static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, item.row);
-    RowReader<T, kFull> reader(q, label);
+    RowReader<T, kFull> reader(q, label, exponential);
     reader.read(stretch_of(q, row, item.part), item.lane, q.team, RowMemory<T>{row, true}, KeepNothing{});
     share = reader.share;
   }
   // The same branch for the whole block.
-  if (read || !block_per_part) share = team_merge<kFull>(share, Exponential<A>(scale_of<A>(q)), q.team);
+  if (read || !block_per_part) share = team_merge<kFull>(share, exponential, q.team);
   Totals mine = {0, 0, 0};
   if (item.exists && item.lane == 0) {
-    const RowPart part = part_of(share, scale_of<double>(q));
+    const RowPart part = part_of(share, read ? scale_of<double>(q, place) : 1);
     if (q.parts > 1) {
       parts[item.row * q.parts + item.part] = part;
     } else {

@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Slot<T> slot(q, s, kKept);
   if (counts || !block_per_part) {  // the whole block, the whole cluster
     RowShare<A> share;
-    const Exponential<A> exponential(scale_of<A>(q));
+    const Exponential<A> exponential(counts ? scale_of<A>(q, place) : A(1));
     double label_u = 0;
     if (counts) {
       if (item.lane == 0) label_u = label_unit<A>(q, row, label);
-      RowReader<T, kFull> reader(q, label);
+      RowReader<T, kFull> reader(q, label, exponential);
       if constexpr (kKept) {
         reader.read(s, item.lane, q.team, memory, slot);
       } else {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     share = team_merge<kFull>(share, exponential, q.team);
     if (q.parts > 1) share = cluster_merge<kFull>(share, exponential);
     if (counts && item.lane == 0) {
-      const double scale = scale_of<double>(q);
+      const double scale = scale_of<double>(q, place);
       RowPart part = part_of(share, scale);
       part.label = label_u;
       const RowResult r = finished<A, DeviceElements>(q, part, scale, place, label);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
   if (!item.exists) return;
   if (!counts) return fill(s, item.lane, q.team, out, constant_gradient<T>(label));
-  const GradientWriter<T, kFull> writer(q, *slot.gradient);
+  const GradientWriter<T, kFull> writer(q, place, *slot.gradient);
   if constexpr (kKept) {
     writer.write(s, item.lane, q.team, slot, out);
   } else {

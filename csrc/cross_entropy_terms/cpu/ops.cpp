@@ -24,7 +24,7 @@ TermsProblem whole_rows(const char* op, const RowProblem& rows, const TermRows& 
   TermsProblem q;
   static_cast<RowProblem&>(q) = rows;
   q.rows = terms;
-  q.scale = read_scale(op, rows.temperature);
+  q.scale = read_scale(op, rows);
   q.chunks = cut(q.counted, true);
   return q;
 }

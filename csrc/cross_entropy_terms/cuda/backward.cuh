@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   if (label >= 0 && all_banned(term_sums_at(q.terms, row))) {
     r.label = kNotCounted;
   } else if (label >= 0) {
-    r = term_row(q.terms, row, label, scale_of<double>(q), DeviceTermAccess<T>{row_of<T>(q, row), nullptr});
+    r = term_row(q.terms, row, label, scale_of<double>(q, row), DeviceTermAccess<T>{row_of<T>(q, row), nullptr});
   }
   rows[row] = r;
 }

@@ -71,7 +71,7 @@ struct TermReader {
       : row(row_of<T>(q, row_index)),
         label(label),
         exponential(A(1)),
-        scaled_exponential(scale_of<A>(q)) {}
+        scaled_exponential(scale_of<A>(q, row_index)) {}
 
   __device__ __forceinline__ void raise_max(A largest) {
     RowSums<A>& one = share.one;
@@ -201,7 +201,7 @@ __device__ __forceinline__ void finish_terms(const TermParams& q, int64_t row, i
                                              const TermPart* parts, int64_t count) {
   const DeviceTermAccess<T> access{row_of<T>(q, row), nullptr};
   if (label < 0) return fill_terms(q.terms, row, label == kBadLabel ? double(NAN) : 0.0, access);
-  const double scale = scale_of<double>(q), classes = double(q.counted.classes);
+  const double scale = scale_of<double>(q, row), classes = double(q.counted.classes);
   double largest = -INFINITY, plain = 0;
   for (int64_t i = 0; i < count; ++i) largest = max(largest, parts[i].max);
   RowSums<double> one, at_scale;

@@ -28,7 +28,9 @@ struct HostElements {
 bool takes_part(const char* op, const RowProblem& q, const Tensor& like, int64_t row) {
   const int64_t label = label_of<HostElements>(q.counted, row);
   if (label == kBadLabel) refuse_label(op, q, like, row);
-  return label != kNotCounted;
+  if (label == kNotCounted) return false;
+  check_temperature_of(op, q, like, row);
+  return true;
 }
 
 bool anything_flows(const RowProblem& q, int64_t row) {
