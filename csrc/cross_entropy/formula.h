@@ -31,10 +31,11 @@ struct CountedRows {
   int64_t row_length = 1, shift = 0;  // row r is at t = r % row_length, its label at r + shift
   int64_t ignore_index = 0;
   Array target, mask, segment_ids;
-  Array index;  // [rows] int64: row i of the logits is row index[i] of all else, none where negative
+  Array index;  // [rows] int64: row i of the logits is row index[i] of all else; -1: none, less: a bad one
 };
 
-// Which row of all that is per row the i-th row of the logits is; negative for none.
+// Which row of all that is per row the i-th row of the logits is; negative for none. Below -1: there is one
+// too many, which must show.
 MASKED_LOSS_EXT_INLINE int64_t place_of(const CountedRows& q, int64_t i) {
   return q.index.data == nullptr ? i : static_cast<const int64_t*>(q.index.data)[i];
 }
@@ -46,7 +47,7 @@ constexpr int64_t kNoLabel = -3;     // counts, and there are no labels
 // Elements::integer(array, i) and Elements::is_on(array, i) read one entry.
 template <class Elements>
 MASKED_LOSS_EXT_INLINE int64_t label_of(const CountedRows& q, int64_t row) {
-  if (row < 0) return kNotCounted;
+  if (row < 0) return row == -1 ? kNotCounted : kBadLabel;
   if (q.shift > 0 && row % q.row_length + q.shift >= q.row_length) return kNotCounted;
   const int64_t at = row + q.shift;
   if (q.mask.data != nullptr && !Elements::is_on(q.mask, at)) return kNotCounted;

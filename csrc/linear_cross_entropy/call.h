@@ -17,6 +17,7 @@
 //   Losses(op, problem, like)    count(), forward(chunk), sweep(chunk), finish(): the passes of a call
 //   backward(op, chunk, like)
 //   Products(arguments)          the products, with their buffers, and the type and number of the logits
+// A row whose place is negative (see place_of()) has hidden states of 0, and gives none.
 #pragma once
 
 #include "cross_entropy/call.h"
@@ -83,7 +84,7 @@ struct LinearArguments {
 
 // The rows that take part, in order; `count` of them at the most.
 struct KeptRows {
-  Tensor index;  // [count] int64, as CountedRows::index
+  Tensor index;  // [count] int64 or more, as CountedRows::index
   int64_t count = 0;
   bool exact = true;  // none of them is negative
 };
@@ -110,14 +111,15 @@ inline int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, in
 template <class Device>
 class LinearRows {
  public:
-  LinearRows(const LinearArguments& in, RowInputs& call, bool receiving = false)
+  // sums_weight: the gradient of the weight is wanted.
+  LinearRows(const LinearArguments& in, RowInputs& call, bool receiving, bool sums_weight)
       : in_(in), products_(in) {
     RowProblem& q = call.problem;
     kept_ = Device::kept_rows(call.op, q, in.hidden, in.num_valid, receiving);
     // In place where all rows take part, and each is one stretch of memory beside the last.
     whole_ = kept_.exact && kept_.count == q.counted.rows && in.hidden.is_contiguous();
     chunk_ = in.chunk_rows ? std::min(*in.chunk_rows, std::max<int64_t>(kept_.count, 1))
-                           : products_.rows_at_a_time(kept_.count);
+                           : products_.rows_at_a_time(kept_.count, sums_weight);
     if (whole_) {
       hidden_ = torch::stable::view(in.hidden, {kept_.count, in.width()});
     } else {
@@ -261,7 +263,7 @@ struct LinearForward {
     const Tensor distance = make(q.smooth_distance, in.rows.smooths() && has_target, rows, type);
     const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
     const Tensor sums = make(q.row_sums, true, row_sizes(in.hidden, kRowSums), type);
-    LinearRows<Device> taking_part(in, call);
+    LinearRows<Device> taking_part(in, call, false, false);
     typename Device::Losses losses(op, q, in.hidden);
     taking_part.for_each_chunk(q, [&](RowProblem& chunk, int64_t first, Tensor&, const Tensor&) {
       chunk.grad_logits = {};
@@ -292,7 +294,7 @@ struct LinearBackward {
     gradients.put(call, in.like());
     const typename Device::Scope scope(in.hidden);
     LinearGradients<Device> out(in, needs_hidden, needs_weight, needs_bias, needs_token_weight);
-    LinearRows<Device> rows(in, call, true);
+    LinearRows<Device> rows(in, call, true, out.of_weight);
     out.run(call, rows, [&](RowProblem& q, int64_t) {
       if (!out.of_logits()) q.grad_logits = {};
       Device::backward(op, q, in.hidden);
@@ -327,7 +329,7 @@ struct LinearSweep {
     const Tensor loss = make_result<Device>(in.hidden, q.loss, true, {}, accumulate_type(in.hidden));
     const Tensor totals = make_result<Device>(in.hidden, q.totals, true, {2}, ScalarType::Double);
     LinearGradients<Device> out(in, needs_hidden, needs_weight, needs_bias, needs_token_weight);
-    LinearRows<Device> rows(in, call);
+    LinearRows<Device> rows(in, call, false, out.of_weight);
     typename Device::Losses losses(op, q, in.hidden);
     losses.count();
     out.run(call, rows, [&](const RowProblem& chunk, int64_t first) { losses.sweep(chunk, first); });

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-namespace masked_loss_ext {
+#include <optional>
+#include <vector>
 
-using torch::stable::Tensor;
+#include "common/layout_builder.h"
+
+namespace masked_loss_ext {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
@@ -25,6 +28,22 @@ inline void product(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {detail::from(a), detail::from(b), detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   detail::to<Tensor>(stack[0]);  // a second handle of out
+}
+
+// A sum over chunks: where it is added up, and where it goes.
+struct ChunkSum {
+  std::optional<Tensor> into, result;
+  bool is_empty = true;
+};
+
+// Halves are added up in float32, but for a sum of one chunk, which is rounded once.
+template <class Device>
+void begin_sum(ChunkSum& sum, const Tensor& result, bool one_chunk) {
+  sum.result = result;
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < result.dim(); ++d) sizes.push_back(result.size(d));
+  const bool same = one_chunk || size_of(kind_of(result)) != 2;
+  sum.into = same ? result : Device::empty(result, sizes, ScalarType::Float);
 }
 
 }  // namespace masked_loss_ext

@@ -39,6 +39,7 @@ CUDA_SOURCES = [
     "cross_entropy/cuda/backward.cu",
     "cross_entropy_terms/cuda/ops.cu",
     "cross_entropy/cuda/sweep.cu",
+    "linear_cross_entropy/cuda/ops.cu",
     "block_mask/cuda/ops.cu",
     "repetition/cuda/ops.cu",
 ]

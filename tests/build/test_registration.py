@@ -20,8 +20,12 @@ FAMILIES = {
     "repetition": {"repetition_counts", "repetition_links"},
 }
 ROOMS = {"masked_squared_error": "elementwise", "masked_cross_entropy": "cross_entropy"}
+FORMULAS = {"linear_cross_entropy": "cross_entropy"}  # the room whose formulas those are
 INTEGER = {name: family for family, names in FAMILIES.items() for name in names}
-REFERENCE = {"block_mask": "attention"}
+REFERENCE = {
+    "block_mask": "attention",
+    "linear_cross_entropy": "masked_linear_cross_entropy",
+}
 
 
 def operators():
@@ -54,6 +58,8 @@ def base_name(name):
 def test_the_operators_are_these():
     assert operators() == [
         "_cross_entropy_terms_backward",
+        "_linear_cross_entropy_backward",
+        "_linear_cross_entropy_sweep",
         "_masked_cross_entropy_backward",
         "_masked_cross_entropy_backward_",
         "_masked_cross_entropy_scale_gradient_",
@@ -65,6 +71,7 @@ def test_the_operators_are_these():
         "cpu_capability",
         "cross_entropy_terms",
         "interval_block_lists",
+        "linear_cross_entropy",
         "masked_cross_entropy",
         "masked_squared_error",
         "nested_dropout_plan",
@@ -101,8 +108,8 @@ def test_cuda_kernel(name):
 def test_one_name_in_every_layer(name):
     base = family(name)
     room = SOURCES / ROOMS.get(base, base)
-    missing = [name for name in ("formula.h", "call.h") if not (room / name).is_file()]
-    assert not missing
+    assert (SOURCES / FORMULAS.get(base, room.name) / "formula.h").is_file()
+    assert (room / "call.h").is_file()
     assert list(room.glob("cpu/*.cpp")) and list(room.glob("cuda/*.cu"))
     assert (sources.PACKAGE / "ops" / f"{base}.py").is_file()
     assert hasattr(masked_loss_ext.reference, REFERENCE.get(base, base))

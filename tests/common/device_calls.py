@@ -157,6 +157,40 @@ def terms_at_1(logits, target, mask, temperature, *_):
     return *(term.detach() for term in found), torch.autograd.grad(total, leaf)[0]
 
 
+# --- from hidden states, without logits ----------------------------------------------------------
+
+# rows, D, V: odd ones, a row of logits in parts, several blocks of rows
+HIDDEN = {"small": (2, 4, 7, 37), "wide": (1, 3, 16, 20011), "many": (3, 700, 8, 61)}
+
+
+def most_kept(rows):
+    return rows // 2 + 1
+
+
+def hidden_rows(size):
+    """hidden, weight, bias, target, mask; as many rows count as most_kept() says."""
+    *shape, width, classes = HIDDEN[size]
+    rows = shape[0] * shape[1]
+    mask = (torch.randperm(rows) < most_kept(rows)).view(shape)
+    target = torch.randint(0, classes, shape)
+    weight, bias = torch.randn(classes, width) / width**0.5, torch.randn(classes)
+    return [3 * torch.randn(*shape, width), weight, bias, target, mask]
+
+
+def linear(reduction, **options):
+    """The loss and the gradients of hidden, weight and bias. Nothing waits: num_valid is given."""
+
+    def run(hidden, weight, bias, target, mask):
+        leaves = [x.detach().requires_grad_(True) for x in (hidden, weight, bias)]
+        loss = mle.masked_linear_cross_entropy(
+            *leaves[:2], target, mask, bias=leaves[2], reduction=reduction,
+            num_valid=most_kept(target.numel()), **options,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    return run
+
+
 # --- block masks ---------------------------------------------------------------------------------
 
 SEGMENTS = {
@@ -209,6 +243,7 @@ def links(tokens, valid):
 SQUARED = ("masked_squared_error", "_masked_squared_error_backward")
 CROSS = ("masked_cross_entropy", "_masked_cross_entropy_backward")
 TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
+LINEAR = ("linear_cross_entropy", "_linear_cross_entropy_backward")
 IN_PLACE = ("masked_cross_entropy", "_masked_cross_entropy_backward_")
 SWEPT = (
     "_masked_cross_entropy_sweep",
@@ -232,6 +267,8 @@ CALLS = [
     DeviceCall("cross entropy terms", TERMS, repeating_rows(FP32), terms),
     DeviceCall("cross entropy terms bf16", TERMS, repeating_rows(BF16), terms),
     DeviceCall("cross entropy terms at 1", TERMS, repeating_rows(FP32), terms_at_1),
+    DeviceCall("linear", ("_linear_cross_entropy_sweep",), hidden_rows, linear("mean")),
+    DeviceCall("linear, none", LINEAR, hidden_rows, linear("none", chunk_rows=100)),
     DeviceCall("nested dropout plan", ("nested_dropout_plan",), packed, plan),
     DeviceCall("packed rows", ("packed_rows",), packed, packed_rows),
     DeviceCall("block lists", ("packed_rows", "interval_block_lists"), packed, lists),

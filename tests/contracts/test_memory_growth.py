@@ -18,6 +18,7 @@ LARGEST_GROWTH = 5  # bytes per call
 RETURNING_STRINGS = {"_version", "cpu_capability"}
 
 X, Y = torch.randn(2, 4), torch.tensor([1, 3])
+WEIGHT, BIAS = torch.randn(5, 4), torch.randn(5)
 LOGITS, LABELS = torch.randn(1, 2, 4), torch.tensor([[1, 3]])
 LINKS = (torch.full((1, 2), -1, dtype=torch.int32), torch.full((1, 2), 2, dtype=torch.int32))
 OFFSETS, KEPT = torch.tensor([0, 2, 4]), torch.tensor([[1], [2]])
@@ -45,6 +46,21 @@ PUBLIC = {
     "repetition_counts": {"tokens": LABELS},
     "repetition_links": {"tokens": LABELS},
     "_snapshot": {"tensor": X},
+    "linear_cross_entropy": {
+        "hidden": X,
+        "linear_weight": WEIGHT,
+        "bias": BIAS,
+        "target": Y,
+        "reduction": "none",
+        "chunk_rows": 1,
+    },
+    "_linear_cross_entropy_sweep": {
+        "hidden": X,
+        "linear_weight": WEIGHT,
+        "bias": BIAS,
+        "target": Y,
+        "chunk_rows": 1,
+    },
     "_masked_cross_entropy_sweep": {"logits": X, "target": Y, "reduction": "sum"},
     "_masked_cross_entropy_sweep_": {"logits": X.clone(), "target": Y, "reduction": "sum"},
     "_masked_cross_entropy_scale_gradient_": {
@@ -58,6 +74,7 @@ BACKWARD = {
     "_masked_cross_entropy_backward": "masked_cross_entropy",
     "_masked_cross_entropy_backward_": "masked_cross_entropy",
     "_cross_entropy_terms_backward": "cross_entropy_terms",
+    "_linear_cross_entropy_backward": "linear_cross_entropy",
 }
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How many kernels a call of each operator launches, counted by the simulator."""
+"""How many kernels a call of each operator launches, and what else it asks of the device, counted
+by the simulator."""
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ if compiler() is None:
 
 from cases_terms import BY_NAME, Case, make
 from simulated_block_mask import simulated_block_mask as simulated_operators
+from simulated_linear import simulated_linear
 from simulated_terms import SimulatedTerms
 
+LIBRARIES = ("aten::", "cuda")  # what is no kernel of ours
 TOKENS = torch.zeros(2, 5, dtype=torch.int64)
 OFFSETS, KEPT = torch.tensor([0, 3]), torch.tensor([[2]])
 ROWS = torch.zeros(1, 2, 9, dtype=torch.int32)
@@ -36,6 +39,21 @@ def terms(case):
     return call
 
 
+def linear(rows=5, **options):
+    """Loss and gradients of so many rows, of which one does not count."""
+
+    def call():
+        op = simulated_linear()
+        mask = torch.arange(rows) != 1
+        hidden, weight = torch.randn(rows, 4), torch.randn(7, 4)
+        op.sweep(hidden, weight, torch.zeros(rows, dtype=torch.int64), mask, **options)
+        return op.sim
+
+    return call
+
+
+KEPT_ROWS = ["kept_counts", "kept_rows"]
+CHUNK = ["aten::mm", "sweep", "aten::mm", "aten::mm"]  # logits, their gradient, two products of it
 # What is called, and which kernels that launches; what has nothing to do launches none.
 CALLS = {
     "rows": (operator("packed_rows", OFFSETS, KEPT, 5), ["packed_rows"]),
@@ -60,6 +78,39 @@ CALLS = {
         ["sums", "rows", "coefficients", "gradient", "cells"],
     ),
     "no terms": (terms(BY_NAME["no_rows"]), []),
+    "linear": (
+        linear(num_valid=4),
+        [*KEPT_ROWS, "take_rows", "totals", *CHUNK, "cudaMemset", "put_rows", "totals"],
+    ),
+    "linear that waits": (
+        linear(),
+        [
+            *KEPT_ROWS,
+            "cudaMemcpyAsync",
+            "cudaStreamSynchronize",
+            "take_rows",
+            "totals",
+            *CHUNK,
+            "cudaMemset",
+            "put_rows",
+            "totals",
+        ],
+    ),
+    "linear in chunks": (
+        linear(num_valid=4, chunk_rows=2),
+        [
+            *KEPT_ROWS,
+            "take_rows",
+            "totals",
+            *CHUNK,
+            *CHUNK[:3],
+            "aten::addmm",
+            "cudaMemset",
+            "put_rows",
+            "totals",
+        ],
+    ),
+    "linear of nothing": (linear(0), ["totals", "cudaMemset", "totals"]),
 }
 
 
@@ -72,4 +123,4 @@ def test_launches_of_a_call(name):
     sim.reset()
     assert len(launches) == len(kernels), launches
     for launch, kernel in zip(launches, kernels, strict=True):
-        assert f"{kernel}_kernel" in launch
+        assert kernel in launch if kernel.startswith(LIBRARIES) else f"{kernel}_kernel" in launch

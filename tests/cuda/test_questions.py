@@ -9,9 +9,10 @@ import subprocess
 import pytest
 import torch
 from cuda_sim import Simulator, build, compiler
-from device_calls import CALLS, on_device
+from device_calls import CALLS, hidden_rows, on_device
 from gpu_device import need_gpu
 
+import masked_loss_ext as mle
 from masked_loss_ext.build import sources, toolchain
 
 PROBE = sources.csrc_dir().parent / "tests" / "cuda_probe" / "failing_launch.cu"
@@ -63,6 +64,39 @@ def test_graph_capture(call, size):
         graph.replay()
         torch.cuda.synchronize()
         assert_same(results, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_capture_where_the_number_of_rows_is_not_given(dtype, reduction):
+    """Then all rows are multiplied, those that do not count as zeros."""
+    need_gpu()
+    floats = [x.cuda().to(dtype) for x in hidden_rows("many")[:3]]
+    integers = on_device(hidden_rows("many")[3:], "cuda")
+    floats[0][~integers[1]] = float("nan")
+
+    def run():
+        leaves = [x.detach().requires_grad_(True) for x in floats]
+        loss = mle.masked_linear_cross_entropy(
+            *leaves[:2], *integers, bias=leaves[2], reduction=reduction, chunk_rows=900
+        )
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    expected = run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    rtol = 0.02 if dtype == torch.bfloat16 else 1e-4
+    for actual, wanted in zip(results, expected, strict=True):
+        size = wanted.abs().max().item()
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=rtol * size / 10)
 
 
 @every_call

@@ -54,6 +54,7 @@ CUDA_SIM_API const char* cuda_sim_reset() {
     cuda_sim::launch_log().clear();
   });
 }
+CUDA_SIM_API void cuda_sim_set_capturing(int on) { cuda_sim::capturing() = on != 0; }
 CUDA_SIM_API int cuda_sim_set_order(const char* text) {
   return cuda_sim::Order::parse(text, &cuda_sim::order());
 }

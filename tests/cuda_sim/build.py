@@ -28,6 +28,7 @@ RUNTIME = [
         "faults.cpp",
         "launch.cpp",
         "scheduler.cpp",
+        "stream.cpp",
         "symbols.cpp",
     )
 ]

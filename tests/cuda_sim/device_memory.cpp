@@ -162,6 +162,14 @@ void DeviceMemory::read(void* to, const void* from, size_t bytes) {
   b->protect(PROT_NONE);
 }
 
+void DeviceMemory::fill(void* to, int byte, size_t bytes) {
+  Buffer* b = covering(to, bytes);
+  if (!b->writable) throw std::runtime_error("cuda_sim: a read-only buffer is to be filled");
+  b->protect(PROT_READ | PROT_WRITE);
+  std::memset(to, byte, bytes);
+  b->protect(PROT_NONE);
+}
+
 bool DeviceMemory::contains(const void* address) const {
   return address >= begin_ && address < end_;
 }

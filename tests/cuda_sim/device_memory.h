@@ -40,6 +40,7 @@ class DeviceMemory {
   std::string close();                // what was written outside a buffer, or empty
   void write(void* to, const void* from, size_t bytes);  // as cudaMemcpy
   void read(void* to, const void* from, size_t bytes);
+  void fill(void* to, int byte, size_t bytes);  // as cudaMemset
   bool contains(const void* address) const;
   // For the signal handler: where the address lies, in words.
   void describe(const void* address, char* text, size_t size) const;

@@ -165,6 +165,23 @@ cudaError_t run_launch(const LaunchRequest& request) {
   return cudaSuccess;
 }
 
+void begin_library_call(const char* what) {
+  launch_mutex.lock();
+  install_fault_handlers();
+  if (device_scopes == 0) {
+    launch_mutex.unlock();
+    throw std::runtime_error(std::string("cuda_sim: outside a DeviceScope: ") + what);
+  }
+  launch_log() += std::string(what) + "\n";
+  DeviceMemory::instance().open();
+}
+
+void end_library_call(bool succeeded) {
+  const std::string damage = DeviceMemory::instance().close();
+  launch_mutex.unlock();
+  if (succeeded && !damage.empty()) throw std::runtime_error("cuda_sim: " + damage + " by a library");
+}
+
 }  // namespace cuda_sim
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -172,6 +189,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
   }
   return "unrecognized error code";
 }

@@ -76,4 +76,23 @@ struct LaunchRequest {
 
 cudaError_t run_launch(const LaunchRequest& request);
 
+// Code of another library that stands for kernels of its own: f(), to which device memory is open.
+void begin_library_call(const char* what);
+void end_library_call(bool succeeded);
+
+template <class F>
+void library_call(const char* what, const F& f) {
+  begin_library_call(what);
+  try {
+    f();
+  } catch (...) {
+    end_library_call(false);
+    throw;
+  }
+  end_library_call(true);
+}
+
+// Whether the stream is captured in a graph; the tests say so.
+bool& capturing();
+
 }  // namespace cuda_sim

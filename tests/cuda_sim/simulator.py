@@ -127,9 +127,20 @@ class Simulator:
         finally:
             self._c.cuda_sim_set_cluster_limit(1, 8)
 
+    @contextlib.contextmanager
+    def capturing(self):
+        """The stream is captured in a graph: whoever waits for it gets an error."""
+        self._c.cuda_sim_set_capturing(1)
+        try:
+            yield self
+        finally:
+            self._c.cuda_sim_set_capturing(0)
+
     def launches(self):
         """Launches since reset(): "kernel grid (x,y,z) block (x,y,z) shared bytes" each, with
-        "cluster blocks" behind where there are any."""
+        "cluster blocks" behind where there are any. What else the stream was asked for is among
+        them: "cudaMemsetAsync 8", "cudaMemcpyAsync 8", "cudaStreamSynchronize", and ATen's
+        operators with the shapes of two tensors, "aten::mm [2, 3] [3, 4]"."""
         return self._c.cuda_sim_launches().decode().splitlines()
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 // No CUDA toolkit is needed, and __CUDACC__ stays undefined: torch's headers test it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #define __global__
@@ -79,6 +80,17 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 const char* cudaGetErrorString(cudaError_t error);
+
+// What a stream does besides launches (stream.cpp). A copy to the host is there after a synchronisation,
+// which is refused while the stream is captured.
+cudaError_t cudaMemsetAsync(void* data, int byte, size_t bytes, cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);

@@ -32,26 +32,6 @@ __global__ void __launch_bounds__(kBlockMaskThreads) packed_rows_kernel(PackedRo
   }
 }
 
-// Sums of `value` over all threads before the caller's, and of all. The block is kBlockMaskThreads; every
-// thread calls it, and `scratch` [kWarpsPerBlock] is free again after the next barrier.
-__device__ __forceinline__ int sum_before(int value, int* scratch, int* total) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int sum = value;
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int other = __shfl_up_sync(kFullWarp, sum, offset);
-    if (lane >= offset) sum += other;
-  }
-  if (lane == kWarpSize - 1) scratch[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  *total = 0;
-  for (int w = 0; w < kWarpsPerBlock; ++w) {
-    if (w < warp) before += scratch[w];
-    *total += scratch[w];
-  }
-  return before + sum - value;
-}
-
 // Adds one row's interval to the differences of the kv-blocks [first, first + kTileColumns).
 __device__ __forceinline__ void add_clipped(int* differences, int begin, int end, int64_t first) {
   const int64_t from = larger(begin - first, 0), to = smaller(end - first, kTileColumns);
@@ -108,8 +88,8 @@ __global__ void __launch_bounds__(kBlockMaskThreads, 4)  // ptxas left to itself
         touching += touched[j];
         covering += covered[j];
       }
-      touching = sum_before(touching, touched_sums, &total);
-      covering = sum_before(covering, covered_sums, &total);
+      touching = sum_before<kWarpsPerBlock>(touching, touched_sums, &total);
+      covering = sum_before<kWarpsPerBlock>(covering, covered_sums, &total);
       for (int j = begin; j < begin + kColumnsPerThread && first + j < grid.kv_blocks; ++j) {
         touching += touched[j];
         covering += covered[j];

@@ -52,4 +52,25 @@ __device__ __forceinline__ T block_sum(T value, T* scratch) {
   return value;
 }
 
+// Sums of `value` over all threads before the caller's, and of all. The block has kWarps warps; every
+// thread calls it, and `scratch` [kWarps] is free again after the next barrier.
+template <int kWarps>
+__device__ __forceinline__ int sum_before(int value, int* scratch, int* total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int sum = value;
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == kWarpSize - 1) scratch[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  *total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += scratch[w];
+    *total += scratch[w];
+  }
+  return before + sum - value;
+}
+
 }  // namespace masked_loss_ext::cuda

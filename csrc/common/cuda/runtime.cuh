@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What the host side of a CUDA operator needs, on LibTorch's stable ABI alone.
 // No CUDA-only symbol of libtorch is linked: the library must load in a CPU-only torch as well, so the
-// one shim that exists only in libtorch_cuda.so is looked up at run time. Under the simulator tensors
+// shims that exist only in libtorch_cuda.so are looked up at run time. Under the simulator tensors
 // are CPU tensors on simulated device memory and the operators live in their own namespace.
 #pragma once
 
@@ -78,17 +78,21 @@ struct DeviceScope {
   torch::stable::accelerator::DeviceGuard guard;
 };
 
+// A function of torch's CUDA library; look it up once.
+template <class Function>
+Function torch_cuda_function(const char* name) {
+  // RTLD_NOLOAD: torch has mapped its CUDA library or has none; RTLD_DEFAULT would not see it, torch's
+  // libraries are loaded with local symbols.
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+  void* symbol = library ? dlsym(library, name) : nullptr;
+  if (!symbol) throw std::runtime_error(std::string("masked_loss_ext: this PyTorch has no ") + name + " (CUDA)");
+  return reinterpret_cast<Function>(symbol);
+}
+
 // torch's current stream on the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   using Getter = AOTITorchError (*)(int32_t, void**);
-  // RTLD_NOLOAD: torch has mapped its CUDA library or has none; RTLD_DEFAULT would not see it, torch's
-  // libraries are loaded with local symbols.
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
-    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-    return reinterpret_cast<Getter>(symbol);
-  }();
-  if (!getter) throw std::runtime_error("masked_loss_ext: this PyTorch has no CUDA support");
+  static const auto getter = torch_cuda_function<Getter>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(getter(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);

@@ -47,6 +47,12 @@ __device__ __forceinline__ int64_t label_at(const CrossEntropyParams& q, int64_t
   return label_of<DeviceElements>(q.counted, row);
 }
 
+__device__ __forceinline__ RowResult not_a_number() {
+  RowResult r;
+  r.highest = r.log_sum = r.lse = r.entropy = r.log_prob = r.smooth_distance = r.loss = NAN;
+  return r;
+}
+
 // Of a row that counts; NaN where its temperature is not positive and finite.
 template <class A>
 __device__ __forceinline__ A scale_of(const CrossEntropyParams& q, int64_t place) {

@@ -259,12 +259,6 @@ __device__ __forceinline__ RowPart merge_parts(const RowPart* parts, int64_t cou
   return total;
 }
 
-__device__ __forceinline__ RowResult not_a_number() {
-  RowResult r;
-  r.highest = r.log_sum = r.lse = r.entropy = r.log_prob = r.smooth_distance = r.loss = NAN;
-  return r;
-}
-
 // Writes the results of a row of which `part` has all the sums, and returns what it adds to the totals.
 template <class A>
 __device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, RowPart part, int64_t row,

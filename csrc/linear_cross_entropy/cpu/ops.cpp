@@ -126,6 +126,7 @@ struct LinearCpu : Cpu {
   }
 
   static void take_rows(const char* op, const Tensor& hidden, const KeptRows& kept, const Tensor& out) {
+    if (out.numel() == 0) return;
     const Tensor from = has_contiguous_rows(hidden) ? hidden : torch::stable::contiguous(hidden);
     const Layout layout = row_layout(op, from, nullptr);
     const Array source = array_of(from);

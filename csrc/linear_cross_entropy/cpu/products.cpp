@@ -59,7 +59,7 @@ CpuProducts::CpuProducts(const LinearArguments& in)
   if (in.bias) bias_ = wide_ ? widened(*in.bias) : *in.bias;
 }
 
-int64_t CpuProducts::rows_at_a_time(int64_t rows) const {
+int64_t CpuProducts::rows_at_a_time(int64_t rows, bool) const {
   const int64_t element = logits_type() == ScalarType::Double ? 8 : 4;
   return rows_per_chunk(rows, in_.classes(), element, kChunkBytes, kLeastRows);
 }
@@ -99,17 +99,13 @@ void CpuProducts::add_hidden(const Tensor& g, const Tensor& grad) const {
   torch::stable::copy_(result, sum);
 }
 
-void CpuProducts::begin(Sum& sum, const Tensor& result, bool in_place) {
-  sum.result = result;
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < result.dim(); ++d) sizes.push_back(result.size(d));
-  const bool same = in_place || size_of(kind_of(result)) != 2;
-  sum.into = same ? result : empty_tensor(result, sizes, ScalarType::Float);
+void CpuProducts::begin(ChunkSum& sum, const Tensor& result, bool in_place) {
+  begin_sum<Cpu>(sum, result, in_place);
   advise_huge_pages(sum.into->mutable_data_ptr(),
                     static_cast<size_t>(sum.into->numel() * size_of(kind_of(*sum.into))));
 }
 
-void CpuProducts::end(Sum& sum) {
+void CpuProducts::end(ChunkSum& sum) {
   if (sum.is_empty) {
     torch::stable::zero_(*sum.result);
   } else if (sum.into->get() != sum.result->get()) {

@@ -13,7 +13,7 @@ class CpuProducts {
   explicit CpuProducts(const LinearArguments& in);
 
   ScalarType logits_type() const { return wide_ ? ScalarType::Float : in_.hidden.scalar_type(); }
-  int64_t rows_at_a_time(int64_t rows) const;
+  int64_t rows_at_a_time(int64_t rows, bool) const;
 
   // logits = H W^T + bias
   void logits(const Tensor& hidden, const Tensor& logits) const;
@@ -30,14 +30,8 @@ class CpuProducts {
   void end_bias();
 
  private:
-  // A sum over chunks: where it is added up, and where it goes.
-  struct Sum {
-    std::optional<Tensor> into, result;
-    bool is_empty = true;
-  };
-
-  void begin(Sum& sum, const Tensor& result, bool in_place);
-  void end(Sum& sum);
+  void begin(ChunkSum& sum, const Tensor& result, bool in_place);
+  void end(ChunkSum& sum);
   template <class F>
   void for_each_tile(const F& f) const;  // of the weight: f(tile in float32, its first class, classes)
 
@@ -45,7 +39,7 @@ class CpuProducts {
   const bool wide_;
   const Tensor weight_;
   std::optional<Tensor> bias_;  // in the type of the logits
-  Sum weight_sum_, bias_sum_;
+  ChunkSum weight_sum_, bias_sum_;
 };
 
 }  // namespace masked_loss_ext
