@@ -4,7 +4,9 @@
 A logit is a sum itself: one rounding of each of its terms moves it by sum |h w| + |b|. The gradients
 of hidden states, head and bias are sums of products with the gradient of the logits, measured as
 that is. Where halves are multiplied as they are, logits and their gradient are rounded to that
-dtype: by as many roundings of the loss's dtype as one of the halves is.
+dtype: by as many roundings of the loss's dtype as one of the halves is. Below the normal numbers of
+float16 a rounding is 2^-25: one of each product's terms, one of the gradient for an incoming
+gradient of 1 before it is multiplied, one after.
 """
 
 import torch
@@ -28,6 +30,12 @@ class LinearExpected(Expected):
             self.tie = 4 * torch.finfo(rounded).eps
         super().__init__(inputs, upstream, **options)
         self.sums += tuple(f"grad {name}" for name in ("hidden", "head", "bias"))
+        if inputs["hidden"].dtype == torch.float16:
+            factor = 1 + (1.0 if upstream is None else upstream["loss"].abs().sum().item())
+            for name in self.floor:
+                if name in self.sums[-3:]:
+                    terms = self.terms[name] if self.roundings else 0
+                    self.floor[name] = 2.0**-24 * factor * (1 + terms)
 
     def logits_of(self, doubled):
         return logits_of(doubled)
@@ -45,17 +53,19 @@ class LinearExpected(Expected):
             alone = evaluate(reference.masked_cross_entropy, given, upstream, **options)
             gradient = gradient + self.roundings * alone["grad logits"].abs()
         on = found.on.unsqueeze(-1)
-        hidden = torch.where(on, hidden, 0).abs().flatten(0, -2)
-        rows = torch.where(on, gradient, 0).flatten(0, -2)
-        sizes["grad hidden"] = torch.where(on, gradient, 0) @ head
+        hidden = torch.where(on, hidden, 0).abs().reshape(-1, hidden.shape[-1])
+        gradient = torch.where(on, gradient, 0)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        sizes["grad hidden"] = gradient @ head
         sizes["grad head"] = rows.T @ hidden
         if bias is not None:
             sizes["grad bias"] = rows.sum(0)
-        largest = {
-            "grad hidden": found.largest * (1 + head.sum(0).max().item()),
-            "grad head": found.largest * (1 + hidden.sum(0).max().item()),
-            "grad bias": found.largest * len(rows),
+        self.terms = {
+            "grad hidden": head.sum(0).max().item(),
+            "grad head": hidden.sum(0).max().item(),
+            "grad bias": len(rows),
         }
+        largest = {name: found.largest * (1 + terms) for name, terms in self.terms.items()}
         return sizes, largest
 
 
