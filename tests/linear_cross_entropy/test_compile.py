@@ -42,7 +42,7 @@ def op_arguments(name, statistics=False, dtype=torch.float32, target=True, **mor
     options["softcap"] = options.get("softcap") or 0.0
     options.pop("normalizer", None)
     names = [a.name for a in op._schema.arguments]
-    given = {**inputs, **options, "statistics": statistics, **more}
+    given = {"bias": None, "target": None, **inputs, **options, "statistics": statistics, **more}
     return {n: given[n] for n in names if n in given}
 
 
@@ -54,7 +54,7 @@ def with_gradients(arguments):
 
 
 def backward_arguments(name, statistics):
-    a = {"bias": None, "target": None, **op_arguments(name, statistics, chunk_rows=2)}
+    a = op_arguments(name, statistics, chunk_rows=2)
     results = dict(zip([r.name for r in op._schema.returns], op(**a), strict=True))
     g = torch.full_like(results["lse"], 0.5)
     given = {**results, **a, "grad_loss": torch.ones_like(results["loss"])}
