@@ -69,7 +69,8 @@ class _Swept(torch.autograd.Function):
 def _handed_over(scale, gradient, grad_loss):
     if gradient is None:
         return None
-    scale(gradient, grad_loss)
+    if gradient.numel() > 0:
+        scale(gradient, grad_loss)
     # Who gets it may add to it: a second backward must not find it.
     torch.autograd.graph.increment_version(gradient)
     return gradient.data

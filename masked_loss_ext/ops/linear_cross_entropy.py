@@ -194,6 +194,7 @@ def _prepared(name, given, logits_dtype):
     for argument in _ROW_TENSORS:
         if given[argument] is not None:
             check_tensor(name, argument, given[argument])
+            check_device(name, argument, given[argument], "hidden", hidden)
     a = {**given, "softcap": checks.softcap_number(name, given["softcap"])}
     a |= _layer(name, hidden, weight, bias, logits_dtype)
     a |= checks.expanded({**a, "logits": hidden}) or {}
@@ -204,6 +205,8 @@ def _prepared(name, given, logits_dtype):
         a["mask"] = as_mask(name, "mask", a["mask"])
     _check_rows(name, a)
     if a["weight"] is not None:
+        check_tensor(name, "class_weight", a["weight"])
+        check_device(name, "class_weight", a["weight"], "hidden", hidden)
         check_constant(name, "class_weight", a["weight"])
         a["weight"] = checks.class_weight(name, a["weight"], a["hidden"], "class_weight")
     a["temperature"] = temperature_tensor(name, a["temperature"], hidden)
@@ -235,7 +238,8 @@ def _layer(name, hidden, weight, bias, logits_dtype):
     """hidden, weight and bias in one dtype, and whether the logits are wider than that."""
     tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and not any(t.dtype == torch.float64 for t in tensors):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and not any(t.dtype == torch.float64 for t in tensors):
         dtype = torch.get_autocast_dtype(kind)
     else:
         dtype = hidden.dtype

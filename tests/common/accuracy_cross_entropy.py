@@ -19,8 +19,9 @@ from accuracy import assert_accurate, assert_same_places
 from masked_loss_ext import reference
 from masked_loss_ext.reference.cross_entropy import counted_rows, scaled_logits, shifted
 
-FLOATING_INPUTS = ("logits", "weight", "token_weight")
+FLOATING_INPUTS = ("logits", "weight", "token_weight", "hidden", "head", "bias")
 STATISTICS = ("lse", "entropy", "log_prob")
+DIFFERENTIABLE = ("logits", "token_weight")
 ROUNDINGS_OF_A_TERM = 8
 
 
@@ -31,14 +32,14 @@ def converted(inputs, dtype):
     }
 
 
-def evaluate(function, inputs, upstream=None, stats=True, **options):
+def evaluate(
+    function, inputs, upstream=None, stats=True, differentiable=DIFFERENTIABLE, **options
+):
     """{"loss", "lse", ..., "hit", "grad logits", ...} of function(**inputs, **options).
 
     upstream: gradients of loss, lse, entropy and log_prob by name; those missing are 1 and nothing.
     """
-    leaves = {
-        n: inputs[n].detach().requires_grad_() for n in ("logits", "token_weight") if n in inputs
-    }
+    leaves = {n: inputs[n].detach().requires_grad_() for n in differentiable if n in inputs}
     given = {**inputs, **leaves}
     results = {}
     if stats:
@@ -50,7 +51,7 @@ def evaluate(function, inputs, upstream=None, stats=True, **options):
     names = [n for n in upstream if n in results]
     outputs = [results[n] for n in names]
     grad_outputs = [upstream[n].to(results[n].dtype) for n in names]
-    empty = 0 in inputs["logits"].shape  # the reference then leaves token_weight out of the graph
+    empty = 0 in inputs[differentiable[0]].shape  # the reference then leaves token_weight out of the graph
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), grad_outputs, materialize_grads=empty
     )
@@ -62,7 +63,7 @@ def evaluate(function, inputs, upstream=None, stats=True, **options):
 def upstream_for(inputs, options, statistics=True, seed=5):
     """Of both signs, not contiguous, different for each row."""
     g = torch.Generator().manual_seed(seed)
-    rows = inputs["logits"].shape[:-1]
+    rows = inputs["target"].shape
 
     def values(shape):
         v = torch.randn((*shape, 2), generator=g)
@@ -73,9 +74,12 @@ def upstream_for(inputs, options, statistics=True, seed=5):
 
 
 class Magnitudes:
-    """By result: the measure of the module's docstring, from float64 inputs."""
+    """By result: the measure of the module's docstring, from float64 inputs.
 
-    def __init__(self, inputs, upstream, options, is_its_own_truth):
+    moved: how many roundings, of 1, each z is wrong by, where the logits are results themselves.
+    """
+
+    def __init__(self, inputs, upstream, options, is_its_own_truth, moved=0.0):
         self.o = {"label_smoothing": 0.0, "z_loss": 0.0, "focal_gamma": 0.0, **options}
         self.inputs, self.upstream = inputs, upstream or {}
         shift = options.get("shift", 0)
@@ -101,7 +105,7 @@ class Magnitudes:
         exact = isinstance(T, float) and T == 1.0 and softcap is None
         if isinstance(T, torch.Tensor):
             T = T.unsqueeze(-1)
-        self.u = d if exact else d + self.z.abs()
+        self.u = (d if exact else d + self.z.abs()) + moved
         self.log_sum = torch.logsumexp(z - top, -1)
         self.unit = 1 + self.log_sum + (self.p * self.u).sum(-1)
         self.lse = torch.logsumexp(z, -1).abs()
@@ -113,7 +117,7 @@ class Magnitudes:
         if softcap is not None:
             self.slope_of_z = (1 - torch.tanh(inputs["logits"] / softcap).square()) / T
             self.slope_of_z = torch.where(self.on.unsqueeze(-1), self.slope_of_z, 0)
-            self.rounded_slope = 1 / T  # 1 - tanh^2 cancels
+            self.rounded_slope = 1 / T + 2 / softcap * moved  # 1 - tanh^2 cancels
         self._weights(labels, shift)
         self._focal()
         self._losses()
@@ -223,25 +227,29 @@ class Magnitudes:
 class Expected:
     """What the reference says in float64, in this dtype, and how far they are apart."""
 
+    function = staticmethod(reference.masked_cross_entropy)
+    differentiable: tuple = DIFFERENTIABLE  # the first has the rows
+    tie = 1e-5  # logits that are no further apart, relatively, may take each other's place
+
     def __init__(self, inputs, upstream=None, **options):
-        f = reference.masked_cross_entropy
-        dtype = inputs["logits"].dtype
+        f, leaves = self.function, self.differentiable
+        dtype = inputs[leaves[0]].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.in_dtype = evaluate(f, inputs, upstream, **options)
-        unrounded = evaluate(f, converted(inputs, wide), upstream, **options)
+        self.in_dtype = evaluate(f, inputs, upstream, differentiable=leaves, **options)
+        same = converted(inputs, wide)
+        unrounded = evaluate(f, same, upstream, differentiable=leaves, **options)
         doubled = converted(inputs, torch.float64)
-        self.truth = evaluate(f, doubled, upstream, **options)
-        self.logits = doubled["logits"]
+        self.truth = evaluate(f, doubled, upstream, differentiable=leaves, **options)
+        self.logits = self.logits_of(doubled)
         self.floor = {}
-        self.sums = ("loss", "lse", "entropy", "log_prob")  # 0 by cancelling: to rounding
-        if min(inputs["logits"].shape) == 0:
+        self.sums = ("loss", *STATISTICS)  # 0 by cancelling: to rounding
+        if min(self.logits.shape) == 0:
             self.size = {name: value.double() for name, value in self.truth.items()}
             self.relative_error = dict.fromkeys(self.truth, 0.0)
             return
-        magnitudes = Magnitudes(doubled, upstream, options, dtype == torch.float64)
-        self.size = magnitudes.all()
+        self.size, largest_slope = self.sizes(doubled, upstream, options, dtype)
         eps, tiny = torch.finfo(wide).eps, torch.finfo(wide).tiny
-        terms = math.log2(inputs["logits"].numel())
+        terms = math.log2(self.logits.numel())
         self.relative_error = {}
         for name, size in self.size.items():
             error = ((unrounded[name].double() - self.truth[name]).abs() / size)[size > 0]
@@ -249,7 +257,15 @@ class Expected:
             largest = error.max().item() if error.numel() else 0.0
             self.relative_error[name] = max(largest, (terms + ROUNDINGS_OF_A_TERM) * eps / 2)
             # An exponential below the smallest normal number may be 0.
-            self.floor[name] = tiny * (magnitudes.largest if name == "grad logits" else 1.0)
+            self.floor[name] = tiny * largest_slope.get(name, 1.0)
+
+    def logits_of(self, doubled):
+        return doubled["logits"]
+
+    def sizes(self, doubled, upstream, options, dtype):
+        """Of each result, and the largest factor of an exponential in each gradient."""
+        found = Magnitudes(doubled, upstream, options, dtype == torch.float64)
+        return found.all(), {"grad logits": found.largest}
 
 
 def assert_all_accurate(actual, expected, what=""):
@@ -266,6 +282,6 @@ def _assert_same_choice(actual, expected, name, what):
     wrong = actual != expected.truth[name]
     # A temperature or a cap may make two different logits equal by rounding.
     top = expected.logits.topk(min(2, expected.logits.shape[-1]), -1).values
-    close = (top[..., 0] - top[..., -1]) < 1e-5 * top[..., 0].abs()
+    close = (top[..., 0] - top[..., -1]) < expected.tie * top[..., 0].abs()
     close &= top[..., 0] != top[..., -1]
     assert_same_places(wrong & ~close, torch.zeros_like(wrong), f"{what}: {name}")
