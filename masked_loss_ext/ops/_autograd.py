@@ -49,6 +49,11 @@ def needs_plain() -> bool:
     return _functorch_is_active() and torch.compiler.is_compiling()
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Autocast knows no meta tensors, and raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def is_batch(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is a batch of them (is_grads_batched): that is an older vmap, which
     torch.func does not know of."""
