@@ -70,7 +70,8 @@ operator = Differentiable(
     {"bias": _bias_gradient_like, "token_weight": _token_weight_gradient_like},
 )
 _in_order = itemgetter(*operator.forward.names)
-DEFAULTS = operator.forward.arguments._field_defaults
+_Arguments = operator.forward.arguments
+DEFAULTS = _Arguments._field_defaults
 SHOWN = 5  # loss and statistics
 
 
@@ -79,11 +80,14 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
     loss alone is asked for and is one number."""
     if torch.compiler.is_compiling():
         a = scheduled(a)
+        given = _Arguments(**a)  # torch.compile knows no itemgetter
+    else:
+        given = _in_order(a)
     inputs = [a[name] for name in operator.inputs]
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if shown > 1 or a["reduction"] == "none" or not any(needs) or is_transformed():
-        return operator.call(_in_order(a), shown)
-    args = (*_in_order(a), *needs)
+        return operator.call(given, shown)
+    args = (*given, *needs)
     if torch.compiler.is_compiling():
         return _sweep.op(*args)[:1]
 
