@@ -15,8 +15,8 @@ _RULE = "be a torch.nn.Linear, a weight [V, D] or (weight, bias)"
 def weight_and_bias(function: str, name: str, head: Any) -> tuple[torch.Tensor, Any]:
     """Of a ``torch.nn.Linear``, a weight alone or (weight, bias)."""
     if isinstance(head, torch.nn.Linear):
-        # What a subclass or a hook does beyond that would be left out in silence.
-        if type(head).forward is not torch.nn.Linear.forward:
+        # What another forward or a hook does beyond that would be left out in silence.
+        if type(head).forward is not torch.nn.Linear.forward or "forward" in head.__dict__:
             got = f"{type(head).__name__} with a forward of its own, which would not be called"
             raise refusal(function, name, _RULE, got, TypeError)
         if head._forward_hooks or head._forward_pre_hooks:

@@ -53,8 +53,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
 
     >>> heads = [torch.nn.Linear(4, 7), torch.nn.Linear(4, 7, bias=False)]
     >>> expected, _ = loss_fn([head(hidden) for head in heads], labels, attention_mask)
-    >>> total, _ = loss_fn(hidden, labels, attention_mask, heads=heads)
-    >>> torch.testing.assert_close(total, expected)
+    >>> found, _ = loss_fn(hidden, labels, attention_mask, heads=heads)
+    >>> torch.testing.assert_close(found, expected)
 
     No head's logits are copied, and nothing waits for a GPU (with heads: where ``num_valid``
     is given). A head without a target (every row is
@@ -251,7 +251,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         if several:
             self._check_per_head("hidden", hidden, "tensor")
         _check_states("hidden", hidden if several else [hidden], labels, "[B, S, D]", several)
-        calls = []
+        calls: list[Callable[..., torch.Tensor]] = []
         for i, head in enumerate(heads):
             name, one = f"heads[{i}]", hidden[i] if several else hidden
             weight, bias = weight_and_bias(_NAME, name, head)

@@ -189,6 +189,12 @@ def hooked():
     return head
 
 
+def replaced():
+    head = torch.nn.Linear(D, V)
+    head.forward = lambda x: x
+    return head
+
+
 HEAD, H, Y = torch.zeros(V, D), torch.zeros(2, 3, D), torch.zeros(2, 3, dtype=torch.int64)
 X = torch.zeros(2, 3, V)
 A_HEAD = "heads[1] must be a torch.nn.Linear, a weight [V, D] or (weight, bias), got "
@@ -198,6 +204,7 @@ CASES = {
     "no head": (H, [HEAD, None], TypeError, A_HEAD + "NoneType"),
     "another module": (H, [HEAD, torch.nn.Bilinear(D, D, V)], TypeError, A_HEAD + "Bilinear"),
     "a subclass": (H, [HEAD, Scaled(D, V)], TypeError, A_HEAD + "Scaled with a forward of its own"),
+    "a forward": (H, [HEAD, replaced()], TypeError, A_HEAD + "Linear with a forward of its own"),
     "three": (H, [HEAD, (HEAD, None, None)], TypeError, A_HEAD + "tuple"),
     "hooks": (H, [HEAD, hooked()], ValueError, "heads[1] must have no forward hooks: it is not"),
     "width": (H, [HEAD, HEAD[:, :2]], ValueError, "heads[1] weight must be [V, D] with at least "),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MaskedLinearCrossEntropyLoss: by hand; everything is passed on; what is frozen takes no product."""
+"""MaskedLinearCrossEntropyLoss: by hand, all is passed on, what is frozen takes no product."""
 
 import copy
 import inspect
