@@ -30,6 +30,7 @@ from .diagnostics import check_padding  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
 from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
+from .losses.linear_cross_entropy import MaskedLinearCrossEntropyLoss  # noqa: E402
 from .losses.multi_token import MultiTokenPredictionLoss  # noqa: E402
 from .losses.token_mse import (  # noqa: E402
     AttentionMaskMseLoss,
@@ -60,6 +61,7 @@ __all__ = [
     "HiddenStateMTPLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
+    "MaskedLinearCrossEntropyLoss",
     "MaskedNestedDropout",
     "MseLoss",
     "MultiTokenPredictionLoss",

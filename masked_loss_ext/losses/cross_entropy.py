@@ -1,31 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Masked cross entropy as a module."""
 
-import inspect
 from typing import Any
 
 import torch
 
-from .._checks import check_flags, check_tensor, refusal, shape_text
-from ..ops import masked_cross_entropy_checks as checks
 from ..ops.masked_cross_entropy import Number, masked_cross_entropy
+from ._keywords import Kept, KeywordsModule
 
-# What comes with each batch; the function's other arguments are the module's.
 _OF_A_CALL = ("logits", "target", "mask", "token_weight", "segment_ids", "normalizer")
-_EVERY = inspect.signature(masked_cross_entropy).parameters
-_SIGNATURE = inspect.Signature([p for name, p in _EVERY.items() if name not in _OF_A_CALL])
-_DEFAULTS = {name: p.default for name, p in _SIGNATURE.parameters.items()}
-_FLAGS = [name for name, p in _SIGNATURE.parameters.items() if p.annotation is bool]
 
 
-def _with_the_signature(init: Any) -> Any:
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    keywords = [self, *_SIGNATURE.parameters.values()]
-    init.__signature__ = inspect.Signature(keywords, return_annotation=None)
-    return init
-
-
-class MaskedCrossEntropyLoss(torch.nn.Module):
+class MaskedCrossEntropyLoss(KeywordsModule):
     r"""``masked_cross_entropy`` as a module that keeps the keywords.
 
     >>> loss_fn = MaskedCrossEntropyLoss(label_smoothing=0.1)
@@ -56,28 +42,11 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
     An untrained model is near :math:`\ln V`: 10.825 for a vocabulary of 50257.
     """
 
-    @_with_the_signature
+    _kept = Kept(masked_cross_entropy, _OF_A_CALL)
+
+    @_kept.signs
     def __init__(self, **keywords: Any) -> None:
-        super().__init__()
-        name = type(self).__name__
-        given = _DEFAULTS | _SIGNATURE.bind(**keywords).arguments
-        checks.check_every_option(name, given)
-        checks.softcap_number(name, given["softcap"])
-        checks.check_int64(name, "class_dim", given["class_dim"])
-        check_flags(name, {flag: given[flag] for flag in _FLAGS})
-        weight, temperature = given["weight"], given["temperature"]
-        if weight is not None:
-            check_tensor(name, "weight", weight)
-            if weight.dim() != 1:
-                raise refusal(name, "weight", "have one entry per class [V]", shape_text(weight))
-        self.register_buffer("weight", weight)
-        if isinstance(temperature, torch.Tensor):  # not looked at: it may be on a GPU
-            self.register_buffer("temperature", temperature, persistent=False)
-        else:
-            checks.check_scale(name, "temperature", temperature)
-        for keyword, value in given.items():
-            if keyword not in self._buffers:
-                setattr(self, keyword, value)
+        super().__init__(keywords)
 
     def forward(
         self,
@@ -94,26 +63,10 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
 
         temperature: of this batch, one number or one per row; None: that of the module.
         """
-        keywords = {keyword: getattr(self, keyword) for keyword in _DEFAULTS}
-        if temperature is not None:
-            keywords["temperature"] = temperature
-        return masked_cross_entropy(
-            logits,
-            target,
-            mask,
-            token_weight=token_weight,
-            segment_ids=segment_ids,
-            normalizer=normalizer,
-            **keywords,
-        )
-
-    def extra_repr(self) -> str:
-        """What differs from the defaults."""
-        shown = []
-        for keyword, default in _DEFAULTS.items():
-            value = getattr(self, keyword)
-            if isinstance(value, torch.Tensor):
-                shown.append(f"{keyword}={shape_text(value)}")
-            elif value != default:
-                shown.append(f"{keyword}={value!r}")
-        return ", ".join(shown)
+        of_a_call = {
+            "token_weight": token_weight,
+            "segment_ids": segment_ids,
+            "normalizer": normalizer,
+            "temperature": temperature,
+        }
+        return masked_cross_entropy(logits, target, mask, **self._with_kept(of_a_call))

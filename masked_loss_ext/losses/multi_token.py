@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Several heads that predict the next tokens: one logits tensor per distance."""
+"""Several heads that predict the next tokens: one logits tensor, or classifier, per distance."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -19,6 +20,8 @@ from .._checks import (
     refusal,
     shape_text,
 )
+from .._heads import Head, check_layer, weight_and_bias
+from ..ops.linear_cross_entropy import masked_linear_cross_entropy
 from ..ops.masked_cross_entropy import masked_cross_entropy
 
 _NAME = "MultiTokenPredictionLoss"
@@ -45,7 +48,16 @@ class MultiTokenPredictionLoss(torch.nn.Module):
     >>> list(loss_dict)
     ['loss_t1', 'loss_t2', 'total_multitoken_loss']
 
-    No head's logits are copied, and nothing waits for a GPU. A head without a target (every row is
+    With ``heads``, the classifiers, the first argument are hidden states, and no logits are kept:
+    each head is a ``masked_linear_cross_entropy``, to which rows without a target cost nothing.
+
+    >>> heads = [torch.nn.Linear(4, 7), torch.nn.Linear(4, 7, bias=False)]
+    >>> expected, _ = loss_fn([head(hidden) for head in heads], labels, attention_mask)
+    >>> found, _ = loss_fn(hidden, labels, attention_mask, heads=heads)
+    >>> torch.testing.assert_close(found, expected)
+
+    No head's logits are copied, and nothing waits for a GPU (with heads: where ``num_valid``
+    is given). A head without a target (every row is
     shorter than its distance, or masked) has loss 0, attached to the graph, with gradient 0, where
     the lines above give NaN; its weight stays.
 
@@ -68,7 +80,8 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             difference where padding comes first: its last position predicts the first token.
         renormalize_empty_heads: give the weight of heads without a target to the others. Without
             one in this call, or in the whole step where ``normalizer`` has one entry per head.
-        inplace_backward: write gradients over the logits; each head needs memory of its own.
+        inplace_backward: write gradients over the logits; each head needs memory of its own. Not
+            with heads, of which no logits are kept.
 
     Raises:
         ValueError: shapes, dtypes or weights that do not fit. For a number of weights or heads
@@ -104,24 +117,32 @@ class MultiTokenPredictionLoss(torch.nn.Module):
 
     def forward(
         self,
-        logits_list: Sequence[torch.Tensor],
+        logits_list: Sequence[torch.Tensor] | torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
+        heads: Sequence[Head] | None = None,
         segment_ids: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        num_valid: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum and a dict of its parts.
 
         Args:
-            logits_list: n tensors ``[B, S, V]`` floating, the head of the next token first.
+            logits_list: n tensors ``[B, S, V]`` floating, the head of the next token first. With
+                heads hidden states instead: one tensor ``[B, S, D]`` for all heads, or n of them.
             labels: ``[B, S]`` integers, not shifted.
             attention_mask: ``[B, S]`` any dtype, a target counts where it is not 0. None: all.
                 ``[1, S]`` is for the whole batch, as with segment_ids.
+            heads: n classifiers, each a ``torch.nn.Linear``, a weight ``[V, D]`` or (weight, bias).
+                They may be the same, and are not called. As in ``masked_linear_cross_entropy``
+                there is one backward, and a frozen one takes no product for its gradient.
             segment_ids: ``[B, S]`` integers, for packed documents: no head predicts a token of
                 another segment.
             normalizer: what is divided by instead of each head's own count: a number or 0-d tensor
                 for all heads, or one entry per head ``[n]`` (see ``count_targets``).
+            num_valid: with heads, an int that no head has more targets than (tokens that are not
+                padding, say), as in ``masked_linear_cross_entropy``.
 
         Returns:
             total ``[]``, float32 (float64 for float64 logits), and a dict of n + 1 detached 0-d
@@ -130,20 +151,21 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             the device.
         """
         attention_mask, segments = self._rows(labels, attention_mask, segment_ids)
-        self._check_logits(logits_list, labels)
+        if heads is None:
+            calls = self._of_logits(logits_list, labels, num_valid)
+        else:
+            calls = self._of_hidden(logits_list, heads, labels, num_valid)
         divisors = self._divisors(normalizer)
         losses = [
-            masked_cross_entropy(
-                logits,
+            call(
                 labels,
                 attention_mask,
                 ignore_index=self.ignore_index,
                 shift=i + 1,
                 segment_ids=segments,
                 normalizer=divisor,
-                inplace_backward=self.inplace_backward,
             )
-            for i, (logits, divisor) in enumerate(zip(logits_list, divisors, strict=True))
+            for i, (call, divisor) in enumerate(zip(calls, divisors, strict=True))
         ]
         total = losses[0] * self.aux_loss_weights[0]
         for w, loss in zip(self.aux_loss_weights[1:], losses[1:], strict=True):
@@ -208,22 +230,44 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             raise refusal(_NAME, "normalizer", rule, shape_text(normalizer), ArgumentError)
         return normalizer.unbind()
 
-    def _check_logits(self, logits_list, labels):
-        if not isinstance(logits_list, (list, tuple)):
-            got = type(logits_list).__name__
+    def _of_logits(self, logits_list, labels, num_valid) -> list[Callable[..., torch.Tensor]]:
+        """The cross entropy of each head, of which rows and labels are still to be given."""
+        if num_valid is not None:
+            raise refusal(_NAME, "num_valid", "be None without heads", num_valid)
+        if isinstance(logits_list, torch.Tensor):
+            got = "Tensor (hidden states? Then give heads)"
             raise refusal(_NAME, "logits_list", "be a list of tensors", got, TypeError)
-        if len(logits_list) != self.n_pred_tokens:
-            rule = f"have one tensor per head, n_pred_tokens {self.n_pred_tokens}"
-            raise refusal(_NAME, "logits_list", rule, len(logits_list), ArgumentError)
-        for i, logits in enumerate(logits_list):
-            name = f"logits_list[{i}]"
-            check_tensor(_NAME, name, logits)
-            check_rank(_NAME, name, logits, 3, "[B, S, V]")
-            check_floating(_NAME, name, logits)
-            if logits.shape[:2] != labels.shape:
-                rule = f"have the B and S of labels {shape_text(labels)}"
-                raise refusal(_NAME, name, rule, shape_text(logits))
-            check_device(_NAME, name, logits, "labels", labels)
+        self._check_per_head("logits_list", logits_list, "tensor")
+        _check_states("logits_list", logits_list, labels, "[B, S, V]")
+        over = self.inplace_backward
+        return [partial(masked_cross_entropy, x, inplace_backward=over) for x in logits_list]
+
+    def _of_hidden(self, hidden, heads, labels, num_valid) -> list[Callable[..., torch.Tensor]]:
+        if self.inplace_backward:
+            rule = "be False with heads, of which no logits are kept"
+            raise refusal(_NAME, "inplace_backward", rule, True)
+        self._check_per_head("heads", heads, "classifier")
+        several = not isinstance(hidden, torch.Tensor)
+        if several:
+            self._check_per_head("hidden", hidden, "tensor")
+        _check_states("hidden", hidden if several else [hidden], labels, "[B, S, D]", several)
+        calls: list[Callable[..., torch.Tensor]] = []
+        for i, head in enumerate(heads):
+            name, one = f"heads[{i}]", hidden[i] if several else hidden
+            weight, bias = weight_and_bias(_NAME, name, head)
+            names = f"hidden[{i}]" if several else "hidden", f"{name} weight", f"{name} bias"
+            check_layer(_NAME, one, weight, bias, names)
+            layer = {"bias": bias, "num_valid": num_valid}
+            calls.append(partial(masked_linear_cross_entropy, one, weight, **layer))
+        return calls
+
+    def _check_per_head(self, name, values, what):
+        if not isinstance(values, (list, tuple, torch.nn.ModuleList)):
+            got = type(values).__name__
+            raise refusal(_NAME, name, f"be a list of {what}s", got, TypeError)
+        if len(values) != self.n_pred_tokens:
+            rule = f"have one {what} per head, n_pred_tokens {self.n_pred_tokens}"
+            raise refusal(_NAME, name, rule, len(values), ArgumentError)
 
     def extra_repr(self) -> str:
         weights = ", ".join([f"{weight:.4g}" for weight in self.aux_loss_weights])
@@ -233,6 +277,19 @@ class MultiTokenPredictionLoss(torch.nn.Module):
         for name in ("mask_sources", "renormalize_empty_heads", "inplace_backward"):
             text += f", {name}=True" if getattr(self, name) else ""
         return text
+
+
+def _check_states(name, tensors, labels, layout, several=True):
+    """Logits or hidden states of the labels' B and S."""
+    for i, tensor in enumerate(tensors):
+        one = f"{name}[{i}]" if several else name
+        check_tensor(_NAME, one, tensor)
+        check_rank(_NAME, one, tensor, 3, layout)
+        check_floating(_NAME, one, tensor)
+        if tensor.shape[:2] != labels.shape:
+            rule = f"have the B and S of labels {shape_text(labels)}"
+            raise refusal(_NAME, one, rule, shape_text(tensor))
+        check_device(_NAME, one, tensor, "labels", labels)
 
 
 def _numbers(weights):

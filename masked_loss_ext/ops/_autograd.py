@@ -49,6 +49,12 @@ def needs_plain() -> bool:
     return _functorch_is_active() and torch.compiler.is_compiling()
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether it is on there; of a device that has none, as meta, asking that alone raises."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def is_batch(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is a batch of them (is_grads_batched): that is an older vmap, which
     torch.func does not know of."""

@@ -14,17 +14,16 @@ from .._checks import (
     as_integers,
     as_mask,
     check_constant,
-    check_device,
     check_flags,
-    check_floating,
     check_length,
     check_tensor,
     refusal,
     shape_text,
 )
+from .._heads import check_layer
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
-from ._autograd import _functorch_is_active
+from ._autograd import _functorch_is_active, is_autocast
 from .linear_cross_entropy_derivatives import DEFAULTS, NAME, SHOWN, call
 from .masked_cross_entropy import Number, aggregate, number_tensor, temperature_tensor
 
@@ -190,7 +189,7 @@ def linear_row_statistics(
 def _prepared(name, given, logits_dtype):
     """The arguments as the operator takes them."""
     hidden, weight, bias = given["hidden"], given["linear_weight"], given["bias"]
-    _check_layer(name, hidden, weight, bias)
+    check_layer(name, hidden, weight, bias)
     for argument in _ROW_TENSORS:
         if given[argument] is not None:
             check_tensor(name, argument, given[argument])
@@ -218,28 +217,11 @@ def _prepared(name, given, logits_dtype):
     return a
 
 
-def _check_layer(name, hidden, weight, bias):
-    layer = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for argument, tensor in layer.items():
-        check_tensor(name, argument, tensor)
-        check_floating(name, argument, tensor)
-        check_device(name, argument, tensor, "hidden", hidden)
-    if hidden.dim() == 0:
-        raise refusal(name, "hidden", "be [..., D]", shape_text(hidden))
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        rule = f"be [V, D] with at least one class and the D of hidden {shape_text(hidden)}"
-        raise refusal(name, "weight", rule, shape_text(weight))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        rule = f"have one entry per class [{weight.shape[0]}]"
-        raise refusal(name, "bias", rule, shape_text(bias))
-
-
 def _layer(name, hidden, weight, bias, logits_dtype):
     """hidden, weight and bias in one dtype, and whether the logits are wider than that."""
     tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
     kind = hidden.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and not any(t.dtype == torch.float64 for t in tensors):
+    if is_autocast(hidden.device) and not any(t.dtype == torch.float64 for t in tensors):
         dtype = torch.get_autocast_dtype(kind)
     else:
         dtype = hidden.dtype

@@ -26,6 +26,7 @@ from .._checks import (
     shape_text,
 )
 from ..ops.cross_entropy_terms import cross_entropy_terms
+from ..ops.linear_cross_entropy import masked_linear_cross_entropy
 from ..ops.masked_cross_entropy import masked_cross_entropy
 from ..ops.repetition import RepetitionCounts, repetition_counts, repetition_links
 from ..reference import CrossEntropyTerms
@@ -97,11 +98,6 @@ def cleaned(values, valid):
 def distances(x, y):
     # Not by way of a matrix product: its rounding makes the distance of equal rows large.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def is_autocast(device):
-    """Autocast knows no meta tensors, and raises."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device):
@@ -345,6 +341,16 @@ def cross_entropy(function, arguments, logits, targets, attention_mask=None, **o
         if not isinstance(error, (ValueError, TypeError, IndexError)):
             raise
         raise _renamed(error, "masked_cross_entropy", function, arguments[1]) from None
+
+
+def linear_cross_entropy(function, argument, hidden, layer, targets, on, **options: Any):
+    """``masked_linear_cross_entropy`` of a weight and a bias for the module ``function``, which
+    calls the targets ``argument`` and has checked shapes and dtypes."""
+    weight, bias = layer
+    try:
+        return masked_linear_cross_entropy(hidden, weight, targets, on, bias=bias, **options)
+    except (ValueError, TypeError, IndexError) as error:
+        raise _renamed(error, "masked_linear_cross_entropy", function, argument) from None
 
 
 def _renamed(error, operator, function, argument):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_device, check_rank, check_tensor, refusal, shape_text
+from .._heads import weight_and_bias
+from ..ops._autograd import is_autocast
 from ._options import (
     Flag,
     LossModule,
@@ -29,7 +31,7 @@ from ._rows import (
     check_list,
     check_logits,
     cross_entropy,
-    is_autocast,
+    linear_cross_entropy,
     masked_mean,
     may_be_on,
     of_one_document,
@@ -65,8 +67,10 @@ class HiddenStateMTPLoss(LossModule):
     give the optimiser the parameters of this module, too: ``loss_fn.parameters()``.
     They are large: 116 million for 50257 tokens, hidden size 768 and three heads.
 
-    Hidden states from which nothing is predicted are selected away, with a gradient of 0. They are
-    read, though, which the heads' logits are not.
+    Logits are made a chunk of rows at a time, of those that have a target alone
+    (``masked_linear_cross_entropy``); the backward makes them a second time. Hidden states from
+    which nothing is predicted are selected away, with a gradient of 0. They are read, though, by
+    the LayerNorm. The projections are read, not called: hooks on them are refused.
 
     Args:
         vocab_size: V.
@@ -80,8 +84,9 @@ class HiddenStateMTPLoss(LossModule):
         ignore_index: targets with this label do not count.
         mask_sources: let a position predict only where its own mask is on, too. It makes a
             difference where padding comes first: its last position predicts a token.
-        inplace_backward: write gradients over the heads' logits. Saves their memory again; a second
-            backward through the same graph is refused by PyTorch.
+        inplace_backward: make the heads' gradients together with their loss, over its logits,
+            which are then not made a second time: three products and not four. A second backward
+            through the same graph is refused.
     """
 
     vocab_size: Size
@@ -151,19 +156,8 @@ class HiddenStateMTPLoss(LossModule):
             hidden = hidden.to(self.layer_norm.weight.dtype)
         hidden = self.layer_norm(hidden)
         losses = [
-            cross_entropy(
-                name,
-                ("logits", target),
-                # As a matrix: of a slice of three dimensions F.linear adds the bias in a pass of
-                # its own over the logits, and under a compiler or tensor subclass to a copy.
-                self._logits(hidden[:, :-k].flatten(0, 1), k),
-                rows.targets[:, k:].flatten(),
-                on.flatten(),
-                ignore_index=self.ignore_index,
-                temperature=self.temperature,
-                inplace_backward=self.inplace_backward,
-            )
-            for k, on in enumerate(counted, 1)
+            self._loss(target, hidden[:, :-k], layer, rows.targets[:, k:], on)
+            for (k, on), layer in zip(enumerate(counted, 1), self._layers(), strict=True)
         ]
         heads = max(min(self.num_future_tokens, length - 1), 1)
         return {
@@ -172,12 +166,27 @@ class HiddenStateMTPLoss(LossModule):
             "mtp_weight": self.mtp_weight,
         }
 
-    def _logits(self, hidden, k):
-        """Of head k. A slice of the shared weight is a view: nobody multiplies the other heads'."""
+    def _loss(self, target, hidden, layer, targets, on):
+        """The mean of one head, of which no logits are kept."""
+        options = {"ignore_index": self.ignore_index, "temperature": self.temperature}
+        head = self.function, target, hidden, layer, targets, on
+        if self.inplace_backward:
+            return linear_cross_entropy(*head, **options)
+        # A mean has its gradients made in the forward, which are handed over once.
+        return masked_mean(linear_cross_entropy(*head, reduction="none", **options), on)
+
+    def _layers(self):
+        """Weight and bias of each head. Those of a shared projection are views: nobody multiplies
+        the other heads', and one gradient is made of them."""
         if not self.shared_projection:
-            return self.projections[k - 1](hidden)
-        rows = slice((k - 1) * self.vocab_size, k * self.vocab_size)
-        return F.linear(hidden, self.projection.weight[rows], self.projection.bias[rows])
+            return [
+                weight_and_bias(self.function, f"projections[{i}]", head)
+                for i, head in enumerate(self.projections)
+            ]
+        weight, bias = weight_and_bias(self.function, "projection", self.projection)
+        sizes = self.num_future_tokens, self.vocab_size
+        biases = [None] * sizes[0] if bias is None else bias.unflatten(0, sizes).unbind()
+        return list(zip(weight.unflatten(0, sizes).unbind(), biases, strict=True))
 
 
 def _counted(rows: Rows, sources, k):

@@ -35,6 +35,7 @@ def entries():
         "lengths": torch.tensor([4, 2]),
         "cu_seqlens": torch.tensor([0, 2, 6]),
         "hidden": torch.randn(B, S, HIDDEN, generator=g),
+        "head": torch.randn(V, HIDDEN, generator=g),
         "q": torch.randn(1, 2, 16, 8, generator=g),
         "registers": [torch.randn(1, n, C, generator=g) for n in (5, 3)],
         "patches": [torch.randn(1, n, C, generator=g) for n in (4, 4)],
@@ -179,10 +180,31 @@ CALLS = {
             e["logits"], e["labels"], e["mask"], normalizer=e["count"]
         )
     ],
+    "masked_linear_cross_entropy": [
+        lambda e: mle.masked_linear_cross_entropy(e["hidden"], e["head"], e["labels"], e["mask"]),
+        lambda e: mle.masked_linear_cross_entropy(
+            e["hidden"], e["head"], e["labels"], e["grey"], shift=1, reduction="sequence_mean",
+            bias=e["head"][:, 0], segment_ids=e["documents"],
+        ),
+    ],
+    "linear_row_statistics": [
+        lambda e: tuple(
+            mle.linear_row_statistics(e["hidden"], e["head"], e["labels"], temperature=e["number"])
+        ),
+        lambda e: tuple(mle.linear_row_statistics(e["hidden"], e["head"]))[:2],
+    ],
+    "MaskedLinearCrossEntropyLoss": [
+        lambda e: mle.MaskedLinearCrossEntropyLoss(label_smoothing=0.1, shift=1)(
+            e["hidden"], e["head"], e["labels"], e["mask"], normalizer=e["count"]
+        )
+    ],
     "MultiTokenPredictionLoss": [
         lambda e: mle.MultiTokenPredictionLoss(2, (1.0, 0.5))(
             [e["logits"], e["logits"]], e["labels"], e["mask"], segment_ids=e["documents"]
-        )
+        ),
+        lambda e: mle.MultiTokenPredictionLoss(2, (1.0, 0.5))(
+            e["hidden"], e["labels"], e["mask"], heads=[e["head"], (e["head"], e["head"][:, 0])]
+        ),
     ],
     "HiddenStateMTPLoss": [
         lambda e: made(lambda: mle.HiddenStateMTPLoss(V, HIDDEN), e)(

@@ -155,6 +155,7 @@ IMAGE = (noise(1, 32, 48) > 0).to(torch.uint8)
 IDS, POSITIONS = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 0, 1, 2, 0, 1, 2]]).split(1)
 QKV = [noise(1, 2, 8, 4, seed=k) for k in range(3)]
 CLASS_WEIGHT = noise(V).abs()
+HEAD = noise(V, V, seed=4)  # over hidden states as wide as there are classes
 PAIRS = [[noise(1, n, C) for n in lengths] for lengths in ((4, 2), (3, 3))]
 LAYOUT = {"segment_lengths": [[3, 2], [2, 1]], "keep_k": [1, 1], "device": "cpu"}
 ROWS = {"mask": MASK, "label_smoothing": 0.1, "focal_gamma": 1.5, "z_loss": 0.1}
@@ -173,6 +174,13 @@ LOSSES = {
     "heads": lambda x: mle.MultiTokenPredictionLoss(
         2, (2.0, 1.0), mask_sources=True, renormalize_empty_heads=True
     )([x, HEADS[1]], LABELS, MASK, segment_ids=SEGMENTS)[0],
+    "linear_module": lambda x: mle.MaskedLinearCrossEntropyLoss(temperature=0.7, shift=1)(
+        x, HEAD, LABELS, MASK, normalizer=3.5
+    ),
+    "linear_row_statistics": lambda x: mle.linear_row_statistics(x, HEAD, LABELS, MASK)[1].sum(),
+    "heads_of_hidden": lambda x: mle.MultiTokenPredictionLoss(2, (2.0, 1.0), mask_sources=True)(
+        x, LABELS, MASK, heads=[HEAD, (HEAD, CLASS_WEIGHT)]
+    )[0],
     "reference_cross_entropy": lambda x: reference.masked_cross_entropy(x, LABELS, **ROWS),
     "terms": lambda x: sum(
         t.sum()

@@ -20,6 +20,7 @@ NAMES = [
     "HiddenStateMTPLoss",
     "MaskEditLoss",
     "MaskedCrossEntropyLoss",
+    "MaskedLinearCrossEntropyLoss",
     "MseLoss",
     "MultiTokenPredictionLoss",
     "PackedLayout",
@@ -30,10 +31,12 @@ NAMES = [
     "compute_loss_multi_resolution",
     "create_unified_loss",
     "lengths_to_mask",
+    "linear_row_statistics",
     "map_mask_to_latent",
     "mask_labels",
     "masked_cross_entropy",
     "masked_edit_token_mean_loss",
+    "masked_linear_cross_entropy",
     "masked_mse",
     "masked_sse",
     "nested_dropout_block_mask",
@@ -66,6 +69,8 @@ def samples():
         "logits": torch.randn(2, 5, 7, generator=g),
         "logits_list": [torch.randn(2, 5, 7, generator=g) for _ in range(2)],
         "labels": torch.randint(7, (2, 5), generator=g),
+        "hidden": torch.randn(2, 5, 4, generator=g),
+        "weight": torch.randn(7, 4, generator=g),
         "visible": torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool),
     }
 
@@ -241,6 +246,8 @@ def arguments(name):
         return s["logits"], s["labels"]
     if name == "MaskedCrossEntropyLoss":
         return s["logits"], s["labels"]
+    if name == "MaskedLinearCrossEntropyLoss":
+        return s["hidden"], s["weight"], s["labels"]
     if name == "MultiTokenPredictionLoss":
         return s["logits_list"] * 2, s["labels"]
     return s["model_pred"], s["target"]

@@ -119,17 +119,65 @@ class Made(TorchDispatchMode):
         return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors}
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_only_logits_that_a_head_needs_are_made(shared):
-    """[B, S - k, V] once per head: no copy, no other head's, no probabilities."""
+def test_no_logits_leave_the_operator(shared, inplace):
+    """In the forward nothing but gradients has as many numbers as a head has logits."""
     hidden, targets, mask = batch(torch.float32)
-    loss_fn = Loss(101, H, shared_projection=shared)
-    with Made() as made, torch.no_grad():
+    loss_fn = Loss(101, H, shared_projection=shared, inplace_backward=inplace)
+    with Made() as made:
         loss_fn(hidden, targets, mask)
     given = {p.untyped_storage().data_ptr() for p in loss_fn.parameters()}
     sizes = [size for pointer, size in made.storages().items() if pointer not in given]
-    large = sorted(size // 4 for size in sizes if size >= B * 101 * 4)
-    assert large == [B * (S - k) * 101 for k in (3, 2, 1)]
+    large = [size // 4 for size in sizes if size >= B * 101 * 4]
+    assert large == ([101 * H] * 3 if inplace else [])  # of the weights
+
+
+def products(call):
+    """The sizes of the right factor of every product; with biases the logits are no aten::mm."""
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        call()
+    return [event.input_shapes[1] for event in profile.function_events if event.name == "aten::mm"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_frozen_takes_no_product(inplace):
+    hidden, targets, mask = batch(torch.float32)
+    loss_fn = Loss(V, H, 2, inplace_backward=inplace)
+    rows = [int((mask[:, k:] != 0).sum()) for k in (1, 2)]  # that have a target
+    for_hidden, for_weight = [[V, H]] * 2, [[n, H] for n in rows]
+
+    def step():
+        hidden.grad = None
+        loss_fn.zero_grad()
+        loss_fn(hidden, targets, mask)["mtp_loss"].backward()
+
+    assert sorted(products(step)) == sorted(for_hidden + for_weight)
+    loss_fn.projections.requires_grad_(False)
+    assert products(step) == for_hidden
+    assert hidden.grad is not None and loss_fn.layer_norm.weight.grad is not None
+    assert all(p.grad is None for p in loss_fn.projections.parameters())
+    loss_fn.projections.requires_grad_(True)
+    loss_fn.layer_norm.requires_grad_(False)
+    hidden.requires_grad_(False)
+    assert sorted(products(step)) == sorted(for_weight)
+    assert hidden.grad is None and loss_fn.projections[0].weight.grad is not None
+
+
+def test_a_second_backward_unless_gradients_are_made_in_the_forward():
+    hidden, targets, mask = batch()
+    loss_fn = Loss(V, H).double()
+    leaves = [hidden, *loss_fn.parameters()]
+    loss = loss_fn(hidden, targets, mask)["mtp_loss"]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(
+        torch.equal(*pair) for pair in zip(first, torch.autograd.grad(loss, leaves), strict=True)
+    )
+    loss_fn.inplace_backward = True
+    loss = loss_fn(hidden, targets, mask)["mtp_loss"]
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), first)
+    with pytest.raises(RuntimeError, match="one backward of a mean"):
+        torch.autograd.grad(loss, leaves)
 
 
 def test_a_masked_source_still_predicts_unless_told_otherwise():
@@ -176,19 +224,6 @@ def test_gradcheck():
     )["mtp_loss"], [hidden, loss_fn.projections[0].weight])  # fmt: skip
 
 
-def test_gradients_over_the_logits_are_the_same_bits():
-    hidden, targets, mask = batch(torch.float32)
-    torch.manual_seed(0)
-    loss_fn = Loss(V, H)
-    other = Loss(V, H, inplace_backward=True)
-    other.load_state_dict(loss_fn.state_dict())
-    ours, theirs = (
-        torch.autograd.grad(x(hidden, targets, mask)["mtp_loss"], [hidden, *x.parameters()])
-        for x in (other, loss_fn)
-    )
-    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
-
-
 def test_mixed_precision():
     hidden, targets, mask = batch(torch.bfloat16)
     loss_fn = Loss(V, H)
@@ -200,6 +235,20 @@ def test_mixed_precision():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
     assert torch.autograd.grad(half, hidden)[0].dtype == torch.bfloat16
+
+
+def test_projections_with_hooks_are_refused():
+    loss_fn = Loss(V, H)
+    loss_fn.projections[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"projections\[1\] must have no forward hooks: it is not"):
+        loss_fn(*batch(torch.float32))
+
+
+def test_a_label_out_of_range_is_named():
+    hidden, targets, mask = batch(torch.float32)
+    targets[1, 2] = V
+    with pytest.raises(IndexError, match="^HiddenStateMTPLoss: target_ids .* got 7"):
+        Loss(V, H)(hidden, targets, mask)
 
 
 def call(hidden=(B, S, H), targets=(B, S), mask=None, **keywords):
