@@ -79,11 +79,14 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
     loss alone is asked for and is one number."""
     if torch.compiler.is_compiling():
         a = scheduled(a)
+        args = operator.forward.arguments(**a)  # torch.compile knows no itemgetter
+    else:
+        args = _in_order(a)
     inputs = [a[name] for name in operator.inputs]
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if shown > 1 or a["reduction"] == "none" or not any(needs) or is_transformed():
-        return operator.call(_in_order(a), shown)
-    args = (*_in_order(a), *needs)
+        return operator.call(args, shown)
+    args = (*args, *needs)
     if torch.compiler.is_compiling():
         return _sweep.op(*args)[:1]
 
