@@ -117,13 +117,14 @@ def logit_free(
     head = _checked_head(known)
     batch = _probe_batch(known, head)
     own = _in_evaluation(known, known.forward, **batch)
-    known.__class__, head.__class__ = _logit_free_class(type(known)), LogitFreeHead
+    known.__class__, head.__class__ = _logit_free_class(known.__class__), LogitFreeHead
     try:
         known._logit_free_edit = _found_edit(known, head, batch)
-        known._logit_free_options = {"ignore_index": ignore_index}
+        known._logit_free_options = {}
         _check_loss(known, own.loss, batch)
-        known._logit_free_options = options
-        _in_evaluation(known, known._forward_without_logits, **batch)  # refuses wrong options
+        known._logit_free_options = options  # wrong ones are refused now, not in the first step
+        every = {**batch, "labels": batch["input_ids"]}  # no -100, which ignore_index may not be
+        _in_evaluation(known, known._forward_without_logits, **every)
     except BaseException:
         with_logits(known)
         raise
@@ -205,6 +206,12 @@ class _LogitFree:
     """What a logit-free model's class has before its own."""
 
     _logit_free_step: Any = None
+    _own_class: Any = None
+
+    def __new__(cls, *args, **kwargs):
+        """from_pretrained and the like make a new model, which nobody has made logit-free; copies,
+        pickles and replicas begin with an empty one."""
+        return cls._own_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def _forward_without_logits(self: Any, *args, **kwargs):
         head = self.get_output_embeddings()
@@ -235,8 +242,8 @@ class _LogitFree:
         raise refusal(_NAME, "loss_function", "stay that of the model; see with_logits", value)
 
     def __reduce_ex__(self: Any, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self._own_class,), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (self._own_class,), *reduced[2:]
 
 
 _of_logit_free: dict[type, type] = {}  # the class that it was made of
@@ -245,7 +252,8 @@ _of_logit_free: dict[type, type] = {}  # the class that it was made of
 @functools.cache
 def _logit_free_class(cls):
     """A subclass that looks like ``cls``: the Trainer and configurations go by the name."""
-    place = list(inspect.signature(cls.forward).parameters).index("labels") - 1
+    signature = inspect.signature(cls.forward)
+    place = list(signature.parameters).index("labels") - 1
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
@@ -256,6 +264,8 @@ def _logit_free_class(cls):
             return self._forward_without_logits(*args, **kwargs)
         return cls.forward(self, *args, **kwargs)
 
+    del forward.__wrapped__  # accelerate's unwrap_model(keep_fp32_wrapper=False) would call that
+    forward.__signature__ = signature
     names = ("__module__", "__qualname__", "__doc__")
     body = {name: getattr(cls, name) for name in names} | {"forward": forward, "_own_class": cls}
     made = type(cls)(cls.__name__, (_LogitFree, cls), body)
@@ -265,8 +275,7 @@ def _logit_free_class(cls):
 
 def _new(cls):
     """An instance without attributes, for copy and pickle."""
-    made = _logit_free_class(cls)
-    return made.__new__(made)
+    return _LogitFree.__new__(_logit_free_class(cls))
 
 
 # --- what is known of a model --------------------------------------------------------------------

@@ -76,9 +76,7 @@ def make_model(name, dropout=0.0, dtype=torch.float64):
         )  # fmt: skip
         return T5ForConditionalGeneration(config).to(dtype)
     family, more = DECODERS[name]
-    config = getattr(transformers, f"{family}Config")(
-        **DECODER, attention_dropout=dropout, **more
-    )
+    config = getattr(transformers, f"{family}Config")(**DECODER, attention_dropout=dropout, **more)
     return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
 
 
