@@ -2,6 +2,7 @@
 """logit_free: one forward by hand, what stays as it was, options, and what is refused by name."""
 
 import copy
+import doctest
 import inspect
 import io
 import math
@@ -435,3 +436,11 @@ def test_options_that_are_refused():
         model.loss_function = F.cross_entropy
     with pytest.raises(ValueError, match="with_logits: model must be one that logit_free has ret"):
         with_logits(with_logits(model))
+
+
+def test_the_example_of_its_docstring_runs():
+    names = dict(torch=torch, logit_free=logit_free, with_logits=with_logits)
+    (test,) = doctest.DocTestFinder(recurse=False).find(logit_free, "logit_free", globs=names)
+    report: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert test.examples and not report, "".join(report)
