@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 
-BENCHMARKS = ("squared_error", "cross_entropy", "block_mask", "unified")
+BENCHMARKS = ("squared_error", "cross_entropy", "block_mask", "unified", "logit_free")
 """Every module of this package that offers ``cases(device, quick)``; each is a subcommand."""
 
 CUDA_BENCHMARKS = ("squared_error", "block_mask", "cross_entropy")

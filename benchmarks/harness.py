@@ -82,6 +82,7 @@ class View:
     peak_limit: float | None = None  # the most: base's peak memory / gradient
     peak_limit_bytes: int | None = None  # the most: base's peak memory
     peak_shares: Mapping[str, float] = field(default_factory=dict)  # the most: base's peak / its
+    peak_above: str = ""  # whose peak is no part of those that are shared
     time_limit_us: float | None = None  # the most: base's median
     names: Mapping[str, str] = field(default_factory=dict)  # contender -> what it is called here
     part: str = "total"  # of PARTS: what of the contenders' calls; a floor is always whole

@@ -119,8 +119,9 @@ def peak_of(one: Contender, view: View, problem: Problem, peaks: Mapping[str, in
             found |= {"peak_limit": view.peak_limit, "peak_met": verdict(over <= view.peak_limit)}
     if one.name == view.base and (limit := view.peak_limit_bytes) is not None:
         found |= {"peak_limit_bytes": limit, "peak_met": verdict(peak <= limit)}
-    if one.name in view.peak_shares and view.base in peaks:
-        share, limit = peaks[view.base] / peak, view.peak_shares[one.name]
+    if one.name in view.peak_shares and {view.base, view.peak_above or view.base} <= peaks.keys():
+        below = peaks[view.peak_above] if view.peak_above else 0
+        share, limit = (peaks[view.base] - below) / (peak - below), view.peak_shares[one.name]
         found |= {"peak_share": share, "peak_share_limit": limit}
         found |= {"peak_met": verdict(share <= limit)}
     return found

@@ -92,10 +92,10 @@ def causal_lm_loss(
     if not options.keys() <= _OPTIONS.keys():
         _refuse(options)
     logits, source = _logits(outputs)
-    target, shift, name = _target(labels, shift_labels, shift)
-    target = _beside(name, target, source, logits)
+    target, shift, name = target_of(_NAME, labels, shift_labels, shift)
+    target = beside(_NAME, name, target, source, logits)
     for key in _PER_TOKEN:
-        options[key] = _beside(key, options.get(key), source, logits)
+        options[key] = beside(_NAME, key, options.get(key), source, logits)
     if virtual_tokens != 0:
         check_length(_NAME, "virtual_tokens", virtual_tokens)
         check_integers(_NAME, name, target)
@@ -104,19 +104,18 @@ def causal_lm_loss(
             rule += shape_text(target)
             raise refusal(_NAME, "virtual_tokens", rule, virtual_tokens)
         target, options = _behind(virtual_tokens, name, target, options)
-    count = _count(num_items_in_batch, source, logits)
+    count = count_of(_NAME, num_items_in_batch, source, logits)
     try:
         return masked_cross_entropy(logits, target, shift=shift, normalizer=count, **options)
     except (ValueError, TypeError, IndexError) as error:
         words = {"logits": source, "target": name, "normalizer": "num_items_in_batch"}
-        words["masked_cross_entropy"] = _NAME
-        text = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
+        text = in_words(error, words | {"masked_cross_entropy": _NAME})
         raise type(error)(text + _advice(logits, target)) from None
 
 
 def counted_tokens(labels, *, shift=None, shift_labels=None, virtual_tokens=0, **options):
     """How many labels causal_lm_loss counts, ``[]`` on their device."""
-    labels, shift, _ = _target(labels, shift_labels, shift)
+    labels, shift, _ = target_of(_NAME, labels, shift_labels, shift)
     check_tensor(_NAME, "labels", labels)
     check_length(_NAME, "shift", shift)
     if virtual_tokens:
@@ -159,43 +158,48 @@ def _logits(outputs):
     return logits, source
 
 
-def _target(labels, shift_labels, shift):
+def in_words(error, words):
+    """What an operator's function says, in words of the function that called it."""
+    return re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
+
+
+def target_of(function, labels, shift_labels, shift):
     """The labels to take, by how much they are still to be shifted, and their name."""
     name, target = "labels", labels
     if shift_labels is not None:
         name, target = "shift_labels", shift_labels
     if not isinstance(target, torch.Tensor):
         got = f"{type(target).__name__}: the collator has to make them"
-        raise refusal(_NAME, name, "be a tensor", got)
+        raise refusal(function, name, "be a tensor", got)
     if shift_labels is None:
         return target, 1 if shift is None else shift, name
     if shift is not None and shift != 0:
         rule = "be 0 or None beside shift_labels, which are shifted"
-        raise refusal(_NAME, "shift", rule, shift)
+        raise refusal(function, "shift", rule, shift)
     return target, 0, name
 
 
-def _count(num_items_in_batch, source, logits):
+def count_of(function, num_items_in_batch, source, logits):
     """The denominator, on the device of the logits."""
     name = "num_items_in_batch"
     if not isinstance(num_items_in_batch, torch.Tensor):
         if num_items_in_batch is not None:
-            check_number(_NAME, name, num_items_in_batch, least=0)
+            check_number(function, name, num_items_in_batch, least=0)
         return num_items_in_batch
-    count = _beside(name, num_items_in_batch, source, logits)
+    count = beside(function, name, num_items_in_batch, source, logits)
     if count.numel() == 0:
-        raise refusal(_NAME, name, "hold a number", "an empty tensor")
+        raise refusal(function, name, "hold a number", "an empty tensor")
     # Under DataParallel there is one copy of the count per replica, for a model whose replicas'
     # losses are averaged; this loss is of all of them, so all copies divide it.
     return count.sum()
 
 
-def _beside(name, value, source, logits):
+def beside(function, name, value, source, logits):
     """A tensor on the device of the logits (the last of several); anything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_meta and not logits.is_meta:
-        check_device(_NAME, name, value, source, logits)
+        check_device(function, name, value, source, logits)
     return value.to(logits.device)
 
 

@@ -29,6 +29,7 @@ from ._causal_lm import causal_lm_loss
 from ._columns import pass_columns
 
 try:
+    from ._logit_free import logit_free, with_logits
     from ._token_loss import TokenLossCallback
 except ModuleNotFoundError as error:
     if error.name != "transformers":
@@ -40,7 +41,14 @@ except ModuleNotFoundError as error:
     ) from None
 
 _NAME = "MaskLabels"
-__all__ = ["MaskLabels", "TokenLossCallback", "causal_lm_loss", "pass_columns"]
+__all__ = [
+    "MaskLabels",
+    "TokenLossCallback",
+    "causal_lm_loss",
+    "logit_free",
+    "pass_columns",
+    "with_logits",
+]
 
 
 class MaskLabels:

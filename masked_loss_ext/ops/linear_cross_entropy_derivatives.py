@@ -93,9 +93,7 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
         return _sweep.op(*args)[:1]
 
     def again(*inputs):
-        return _plain(
-            operator.forward.arguments(**a | dict(zip(operator.inputs, inputs, strict=True)))
-        )[0]
+        return _plain(_Arguments(**a | dict(zip(operator.inputs, inputs, strict=True))))[0]
 
     once = f"{NAME}: there is one backward of a mean or a sum: its gradients have been handed over"
     return (swept(Sweep(inputs, lambda: _run(args, needs), scale_gradient, once, again=again)),)
@@ -103,9 +101,7 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
 
 def _run(args, needs):
     loss, *gradients = _sweep.op(*args)
-    return loss, [
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    ]
+    return loss, [x if needed else None for x, needed in zip(gradients, needs, strict=True)]
 
 
 # --- the sweep's operator, for torch.compile -----------------------------------------------------

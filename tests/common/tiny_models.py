@@ -7,19 +7,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is to be downloaded
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     __version__,
 )
+
+from masked_loss_ext.integrations.transformers import MaskLabels, causal_lm_loss  # noqa: E402
 
 VOCABULARY = 61
 PAD = 0
@@ -31,6 +32,25 @@ LEARNING_RATE = 0.5
 EXACT = dict(rtol=1e-6, atol=0)
 # Of its own log: version 4 rounds that to four digits.
 LOGGED = dict(rtol=1e-6, atol=0 if int(__version__.split(".")[0]) > 4 else 5.1e-5)
+
+
+# What all configurations of the kind of Llama have; None of these ids ends a sentence.
+DECODER = dict(
+    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+)  # fmt: skip
+IDS = dict(pad_token_id=PAD, bos_token_id=1, eos_token_id=2)
+EXPERTS = dict(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+# name: what transformers calls it, and in what it differs from a tiny Llama
+DECODERS = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", dict(**IDS, head_dim=8, final_logit_softcapping=0.5)),
+    "cohere": ("Cohere", dict(**IDS, logit_scale=0.3)),
+    "granite": ("Granite", dict(**IDS, logits_scaling=3.0)),
+    "mixtral": ("Mixtral", EXPERTS),
+    "phi": ("Phi", dict(resid_pdrop=0.0)),  # its head has a bias
+}
 
 
 def make_model(name, dropout=0.0, dtype=torch.float64):
@@ -55,12 +75,9 @@ def make_model(name, dropout=0.0, dtype=torch.float64):
             dropout_rate=dropout, decoder_start_token_id=PAD, pad_token_id=PAD,
         )  # fmt: skip
         return T5ForConditionalGeneration(config).to(dtype)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-        attention_dropout=dropout,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    family, more = DECODERS[name]
+    config = getattr(transformers, f"{family}Config")(**DECODER, attention_dropout=dropout, **more)
+    return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
 
 
 def make_rows(lengths=LENGTHS):
@@ -121,6 +138,14 @@ def make_trainer(model, directory, *, rows=None, batch=8, accumulate=1, steps=1,
         train_dataset=make_rows() if rows is None else rows,
         **options,
     )
+
+
+def train(model, directory, **options):
+    """The trainer, after it has trained on causal_lm_loss with the mask in the labels."""
+    options = dict(data_collator=MaskLabels(Collator()), compute_loss_func=causal_lm_loss) | options
+    trainer = make_trainer(model, directory, **options)
+    trainer.train()
+    return trainer
 
 
 def logged(trainer, name):

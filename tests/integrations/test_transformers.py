@@ -26,6 +26,7 @@ from tiny_models import (  # noqa: E402
     make_rows,
     make_trainer,
     token_losses,
+    train,
     trained_by_hand,
     weights,
 )
@@ -37,13 +38,6 @@ ARRANGEMENTS = [(8, 1), (4, 2), (1, 8)]  # rows in a micro-batch, micro-batches 
 MODELS = ["gpt2", "llama"]  # the Trainer counts the labels of the two differently
 # Models in float64, so that what differs is the order of sums alone: some 1e3 roundings of 1e-16.
 ROUNDING = dict(rtol=1e-12, atol=1e-13)
-
-
-def train(model, directory, **options):
-    options = dict(data_collator=MaskLabels(Collator()), compute_loss_func=causal_lm_loss) | options
-    trainer = make_trainer(model, directory, **options)
-    trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("name", MODELS)

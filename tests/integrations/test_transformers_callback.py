@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """TokenLossCallback: the exact loss in the logs, and the padding checked on the first step."""
 
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +22,7 @@ from tiny_models import (  # noqa: E402
     weights,
 )
 from transformers import TrainerCallback  # noqa: E402
+from two_ranks import run_two_ranks  # noqa: E402
 
 from masked_loss_ext.integrations.transformers import (  # noqa: E402
     MaskLabels,
@@ -205,23 +201,4 @@ def test_errors(tmp_path):
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     """Both log the loss over the tokens of both, and train the weights that one would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    script = Path(__file__).parents[1] / "common" / "two_ranks.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(port), tmp_path],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()  # nothing, if it has ended
-    assert all("as one process" in text for text in texts), "\n---\n".join(texts)
+    run_two_ranks("causal_lm_loss", tmp_path)
