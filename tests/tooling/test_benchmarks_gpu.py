@@ -192,12 +192,12 @@ def test_an_installed_rival_has_logits_of_its_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "apes", types.ModuleType("apes"))
     sys.modules["apes"].__spec__ = types.SimpleNamespace(name="apes")
     logits, target = torch.randn(4, 9), torch.tensor([1, 2, -100, 8])
-    libraries = {"apes": ("apes", lambda: overwriting), "bees": ("no_bees_here", None)}
+    libraries = {"apes": (("apes",), lambda: overwriting), "bees": (("no_bees_here",), None)}
 
     def broken():
         raise ImportError("no kernels for this GPU\nat all")
 
-    libraries["wasps"] = ("apes", broken)
+    libraries["wasps"] = (("apes",), broken)
     apes, bees, wasps = rivals.contenders(logits, target, libraries)
     assert bees.skip == "no_bees_here is not installed"
     assert wasps.skip == "ImportError: no kernels for this GPU"
