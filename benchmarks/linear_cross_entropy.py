@@ -46,7 +46,7 @@ class Plan:
 
 
 def train_plan(
-    name: str, summary: str, aims: dict, rivals: tuple = (CCE_COMPILED,), **more
+    name: str, summary: str, aims: Mapping[str, float], rivals: Sequence[str] = FEW_OTHERS, **more
 ) -> Plan:
     view = View(name, summary, targets=aims, limits={PRODUCTS: None})
     return Plan(partial(problems.train_problem, rivals=rivals), LARGE, view, **more)
