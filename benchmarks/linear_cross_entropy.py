@@ -78,7 +78,7 @@ def memory_plan(name: str) -> Plan:
         limits={PRODUCTS: None},
         peak_limit_bytes=CHUNK_BYTES + MORE_BYTES,
     )
-    return Plan(problems.memory_problem, (1024, 64, MEMORY_CLASSES[name]), view, 0.4)
+    return Plan(problems.memory_problem, (512, 64, MEMORY_CLASSES[name]), view, 0.4)
 
 
 PLANS = (

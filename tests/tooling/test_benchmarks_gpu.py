@@ -187,7 +187,9 @@ def test_one_benchmark_alone_and_its_verdicts(clock, tmp_path, capsys, monkeypat
     monkeypatch.setattr(command, "cases_of", lambda name, device, quick: quick_cases(name)[:1])
     monkeypatch.setattr(command.memory, "peak_of", lambda one, device: 3 << 30)
     monkeypatch.setattr(command, "prepare", lambda wanted: None)
-    monkeypatch.setattr(command.machine, "environment", lambda *about: {"capability": "sm_0"})
+    monkeypatch.setattr(
+        command.machine, "environment", lambda *about: {"device": "cuda", "capability": "sm_0"}
+    )
     path = tmp_path / "figures.csv"
     line = ["gpu", "--device", "cuda", "--rounds", "1", "--csv", str(path)]
     command.main([*line, "--only", "linear_cross_entropy"])
