@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import importlib
 
-BENCHMARKS = ("squared_error", "cross_entropy", "block_mask", "unified", "logit_free")
+BENCHMARKS = (
+    "squared_error",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "block_mask",
+    "unified",
+    "logit_free",
+)
 """Every module of this package that offers ``cases(device, quick)``; each is a subcommand."""
 
-CUDA_BENCHMARKS = ("squared_error", "block_mask", "cross_entropy")
+CUDA_BENCHMARKS = ("squared_error", "block_mask", "cross_entropy", "linear_cross_entropy")
 """Those that cuda_cases.py has other cases for, in the order in which they are measured."""
 
 

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add_switches(commands.add_parser("all", help="every benchmark in turn, with these switches"))
     gpu = commands.add_parser("gpu", help="each figure that has a target on a GPU, in one process")
     gpu.add_argument("--csv", type=Path, required=True, help="written anew after every case")
+    gpu.add_argument("--only", nargs="+", choices=CUDA_BENCHMARKS, metavar="NAME", help="of them")
     add_switches(gpu)
     gpu.set_defaults(device="cuda", cases=None, contenders=None)
     counts = commands.add_parser("compaction", help="what masking saves and what compaction does")
@@ -95,7 +96,7 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
         others = f"{neighbours.other_cores:.2f} cores busy with other programs"
         print(f"! {others} while {case.name} was timed: the figures are not sound", file=sys.stderr)
     information = [one for one in problem.beside if one.role == "information"]
-    weighed = [one.name for one in [*timed, *information] if one.weigh]
+    weighed = [one for one in [*timed, *information] if one.weigh]
     peaks = {} if wanted.quick else peaks_of(case, problem, weighed, wanted)
     setting = {"other_cores": neighbours.other_cores}
     setting |= machine.environment(wanted.device, wanted.threads)
@@ -107,19 +108,25 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
 
 
 def peaks_of(
-    case: harness.Case, problem: harness.Problem, names: list[str], wanted: argparse.Namespace
+    case: harness.Case,
+    problem: harness.Problem,
+    contenders: list[harness.Contender],
+    wanted: argparse.Namespace,
 ) -> dict[str, int]:
     found: dict[str, int] = {}
     if not case.weigh or 0 < problem.gradient_bytes < memory.SMALLEST_GRADIENT:
         return found
-    for name in names:
-        peak, trouble = memory.measure_apart(
-            wanted.command, case.name, name, wanted.device, wanted.threads
-        )
-        if peak is None:
-            print(f"peak memory of {name} not measured: {trouble}", file=sys.stderr)
+    for one in contenders:
+        if wanted.device == "cuda":  # PyTorch's allocator knows, and a process takes seconds
+            peak, trouble = memory.peak_of(one, wanted.device), ""
         else:
-            found[name] = peak
+            peak, trouble = memory.measure_apart(
+                wanted.command, case.name, one.name, wanted.device, wanted.threads
+            )
+        if peak is None:
+            print(f"peak memory of {one.name} not measured: {trouble}", file=sys.stderr)
+        else:
+            found[one.name] = peak - problem.left_bytes
     return found
 
 
@@ -202,7 +209,7 @@ def run_gpu(wanted: argparse.Namespace) -> None:
     prepare(wanted)
     print_setting(wanted)
     rows = []
-    for name in CUDA_BENCHMARKS:
+    for name in wanted.only or CUDA_BENCHMARKS:
         for table in measure_all(argparse.Namespace(**{**vars(wanted), "command": name})):
             rows += table
             print_table(table)

@@ -9,6 +9,7 @@ fused_*      both in one sweep, the gradient made in the forward: a share of the
 train_*      forward and backward one after the other, beside the others; no target.
 tokens_*     masked squared error, forward and backward: a share of a plain copy of the bytes of the
              valid tokens, and twice as fast as torch.compile.
+linear_*     the logit-free functions: see cuda_linear_cases.py.
 plan_*       the block mask of 51 samples at 64k tokens, keep_k on the device: time alone.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import masked_loss_ext as mle
 
-from . import block_mask, rivals, squared_error
+from . import block_mask, cuda_linear_cases, rivals, squared_error
 from . import cross_entropy_problems as problems
 from .contenders import COPY, compiled, fastest_read, placed, plain_copy
 from .harness import Case, Contender, Problem, View
@@ -199,6 +200,7 @@ CASES = {
     "squared_error": squared_error_cases,
     "block_mask": block_mask_cases,
     "cross_entropy": cross_entropy_cases,
+    "linear_cross_entropy": cuda_linear_cases.cases,
 }
 
 

@@ -85,6 +85,8 @@ def case_cells(rows: Rows) -> dict[str, str]:
     ours = next(row for row in rows if row["role"] == "ours")
     shape = ours["shape"].replace("x", ", ")
     copy = number_text(ours["of_copy"], " ({:.0%} of a copy)")
+    shares = [text for text in map(share_text, rows) if text]
+    ratio, sizes = peak_text(ours), size_texts(rows)
     return {
         "case": f"`{ours['case']}`",
         "shape": f"[{shape}] {ours['dtype']}, {ours['summary']}",
@@ -92,10 +94,8 @@ def case_cells(rows: Rows) -> dict[str, str]:
         "times faster than": listed(rows, "rival", against_text),
         "times as long as": listed(rows, "floor", floor_text),
         "GB/s": number_text(ours["gb_per_s"], "{:.1f}") + copy,
-        "peak memory / gradient": ", ".join(
-            filter(None, (peak_text(ours), *map(share_text, rows)))
-        ),
-        "peak memory": size_texts(rows),
+        "peak memory / gradient": ", ".join([ratio, *shares]) if ratio else "",
+        "peak memory": sizes if ratio else ", ".join(filter(None, [sizes, *shares])),
     }
 
 

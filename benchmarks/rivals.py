@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -31,8 +31,20 @@ def quack() -> Callable[[Tensor, Tensor], Tensor]:
     return mean
 
 
-LIBRARIES = {"liger": ("liger_kernel", liger), "quack": ("quack", quack)}
+LIBRARIES = {"liger": (("liger_kernel",), liger), "quack": (("quack",), quack)}
 NAMES = tuple(LIBRARIES)
+
+
+def loaded(modules: Sequence[str], load: Callable[[], Callable]) -> tuple[Callable | None, str]:
+    """What ``load`` makes, or why it cannot be had: not all ``modules`` are installed, or it
+    fails."""
+    for module in modules:
+        if find_spec(module) is None:
+            return None, f"{module} is not installed"
+    try:
+        return load(), ""
+    except Exception as error:  # of whatever its import does
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def contenders(logits: Tensor, target: Tensor, libraries=None) -> list[Contender]:
@@ -41,15 +53,8 @@ def contenders(logits: Tensor, target: Tensor, libraries=None) -> list[Contender
     Each has logits of its own, put back before every call: Liger writes the gradient over them.
     """
     found = []
-    for name, (module, load) in (LIBRARIES if libraries is None else libraries).items():
-        call, skip = None, ""
-        if find_spec(module) is None:
-            skip = f"{module} is not installed"
-        else:
-            try:
-                call = load()
-            except Exception as error:  # of whatever its import does
-                skip = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for name, needs in (LIBRARIES if libraries is None else libraries).items():
+        call, skip = loaded(*needs)
         inputs = []
         if call is not None:
             scratch = logits.detach().clone().requires_grad_(logits.requires_grad)

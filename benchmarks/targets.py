@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+FORMS = {"%": "{:.1f} % of {}", "x": "{:.2f}x {}", "us": "{:.1f} us {}", "MiB": "{:.1f} MiB {}"}
+COSTS = ("us", "MiB")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -13,7 +16,7 @@ class Verdict:
     what: str
     value: float
     wanted: float
-    unit: str  # "%" of a floor's bandwidth, "x" a rival's speed, "us" of time
+    unit: str  # "%" of a floor's speed, "x" a rival's speed, "us" of time, "MiB" of memory
     met: bool
 
     @property
@@ -21,12 +24,13 @@ class Verdict:
         """0 where the target is met, else what is missing as a share of it."""
         if self.met:
             return 0.0
-        # Of a time too much is missing, of the others too little.
-        return 1 - (self.wanted / self.value if self.unit == "us" else self.value / self.wanted)
+        # Of what it costs there is too much, of the others too little.
+        ratio = self.value / self.wanted
+        return 1 - (1 / ratio if self.unit in COSTS else ratio)
 
     def text(self) -> str:
-        amount = {"%": "{:.1f} % of {}", "x": "{:.2f}x {}", "us": "{:.1f} us {}"}[self.unit]
-        sign = "<=" if self.unit == "us" else ">="
+        amount = FORMS[self.unit]
+        sign = "<=" if self.unit in COSTS else ">="
         said = f"{self.case} {amount.format(self.value, self.what)} ({sign} {self.wanted:g} wanted)"
         return f"{said}: met" if self.met else f"{said}: missed by {self.shortfall:.1%}"
 
@@ -51,6 +55,9 @@ def verdicts_of(row: Mapping[str, object]) -> list[Verdict]:
             add(name, number("ratio_of_medians"), target, "x", "met")
     if row.get("time_met"):
         add("of time", number("median_us"), number("time_limit_us"), "us", "time_met")
+    if (limit := number("peak_limit_bytes")) is not None and row.get("peak_met"):
+        mib = 1 << 20
+        add("of memory", number("peak_extra_bytes") / mib, limit / mib, "MiB", "peak_met")
     return found
 
 

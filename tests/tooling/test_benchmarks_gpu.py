@@ -33,6 +33,9 @@ NAMES = {
         "forward_128k", "train_128k", "forward_128k_ignored_40", "train_128k_ignored_40",
         "forward_32k", "train_32k", "forward_256k", "train_256k",
     ],
+    "linear_cross_entropy": [
+        "linear_152k", "linear_152k_ignored_40", "linear_statistics_152k", "linear_128k",
+    ],
 }  # fmt: skip
 
 
@@ -80,6 +83,8 @@ def test_a_gpu_has_cases_of_its_own():
     names = [case.name for case in cases_of("cross_entropy", "cuda")]
     assert names == NAMES["cross_entropy"]
     assert command.parser().parse_args(["gpu", "--csv", "x.csv"]).device == "cuda"
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["gpu", "--csv", "x.csv", "--only", "unified"])
 
 
 @pytest.mark.parametrize("benchmark", NAMES)
@@ -96,7 +101,8 @@ def test_every_target():
     for benchmark in NAMES:
         for case in cuda_cases.cases(benchmark):
             for view in case.tables():
-                shares = {name: round(1 / most, 6) for name, most in view.limits.items()}
+                limits = view.limits.items()
+                shares = {name: most and round(1 / most, 6) for name, most in limits}
                 found[view.name] = (view.part, {**view.targets, **shares}, view.time_limit_us)
     read = {"compile": 1, "liger": 1, "quack": 1, "one read": 0.95}
     for end in ("128k", "128k_ignored_40", "32k", "256k"):
@@ -106,6 +112,12 @@ def test_every_target():
         assert found.pop(f"train_{end}") == ("total", {}, None)
     assert found.pop("tokens_c64") == ("total", {"compile": 2, "copy": 0.85}, None)
     assert found.pop("tokens_c16") == ("total", {"compile": 2, "copy": 0.85}, None)
+    beside = {"products": None, "count asked": None}
+    for end in ("152k", "152k_ignored_40"):
+        assert found.pop(f"linear_{end}") == ("total", beside, 60_000)
+    statistics = {"full logits": 2, **beside}
+    assert found.pop("linear_statistics_152k") == ("total", statistics, None)
+    assert found.pop("linear_128k") == ("total", beside, None)
     assert found == {"plan_64k": ("total", {}, 60)}
 
 
@@ -170,6 +182,26 @@ def test_a_run_from_its_samples_to_its_verdicts(clock, not_compiled, tmp_path, c
     assert "1.0x one read (aim at most 1.05263x)" in made
 
 
+def test_one_benchmark_alone_and_its_verdicts(clock, tmp_path, capsys, monkeypatch):
+    """On a GPU memory is asked of the allocator, in this process."""
+    monkeypatch.setattr(command, "cases_of", lambda name, device, quick: quick_cases(name)[:1])
+    monkeypatch.setattr(command.memory, "peak_of", lambda one, device: 3 << 30)
+    monkeypatch.setattr(command, "prepare", lambda wanted: None)
+    monkeypatch.setattr(
+        command.machine, "environment", lambda *about: {"device": "cuda", "capability": "sm_0"}
+    )
+    path = tmp_path / "figures.csv"
+    line = ["gpu", "--device", "cuda", "--rounds", "1", "--csv", str(path)]
+    command.main([*line, "--only", "linear_cross_entropy"])
+    rows = report.read_csv(path)
+    assert {row["benchmark"] for row in rows} == {"linear_cross_entropy"}
+    verdicts = {(v.case, v.what): v for row in rows for v in targets.verdicts_of(row)}
+    assert verdicts["linear_152k", "of time"].met
+    memory = verdicts["linear_152k", "of memory"]
+    assert not memory.met and memory.wanted == 2048 and 2900 < memory.value < 3072
+    assert "MiB of memory (<= 2048 wanted): missed by" in capsys.readouterr().out
+
+
 def test_parts_of_a_sample():
     samples = harness.Samples(1, [10.0, 12.0], [4.0, 5.0])
     assert samples.part("total") is samples
@@ -192,12 +224,12 @@ def test_an_installed_rival_has_logits_of_its_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "apes", types.ModuleType("apes"))
     sys.modules["apes"].__spec__ = types.SimpleNamespace(name="apes")
     logits, target = torch.randn(4, 9), torch.tensor([1, 2, -100, 8])
-    libraries = {"apes": ("apes", lambda: overwriting), "bees": ("no_bees_here", None)}
+    libraries = {"apes": (("apes",), lambda: overwriting), "bees": (("no_bees_here",), None)}
 
     def broken():
         raise ImportError("no kernels for this GPU\nat all")
 
-    libraries["wasps"] = ("apes", broken)
+    libraries["wasps"] = (("apes",), broken)
     apes, bees, wasps = rivals.contenders(logits, target, libraries)
     assert bees.skip == "no_bees_here is not installed"
     assert wasps.skip == "ImportError: no kernels for this GPU"

@@ -139,6 +139,30 @@ def test_four_token_loss_with_many_classes(quick, name):
     assert memory == "?" or number(memory) >= 0
 
 
+HEAD_FORMS = ["without logits", "masked_loss_ext, of logits", "F.cross_entropy, of logits"]
+
+
+def test_a_head_without_logits_learns_the_same(quick):
+    table = "A model of words with a head of "
+    rows = [row(quick[0].stdout, name, table=table) for name in HEAD_FORMS]
+    for loss, step, ratio, memory in rows:
+        assert number(loss) == pytest.approx(number(rows[0][0]), abs=2e-3) and number(loss) > 1
+        assert number(step) > 0 and number(ratio) > 0
+        assert memory == "?" or number(memory) >= 0
+
+
+def test_words_and_their_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from acts.language import head
+
+    texts = [b"if a:\n    a = a", b"if b"]
+    assert head.WORD.findall(texts[0]) == [b"if", b" ", b"a", b":", b"\n    ", b"a", b" ", b"=",
+                                           b" ", b"a"]  # fmt: skip
+    index = head.vocabulary(texts, 5)  # END, unknown, and the three most frequent
+    assert index == {b" ": 2, b"a": 3, b"if": 4}
+    assert head.in_words([b"if b:"], index) == [[4, 2, 1, 1]]
+
+
 def test_writes_a_sample(quick):
     sample = quick[0].stdout.split("the mask writes")[1]
     assert "    def read(self" in sample and "    def _parse" in sample
@@ -232,7 +256,7 @@ def test_kept_registers_do_not_depend_on_how_many_follow(monkeypatch):
 
 PICTURES = {
     "denoise": ["losses", "reconstructions"],
-    "language": ["bits", "costs", "losses"],
+    "language": ["bits", "costs", "heads", "losses"],
     "tokenizer": ["reconstructions"],
 }
 

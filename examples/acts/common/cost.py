@@ -57,9 +57,14 @@ def measure_cost(module: str, shape: tuple[int, ...], device: torch.device, roun
         samples = interleave(forms, str(device), rounds)
     del forms  # as large as what is about to be measured
     step_us = {name: summarize(s.total_us).median for name, s in samples.items()}
-    disturbed = device.type == "cpu" and neighbours.crowded(torch.get_num_threads())
     peaks, why = peaks_apart(module, shape, device)
-    return Cost(shape, rounds, step_us, peaks, why, neighbours.other_cores if disturbed else None)
+    return Cost(shape, rounds, step_us, peaks, why, disturbing_cores(neighbours, device))
+
+
+def disturbing_cores(neighbours: NeighbourMeter, device: torch.device) -> float | None:
+    """Cores that other programs kept busy, where that disturbed."""
+    disturbed = device.type == "cpu" and neighbours.crowded(torch.get_num_threads())
+    return neighbours.other_cores if disturbed else None
 
 
 def peaks_apart(

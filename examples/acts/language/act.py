@@ -16,8 +16,9 @@ from .. import Options
 from ..common.cost import Cost, measure_cost, print_doubts
 from . import measure, report
 from .data import Batch, BatchSampler, functions, source_files, split_files
+from .head import train_heads
 from .model import ByteModel, Counts, write
-from .plots import plot_bits, plot_costs, plot_losses
+from .plots import plot_bits, plot_costs, plot_heads, plot_losses
 from .training import AHEAD, bits_per_byte, fit
 
 FULL = {
@@ -32,6 +33,7 @@ FULL = {
     "step_rounds": 5,
     "cost_rounds": 5,
     "large": (4, 64, 32_000),  # texts, tokens, classes
+    "head": {"classes": 50_000, "texts": 4, "longest": 256, "steps": 12},  # longest: in words
 }
 QUICK = {
     "steps": 6,
@@ -45,6 +47,7 @@ QUICK = {
     "step_rounds": 3,
     "cost_rounds": 3,
     "large": (2, 32, 2_000),
+    "head": {"classes": 4_000, "texts": 2, "longest": 64, "steps": 3},
 }
 PROMPTS = ("def read(self", "def _parse")
 
@@ -72,6 +75,9 @@ def run(options: Options) -> None:
 
     batch = typical([sampler.batch() for _ in range(20)]).to(device)
     costs = print_costs(models[True], batch, settings)
+    heads = train_heads(train, device, settings["head"], options.seed)
+    report.print_heads(heads)
+    print_doubts(*costs, heads.cost)
     samples = [
         write(models[True], prompt, settings["written"], options.seed, temperature=0.7)
         for prompt in PROMPTS
@@ -79,6 +85,7 @@ def run(options: Options) -> None:
     report.print_sample(samples)
     plot_losses(histories[True], histories[False], options.output / "language_losses.png")
     plot_costs(costs, options.output / "language_costs.png")
+    plot_heads(heads, options.output / "language_heads.png")
     bits = bits_of_each(models[True], held_out[0])
     plot_bits(held_out[0], bits, options.output / "language_bits.png")
     for path in sorted(options.output.glob("language_*.png")):
@@ -100,7 +107,6 @@ def print_costs(model: ByteModel, batch: Batch, settings: dict) -> list[Cost]:
     steps = measure.training_steps(model, batch, settings["step_rounds"])
     report.print_step_costs(steps, measure.forms_on(logits_list, batch), costs[0], batch)
     report.print_large_vocabulary(costs[1])
-    print_doubts(*costs)
     return costs
 
 

@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-from ..common.cost import Cost
+from ..common.cost import OURS, Cost
 from ..common.plots import GREY, HELD_OUT, INK, TRAIN, draw_training_loss, save, tidy
 from .data import END, Batch
+from .head import HeadRun
 from .training import History
 
 MOST_BITS = 8.0  # end of the colour scale: a byte of which nothing is known
@@ -58,6 +59,33 @@ def plot_costs(costs: Sequence[Cost], path: Path) -> None:
             memory.set_axis_off()
             continue
         draw_bars(memory, names, [cost.peak_bytes[n] / 2**20 for n in names], colors, "MiB")
+        memory.set_yticklabels([])
+    save(figure, path)
+
+
+def plot_heads(run: HeadRun, path: Path) -> None:
+    """The losses, which lie on one another, and what a step takes by each form."""
+    cost = run.cost
+    figure, (losses, time, memory) = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    shown = {name: "without logits" if name == OURS else name for name in cost.step_us}
+    styles = zip(shown, (TRAIN, INK, HELD_OUT), ("-", "--", ":"), (4, 2, 2), strict=True)
+    for name, color, style, width in styles:
+        steps = range(1, len(run.losses[name]) + 1)
+        line = {"color": color, "linestyle": style, "linewidth": width}
+        losses.plot(steps, run.losses[name], label=shown[name], **line)
+    losses.set(xlabel="step", ylabel="nats per word", title="Training loss")
+    losses.legend(frameon=False, fontsize=8)
+    tidy(losses)
+    names = list(shown)[::-1]
+    labels = [shown[name].replace(", ", ",\n") for name in names]
+    colors = [TRAIN if name.startswith(OURS) else GREY for name in names]
+    draw_bars(time, labels, [cost.step_us[n] / 1000 for n in names], colors, "ms")
+    time.set_title(f"{cost.shape[-1]} classes: a training step", fontsize=10)
+    memory.set_title("peak memory, gradients included", fontsize=10)
+    if cost.peak_bytes is None:
+        memory.set_axis_off()
+    else:
+        draw_bars(memory, labels, [cost.peak_bytes[n] / 2**20 for n in names], colors, "MiB")
         memory.set_yticklabels([])
     save(figure, path)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..common.cost import OURS, Cost
 from ..common.tables import print_table
 from .data import Batch
+from .head import PLAIN_LOGITS, HeadRun
 from .measure import SHIFTED, SLICED, FormOnBatch, StepCost
 from .training import AHEAD, History
 
@@ -111,6 +112,31 @@ def print_large_vocabulary(cost: Cost) -> None:
         for name in cost.step_us
     ]
     print_table(("loss", "time", "x ours", "peak memory"), table)
+
+
+def print_heads(run: HeadRun) -> None:
+    rows, longest, classes = run.cost.shape
+    share = run.cost.step_us[OURS] / run.cost.step_us[PLAIN_LOGITS]
+    print(
+        f"\nA model of words with a head of {classes} classes, {run.words} of them words of the "
+        f"functions, trained three times\nfrom the same weights for {run.cost.rounds} steps of "
+        f"{rows} functions of up to {longest} words, {run.padding:.0%} padding. With\n"
+        f"masked_linear_cross_entropy its logits ({rows * longest * classes * 4 / 2**20:.0f} MiB) "
+        "are never made, and of padding no product is\ntaken: median step, and peak memory of "
+        "forward and backward with all gradients, in a process of its own\n"
+    )
+    table = [
+        (
+            "without logits" if name == OURS else name,
+            f"{run.losses[name][-1]:.4f}",
+            run.cost.milliseconds(name),
+            run.cost.times_ours(name),
+            run.cost.peak(name),
+        )
+        for name in run.cost.step_us
+    ]
+    print_table(("loss", "nats/word at the end", "step", "x ours", "peak memory"), table)
+    print(f"\nThe step takes {share:.0%} of the time that it takes with {PLAIN_LOGITS}.")
 
 
 def print_sample(texts: Sequence[str]) -> None:
