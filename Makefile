@@ -15,7 +15,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 15 min"
-	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 16 min"
+	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 26 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
 	@echo "make build   .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0          ~ 35 s"
