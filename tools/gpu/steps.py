@@ -155,7 +155,7 @@ def benchmarks_step(results: Path, has: Callable[[str], bool]) -> Step:
         f"rival left out: {name} missing" for module, name in RIVALS.items() if not has(module)
     ]
     line = python("-m", "benchmarks", "gpu", "--csv", str(results / FIGURES))
-    return Step("benchmarks", "each figure beside its target", 150, [Command(line)], notes)
+    return Step("benchmarks", "each figure beside its target", 90, [Command(line)], notes)
 
 
 def all_steps(
