@@ -25,7 +25,7 @@ from .linear_problems import PRODUCTS, Shape
 from .linear_rivals import CCE_COMPILED, TORCH, TRL
 
 FP32, BF16 = torch.float32, torch.bfloat16
-LARGE, QUICK = (2048, 768, 50257), (64, 32, 500)
+LARGE, MEDIUM, QUICK = (2048, 768, 50257), (1024, 768, 50257), (64, 32, 500)
 MEMORY_CLASSES = {"32k": 32768, "128k": 131072, "256k": 262144}
 CHUNK_BYTES = 128 << 20  # of logits that lie at a time
 MORE_BYTES = 24 << 20  # for copies of hidden states, row results, packed operands of a product
@@ -68,7 +68,7 @@ def statistics_plan() -> Plan:
         peak_limit_bytes=CHUNK_BYTES + MORE_BYTES,
     )
     make = partial(problems.statistics_problem, calls=problems.STATISTICS_CALLS, rivals=(TRL,))
-    return Plan(make, LARGE, view, 0.75)
+    return Plan(make, MEDIUM, view, 0.75)
 
 
 def memory_plan(name: str) -> Plan:
