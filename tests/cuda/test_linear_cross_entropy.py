@@ -20,6 +20,7 @@ from simulated_cross_entropy import random_upstream
 from simulated_linear import check, simulated_linear
 
 from tests.cuda.test_cross_entropy import OPTIONS, every_dtype
+from tests.cuda.test_cross_entropy import filled as options_of_rows
 
 NAN, INF = float("nan"), float("inf")
 BF16 = torch.bfloat16
@@ -50,16 +51,9 @@ def make(rows=(3, 4), width=6, classes=19, dtype=torch.float32, kept=0.6):
 
 def filled(name, hidden, weight):
     """Options of the cross entropy with their tensors."""
-    options, rows, classes = dict(OPTIONS[name]), hidden.shape[:-1], weight.shape[0]
-    if "weight" in options:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        del options["weight"]
-        options["class_weight"] = torch.rand(classes, dtype=wide) * (torch.rand(classes) < 0.9)
-    if "token_weight" in options:
-        options["token_weight"] = torch.rand(rows)
-    if "segment_ids" in options:
-        options["segment_ids"] = torch.randint(0, 2, rows, dtype=torch.int32)
-    return options
+    logits = hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
+    options = options_of_rows(OPTIONS[name], logits)
+    return {"class_weight" if o == "weight" else o: value for o, value in options.items()}
 
 
 # --- values --------------------------------------------------------------------------------------
