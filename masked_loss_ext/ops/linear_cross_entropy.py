@@ -177,8 +177,12 @@ def linear_row_statistics(
     given |= {"temperature": temperature, "softcap": softcap, "statistics": True}
     given |= {"reduction": "sum", "chunk_rows": chunk_rows, "num_valid": num_valid}
     checks.check_options(name, given)
+    checks.check_int64(name, "ignore_index", ignore_index)
     a = _prepared(name, given, logits_dtype)
-    _, *found = call(a, SHOWN)
+    try:
+        _, *found = call(a, SHOWN)
+    except (ValueError, IndexError) as error:  # the operator's, which has one name for both
+        raise type(error)(str(error).replace(f"{NAME}: ", f"{name}: ", 1)) from None
     stats = RowStatistics(*found)
     return stats if target is not None else stats._replace(log_prob=None, hit=None)
 
