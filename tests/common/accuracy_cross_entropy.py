@@ -32,9 +32,7 @@ def converted(inputs, dtype):
     }
 
 
-def evaluate(
-    function, inputs, upstream=None, stats=True, differentiable=DIFFERENTIABLE, **options
-):
+def evaluate(function, inputs, upstream=None, stats=True, differentiable=DIFFERENTIABLE, **options):
     """{"loss", "lse", ..., "hit", "grad logits", ...} of function(**inputs, **options).
 
     upstream: gradients of loss, lse, entropy and log_prob by name; those missing are 1 and nothing.
@@ -51,7 +49,9 @@ def evaluate(
     names = [n for n in upstream if n in results]
     outputs = [results[n] for n in names]
     grad_outputs = [upstream[n].to(results[n].dtype) for n in names]
-    empty = 0 in inputs[differentiable[0]].shape  # the reference then leaves token_weight out of the graph
+    empty = (
+        0 in inputs[differentiable[0]].shape
+    )  # the reference then leaves token_weight out of the graph
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), grad_outputs, materialize_grads=empty
     )

@@ -73,7 +73,7 @@ def outputs_of(module=mle, name="plain"):
     return outputs
 
 
-# --- first and second derivatives -----------------------------------------------------------------
+# --- first and second derivatives ----------------------------------------------------------------
 
 
 @every_option
@@ -299,7 +299,7 @@ def test_a_head_tied_to_what_made_the_hidden_states():
     torch.testing.assert_close(*found)
 
 
-# --- around a training step ------------------------------------------------------------------------
+# --- around a training step ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "none"])
@@ -334,9 +334,7 @@ def test_gradients_in_a_batch(name):
     ones = torch.ones_like(loss)
     upstream = torch.stack([ones, -3 * ones, 0 * ones])
     for _ in range(2):
-        found = torch.autograd.grad(
-            loss, x, upstream, is_grads_batched=True, retain_graph=True
-        )
+        found = torch.autograd.grad(loss, x, upstream, is_grads_batched=True, retain_graph=True)
         expected = torch.autograd.grad(loss_of(reference, name)(*x).sum(), x)
         for batch, one in zip(found, expected, strict=True):
             torch.testing.assert_close(batch, torch.stack([one, -3 * one, 0 * one]))

@@ -41,7 +41,7 @@ def gradients(module, tensors, rest, upstream, **options):
     return torch.autograd.grad(results, leaves, incoming)
 
 
-# --- rows into which nothing flows -----------------------------------------------------------------
+# --- rows into which nothing flows ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
@@ -77,9 +77,7 @@ def test_rows_of_nan_into_which_nothing_flows(which):
                 *leaves[:2], target, bias=leaves[2], reduction="none", chunk_rows=3
             )
         else:
-            result = getattr(
-                mle.linear_row_statistics(*leaves[:2], target, bias=leaves[2]), which
-            )
+            result = getattr(mle.linear_row_statistics(*leaves[:2], target, bias=leaves[2]), which)
         counts = dropped & (target != -100)
         assert result[counts].isnan().all() == (fill != fill)
         kept = torch.where(dropped, 0, result)
@@ -115,7 +113,7 @@ def test_a_frozen_layer_and_a_token_weight_of_zero():
         assert (grad[~on] == 0).all()
 
 
-# --- from where --------------------------------------------------------------------------------------
+# --- from where ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("all_rows", [False, True])

@@ -175,7 +175,16 @@ LOSSES = {
     "everything": lambda h, w, b, y, m, t, n: (
         lambda loss, s: loss + (s.entropy * s.lse).sum() + s.log_prob.mean()
     )(
-        *f(h, w, y, m, bias=b, token_weight=t, return_stats=True, **{**EVERYTHING, "temperature": n})
+        *f(
+            h,
+            w,
+            y,
+            m,
+            bias=b,
+            token_weight=t,
+            return_stats=True,
+            **{**EVERYTHING, "temperature": n},
+        )
     ),
 }
 
@@ -250,9 +259,9 @@ NUMBERS = {
     "softcap": lambda h, w, y, t: f(h, w, y, softcap=t),
     "z_loss": lambda h, w, y, t: f(h, w, y, z_loss=t, reduction="none").sum(),
     "focal_gamma": lambda h, w, y, t: f(h, w, y, focal_gamma=t),
-    "softcap of statistics": lambda h, w, y, t: (
-        mle.linear_row_statistics(h, w, y, softcap=t).entropy.sum()
-    ),
+    "softcap of statistics": lambda h, w, y, t: mle.linear_row_statistics(
+        h, w, y, softcap=t
+    ).entropy.sum(),
 }
 
 
@@ -281,7 +290,7 @@ def test_a_number_of_rows_that_changes():
 
 
 def test_the_sweep_is_what_is_compiled():
-    """In training, of one number; the backward multiplies what it has made and does nothing else."""
+    """In training, of one number; the backward multiplies what there is, no more."""
     graphs = []
 
     def keep(graph, _):

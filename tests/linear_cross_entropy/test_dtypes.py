@@ -133,7 +133,7 @@ def test_a_sum_in_halves_would_stand_still():
 
 
 def as_linear(x):
-    """Logits [N, V] as hidden states, one-hot, and a head of their columns: exact in every dtype."""
+    """Logits [N, V] as one-hot hidden states and a head of their columns: exact."""
     return torch.eye(len(x), dtype=x.dtype), x.T.contiguous()
 
 

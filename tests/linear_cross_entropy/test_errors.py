@@ -216,7 +216,9 @@ def test_num_valid_at_least_what_counts():
         for how in ({}, {"reduction": "none"}):
             text = "num_valid must be at least the number of rows that count, 3, got 2"
             check(lambda h=h, how=how: f(h, HEAD, Y, mask, num_valid=2, **how), ValueError, text)
-    check(lambda: statistics(H, HEAD, Y, mask, num_valid=0), ValueError, "row_statistics: num_valid")
+    check(
+        lambda: statistics(H, HEAD, Y, mask, num_valid=0), ValueError, "row_statistics: num_valid"
+    )
 
 
 # --- labels --------------------------------------------------------------------------------------

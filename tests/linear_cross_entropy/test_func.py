@@ -88,7 +88,9 @@ def test_gradients_per_sample(name):
 @every_option
 def test_forward_mode(name):
     primals, tangents = values(), tuple(torch.randn_like(x) for x in values())
-    ours, theirs = (torch.func.jvp(outputs_of(m, name), primals, tangents) for m in (mle, reference))
+    ours, theirs = (
+        torch.func.jvp(outputs_of(m, name), primals, tangents) for m in (mle, reference)
+    )
     close(ours, theirs)
     ours, theirs = (torch.func.jvp(loss_of(m, name), primals, tangents) for m in (mle, reference))
     close(ours, theirs)

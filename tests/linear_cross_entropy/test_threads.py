@@ -59,13 +59,14 @@ def all_equal(runs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_same_bits_where_the_products_have_them(shape, dtype, statistics, reduction):
-    """Elsewhere (MKL cuts a product differently for other threads) the same to rounding."""
+    """Elsewhere the same to rounding: MKL may cut a product differently for other threads. So may
+    oneDNN one of bfloat16, which rounding mostly hides: equal bits of theirs say nothing there."""
     arguments = layer(shape, dtype)
     theirs = with_threads(products, *arguments)
     ours = with_threads(results, *arguments, reduction, statistics)
     for run in ours[1:]:
         for a, b in zip(run, ours[0], strict=True):
-            if all_equal(theirs):
+            if all_equal(theirs) and dtype != torch.bfloat16:
                 assert_same_bits(a, b)
             else:
                 loose = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
