@@ -68,9 +68,9 @@ def masked_linear_cross_entropy(
     that count, :math:`6 K D V` operations for K of them, and memory for the logits of a chunk. With
     "none" or return_stats the backward makes the logits a second time, :math:`8 K D V`, and leaves
     out rows into which no gradient flows. What needs no gradient (a frozen head, a frozen trunk)
-    takes no product for it. The gradient of weight and bias is added up in float32. Gradients made with the
-    loss are multiplied afterwards by what comes in, unless that is 1: divide by ``normalizer``, and
-    take reduction="none" for float16 under a loss scaler, whose small gradients are rounded before.
+    takes no product for it. The gradient of weight and bias is added up in float32. Gradients made
+    with the loss are multiplied afterwards by what comes in, unless that is 1: divide by
+    ``normalizer``; for float16 under a loss scaler take "none", as small ones are rounded before.
 
     Args:
         hidden: ``[..., D]`` float16, bfloat16, float32 or float64; any strides.

@@ -3,10 +3,10 @@
 
 A logit is a sum itself: one rounding of each of its terms moves it by sum |h w| + |b|. The
 gradients of hidden states, head and bias are sums of products with the gradient of the logits,
-measured as that is. Where halves are multiplied as they are, logits and their gradient are rounded to that
-dtype: by as many roundings of the loss's dtype as one of the halves is. Below the normal numbers of
-float16 a rounding is 2^-25: one of each product's terms, one of the gradient for an incoming
-gradient of 1 before it is multiplied, one after.
+measured as that is. Where halves are multiplied as they are, logits and their gradient are rounded
+to that dtype: by as many roundings of the loss's dtype as one of the halves is. Below the normal
+numbers of float16 a rounding is 2^-25: one of each product's terms, one of the gradient for an
+incoming gradient of 1 before it is multiplied, one after.
 """
 
 import torch

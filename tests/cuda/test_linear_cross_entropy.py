@@ -114,7 +114,9 @@ def test_kept_rows_and_chunks(op, kept, chunk_rows, dtype):
         assert results["loss"] == 0 and (swept["grad weight"] == 0).all()
 
 
-@pytest.mark.parametrize("width, classes", [(0, 5), (1, 1), (1, 7), (8, 1), (3, 33), (16, 40), (4, 130)])
+@pytest.mark.parametrize(
+    "width, classes", [(0, 5), (1, 1), (1, 7), (8, 1), (3, 33), (16, 40), (4, 130)]
+)
 @every_dtype
 def test_sizes(op, width, classes, dtype):
     inputs = make((2, 5), width, classes, dtype)
