@@ -14,6 +14,7 @@ from .._checks import (
     as_integers,
     as_mask,
     check_constant,
+    check_device,
     check_flags,
     check_length,
     check_tensor,

@@ -175,21 +175,6 @@ CALLS = {
             mle.row_statistics(e["logits"], e["labels"], temperature=e["grey"].detach() + 0.5)
         ),
     ],
-    "masked_linear_cross_entropy": [
-        lambda e: mle.masked_linear_cross_entropy(e["hidden"], e["head"], e["labels"]),
-        lambda e: mle.masked_linear_cross_entropy(
-            e["hidden"], e["head"], e["labels"], e["grey"], bias=e["head"][:, 0],
-            token_weight=e["grey"], temperature=e["number"], reduction="none", shift=1,
-        ),
-        lambda e: mle.masked_linear_cross_entropy(
-            e["hidden"], e["head"], e["labels"], e["mask"][:1], segment_ids=e["documents"],
-            reduction="sequence_mean", normalizer=e["count"],
-        ),
-    ],
-    "linear_row_statistics": [
-        lambda e: tuple(mle.linear_row_statistics(e["hidden"], e["head"], e["labels"], e["mask"])),
-        lambda e: tuple(mle.linear_row_statistics(e["hidden"], e["head"]))[:2],
-    ],
     "MaskedCrossEntropyLoss": [
         lambda e: mle.MaskedCrossEntropyLoss(label_smoothing=0.1, shift=1)(
             e["logits"], e["labels"], e["mask"], normalizer=e["count"]

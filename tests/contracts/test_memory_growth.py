@@ -21,13 +21,10 @@ X, Y = torch.randn(2, 4), torch.tensor([1, 3])
 WEIGHT, BIAS = torch.randn(5, 4), torch.randn(5)
 LOGITS, LABELS = torch.randn(1, 2, 4), torch.tensor([[1, 3]])
 LINKS = (torch.full((1, 2), -1, dtype=torch.int32), torch.full((1, 2), 2, dtype=torch.int32))
-LAYER = {"hidden": X, "linear_weight": torch.randn(5, 4), "bias": torch.randn(5), "target": Y}
 OFFSETS, KEPT = torch.tensor([0, 2, 4]), torch.tensor([[1], [2]])
 PUBLIC = {
     "masked_squared_error": {"prediction": X, "target": X + 1, "reduction": "token"},
     "masked_cross_entropy": {"logits": X, "target": Y, "reduction": "sum"},
-    "linear_cross_entropy": {**LAYER, "reduction": "none"},
-    "_linear_cross_entropy_sweep": {**LAYER, "reduction": "sum"},
     "cross_entropy_terms": {
         "logits": LOGITS,
         "target": LABELS,
