@@ -45,7 +45,10 @@ class LinearExpected(Expected):
         hidden, head = given.pop("hidden"), given.pop("head").abs()
         bias = given.pop("bias", None)
         terms = F.linear(hidden.abs(), head, _finite(bias)) + self.roundings * _finite(self.logits)
-        z_terms = torch.where(terms.isfinite(), terms, 0) / options.get("temperature", 1.0)
+        temperature = options.get("temperature", 1.0)
+        if "temperature" in given:  # per row, NaN where that does not count
+            temperature = given["temperature"].nan_to_num(1.0).unsqueeze(-1)
+        z_terms = torch.where(terms.isfinite(), terms, 0) / temperature
         found = Magnitudes(given, upstream, options, dtype == torch.float64, z_terms)
         sizes = found.all()
         gradient = sizes.pop("grad logits")

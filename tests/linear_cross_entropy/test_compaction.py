@@ -246,12 +246,13 @@ def test_the_surrogate_of_reinforcement_learning():
     g = torch.Generator().manual_seed(8)
     old, ref = (torch.randn(ROWS, generator=g, dtype=torch.float64) * 0.2 - 3 for _ in range(2))
     advantage = torch.randn(ROWS, generator=g, dtype=torch.float64)
+    temperature = torch.linspace(0.6, 1.5, 36).reshape(ROWS)  # of each token's rollout
     on = mask & (target != -100)
     found = []
     for module in (mle, reference):
         leaves = [x.detach().requires_grad_() for x in (h, w, b)]
         stats = module.linear_row_statistics(
-            *leaves[:2], target, mask, bias=leaves[2], temperature=0.8
+            *leaves[:2], target, mask, bias=leaves[2], temperature=temperature
         )
         log_p = torch.where(on, stats.log_prob, 0)
         ratio = torch.exp(log_p - torch.where(on, old, 0))
