@@ -69,7 +69,9 @@ def masked_linear_cross_entropy(
     that count, :math:`6 K D V` operations for K of them, and memory for the logits of a chunk. With
     "none" or return_stats the backward makes the logits a second time, :math:`8 K D V`, and leaves
     out rows into which no gradient flows. What needs no gradient (a frozen head, a frozen trunk)
-    takes no product for it. The gradient of weight and bias is added up in float32.
+    takes no product for it. The gradient of weight and bias is added up in float32. Gradients made
+    with the loss are multiplied afterwards by what comes in, unless that is 1: divide by
+    ``normalizer``; for float16 under a loss scaler take "none", as small ones are rounded before.
 
     Args:
         hidden: ``[..., D]`` float16, bfloat16, float32 or float64; any strides.
@@ -178,8 +180,12 @@ def linear_row_statistics(
     given |= {"temperature": temperature, "softcap": softcap, "statistics": True}
     given |= {"reduction": "sum", "chunk_rows": chunk_rows, "num_valid": num_valid}
     checks.check_options(name, given)
+    checks.check_int64(name, "ignore_index", ignore_index)
     a = _prepared(name, given, logits_dtype)
-    _, *found = call(a, SHOWN)
+    try:
+        _, *found = call(a, SHOWN)
+    except (ValueError, IndexError) as error:  # the operator's, which has one name for both
+        raise type(error)(str(error).replace(f"{NAME}: ", f"{name}: ", 1)) from None
     stats = RowStatistics(*found)
     return stats if target is not None else stats._replace(log_prob=None, hit=None)
 

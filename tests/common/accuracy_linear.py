@@ -3,10 +3,10 @@
 
 A logit is a sum itself: one rounding of each of its terms moves it by sum |h w| + |b|. The
 gradients of hidden states, head and bias are sums of products with the gradient of the logits,
-measured as that is. Where halves are multiplied as they are, logits and their gradient are rounded to that
-dtype: by as many roundings of the loss's dtype as one of the halves is. Below the normal numbers of
-float16 a rounding is 2^-25: one of each product's terms, one of the gradient for an incoming
-gradient of 1 before it is multiplied, one after.
+measured as that is. Where halves are multiplied as they are, logits and their gradient are rounded
+to that dtype: by as many roundings of the loss's dtype as one of the halves is. Below the normal
+numbers of float16 a rounding is 2^-25: one of each product's terms, one of the gradient for an
+incoming gradient of 1 before it is multiplied, one after.
 """
 
 import torch
@@ -45,7 +45,10 @@ class LinearExpected(Expected):
         hidden, head = given.pop("hidden"), given.pop("head").abs()
         bias = given.pop("bias", None)
         terms = F.linear(hidden.abs(), head, _finite(bias)) + self.roundings * _finite(self.logits)
-        z_terms = torch.where(terms.isfinite(), terms, 0) / options.get("temperature", 1.0)
+        temperature = options.get("temperature", 1.0)
+        if "temperature" in given:  # per row, NaN where that does not count
+            temperature = given["temperature"].nan_to_num(1.0).unsqueeze(-1)
+        z_terms = torch.where(terms.isfinite(), terms, 0) / temperature
         found = Magnitudes(given, upstream, options, dtype == torch.float64, z_terms)
         sizes = found.all()
         gradient = sizes.pop("grad logits")

@@ -23,6 +23,7 @@ OPTIONS = {
     "class_weight": {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.3, "reduction": "none"},
     "segments": {"shift": 1, "segment_ids": SEGMENTS},
     "normalizer": {"normalizer": 3.5},
+    "temperatures": {"temperature": torch.linspace(0.5, 2, 10).reshape(2, 5)},
     "sequence_mean": {"reduction": "sequence_mean"},
     "weighted_mean": {"reduction": "weighted_mean"},
     "everything": {
@@ -73,7 +74,7 @@ def outputs_of(module=mle, name="plain"):
     return outputs
 
 
-# --- first and second derivatives -----------------------------------------------------------------
+# --- first and second derivatives ----------------------------------------------------------------
 
 
 @every_option

@@ -154,6 +154,7 @@ LOSSES = {
     "none": lambda h, w, b, y, m, t, n: f(h, w, y, bias=b, reduction="none"),
     "weighted": lambda h, w, b, y, m, t, n: f(h, w, y, m, token_weight=t, label_smoothing=0.1),
     "temperature": lambda h, w, b, y, m, t, n: f(h, w, y, m, temperature=n),
+    "temperatures": lambda h, w, b, y, m, t, n: f(h, w, y, m, temperature=t.detach() + 0.5),
     "normalizer": lambda h, w, b, y, m, t, n: f(h, w, y, m, normalizer=n),
     "segments": lambda h, w, b, y, m, t, n: f(
         h, w, y, m, segment_ids=y % 2, shift=2, reduction="sum"
@@ -290,7 +291,7 @@ def test_a_number_of_rows_that_changes():
 
 
 def test_the_sweep_is_what_is_compiled():
-    """In training, of one number; the backward multiplies what was made and does nothing else."""
+    """In training, of one number; the backward multiplies what there is, no more."""
     graphs = []
 
     def keep(graph, _):
