@@ -84,7 +84,7 @@ def logit_free(
     Args:
         model: a PreTrainedModel whose loss is ``ForCausalLMLoss`` of what a plain ``nn.Linear``
             makes of its hidden states. Tied weights, a bias, a final softcap and a scale of the
-            logits are known. Three forward passes of a few tokens check that nothing else is done.
+            logits are known. A few forward passes of eight tokens check that nothing else is done.
         label_smoothing, z_loss, focal_gamma, class_weight, chunk_rows, logits_dtype: as in
             ``masked_linear_cross_entropy``, in training alone: an evaluation has the model's loss.
         ignore_index: the label that does not count; the Trainer counts those that are not -100. A

@@ -34,7 +34,7 @@ EXACT = dict(rtol=1e-6, atol=0)
 LOGGED = dict(rtol=1e-6, atol=0 if int(__version__.split(".")[0]) > 4 else 5.1e-5)
 
 
-# What all configurations of the kind of Llama have; None of these ids ends a sentence.
+# What all configurations of the kind of Llama have.
 DECODER = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,

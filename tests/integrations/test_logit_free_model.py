@@ -296,9 +296,9 @@ class Penalised(Shifted):
     def forward(self, labels=None, num_items_in_batch=None, return_dict=True, **kwargs):
         outputs = LlamaForCausalLM.forward(self, **kwargs)
         if labels is not None:
-            outputs["loss"] = self.loss_function(
-                outputs.logits, labels, VOCABULARY, num_items_in_batch=num_items_in_batch
-            ) + outputs.logits.pow(2).mean(-1).sum().add(1).nan_to_num(0)
+            count = {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(outputs.logits, labels, VOCABULARY, **count)
+            outputs["loss"] = loss + outputs.logits.square().sum()
         return outputs
 
 
