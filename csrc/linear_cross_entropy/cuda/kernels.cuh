@@ -51,7 +51,7 @@ __device__ __forceinline__ void put_lost_row(const RowProblem& q, int64_t row) {
 }
 
 // The rows that take part, in order, and -1 behind them. grid, block: as above.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // ptxas left to itself spills for sm_80
     linear_kept_rows_kernel(RowProblem q, bool receiving, const int64_t* counts,  // [blocks]
                             KeptPlaces kept)
 {
