@@ -115,9 +115,11 @@ def test_forward_keyword(name):
 
 def test_the_temperature_of_a_call_goes_first():
     loss_fn, arguments = Loss(temperature=3.0), batch()
-    for given in (0.5, torch.tensor(0.5)):
-        expected = mle.masked_linear_cross_entropy(*arguments, temperature=0.5)
+    rows = torch.linspace(0.5, 2, B * S).reshape(B, S)
+    for given in (0.5, torch.tensor(0.5), rows, rows[:, :1]):
+        expected = mle.masked_linear_cross_entropy(*arguments, temperature=given)
         assert torch.equal(loss_fn(*arguments, temperature=given), expected)
+        assert not torch.equal(loss_fn(*arguments), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence_mean"])
