@@ -122,6 +122,7 @@ class HiddenStateMTPLoss(LossModule):
         attention_mask: Tensor | None = None,
         *,
         segment_ids: Tensor | None = None,
+        num_valid: int | None = None,
     ) -> dict[str, Any]:
         """The weighted loss and its parts.
 
@@ -129,6 +130,8 @@ class HiddenStateMTPLoss(LossModule):
             hidden_states: ``[B, S, H]`` floating, of the model's last layer.
             target_ids: ``[B, S]`` integers.
             attention_mask, segment_ids: as in ``UnifiedLoss``.
+            num_valid: an int that no head has more targets than (tokens that are not padding, say).
+                Without it each head waits for a GPU to count them, once forward and once backward.
 
         Returns:
             dict: ``mtp_loss`` ``[]``, float32 (float64 for float64 parameters);
@@ -156,7 +159,7 @@ class HiddenStateMTPLoss(LossModule):
             hidden = hidden.to(self.layer_norm.weight.dtype)
         hidden = self.layer_norm(hidden)
         losses = [
-            self._loss(target, hidden[:, :-k], layer, rows.targets[:, k:], on)
+            self._loss(target, hidden[:, :-k], layer, rows.targets[:, k:], on, num_valid)
             for (k, on), layer in zip(enumerate(counted, 1), self._layers(), strict=True)
         ]
         heads = max(min(self.num_future_tokens, length - 1), 1)
@@ -166,9 +169,10 @@ class HiddenStateMTPLoss(LossModule):
             "mtp_weight": self.mtp_weight,
         }
 
-    def _loss(self, target, hidden, layer, targets, on):
+    def _loss(self, target, hidden, layer, targets, on, num_valid):
         """The mean of one head, of which no logits are kept."""
         options = {"ignore_index": self.ignore_index, "temperature": self.temperature}
+        options["num_valid"] = num_valid
         head = self.function, target, hidden, layer, targets, on
         if self.inplace_backward:
             return linear_cross_entropy(*head, **options)

@@ -244,6 +244,18 @@ def test_projections_with_hooks_are_refused():
         loss_fn(*batch(torch.float32))
 
 
+def test_num_valid_changes_nothing_but_must_be_right():
+    hidden, targets, mask = batch()
+    loss_fn = Loss(V, H).double()
+    expected = loss_fn(hidden, targets, mask)["mtp_loss"]
+    most = int(mask[:, 1:].sum())
+    for num_valid in (most, B * S):
+        found = loss_fn(hidden, targets, mask, num_valid=num_valid)["mtp_loss"]
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="^HiddenStateMTPLoss: num_valid must be at least"):
+        loss_fn(hidden, targets, mask, num_valid=most - 1)
+
+
 def test_a_label_out_of_range_is_named():
     hidden, targets, mask = batch(torch.float32)
     targets[1, 2] = V
