@@ -123,9 +123,6 @@ def test_equals_full_logits(temperature, kl, entropy_weight):
     assert (grad_hidden[given["mask"] == 0] == 0).all()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="temperature is one number: none per row yet"
-)
 @pytest.mark.parametrize("sizes", [(B, S), (B, 1)], ids=["token", "sequence"])
 def test_a_temperature_per_row_equals_full_logits(sizes):
     temperature = torch.linspace(0.5, 1.5, math.prod(sizes)).double().reshape(sizes)
