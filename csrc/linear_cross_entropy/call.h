@@ -97,13 +97,19 @@ MASKED_LOSS_EXT_INLINE bool receives(const RowProblem& q, int64_t row) {
          entry<A>(q.grad_entropy, row) != 0 || entry<A>(q.grad_log_prob, row) != 0;
 }
 
-// Rows at a time: what fits into the budget, at least so many, cut evenly, a multiple of 64.
+// Rows at a time: what fits into the budget, at least so many, cut evenly, a multiple of 16.
 inline int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, int64_t budget, int64_t least) {
-  constexpr int64_t kMultiple = 64;
+  constexpr int64_t kMultiple = 16;
   const int64_t most = std::max(budget / (element * classes) / kMultiple * kMultiple, least);
   const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
   const int64_t even = (rows + chunks - 1) / chunks;
   return std::max<int64_t>((even + kMultiple - 1) / kMultiple * kMultiple, 1);
+}
+
+// One chunk of all rows needs no float32 sum of the gradient of a half weight, 4 V D bytes, and takes one
+// product without additions: where its logits, of so many bytes, take less than that it is smaller and faster.
+inline bool is_smaller_in_one(int64_t rows, int64_t chunk, int64_t logit, int64_t width) {
+  return rows * logit <= chunk * logit + 4 * width;
 }
 
 // The rows of one call that take part, with their hidden states side by side, and the buffer for the logits

@@ -85,8 +85,8 @@ def masked_linear_cross_entropy(
         num_valid: at least the number of rows that count, where the caller knows it. On CUDA the
             size of the products is needed on the host: without this one number is waited for in
             each pass; while a graph is captured all rows are multiplied. Fewer than there are is an
-            error on CPU, and makes the loss NaN on CUDA. More rows than count are multiplied as 0, in
-            the backward those too into which nothing flows: it does not wait for their number.
+            error on CPU, and makes the loss NaN on CUDA. More rows than count are multiplied as 0,
+            in the backward those too into which nothing flows, as it does not wait for a number.
         chunk_rows: rows whose logits are made at a time, at least 1. None: on CPU as many as 128
             MiB hold, on CUDA as fit into 512 MiB, or all where that takes less memory.
         logits_dtype: torch.float32 for float32 logits of half inputs. None: what ``F.linear`` gives

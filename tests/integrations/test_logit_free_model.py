@@ -16,6 +16,7 @@ if find_spec("transformers") is None:  # a broken one is an error
     pytest.skip("transformers is not installed: pip install .[hf]", allow_module_level=True)
 
 from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from tiny_models import (  # noqa: E402
     DECODERS,
     PREDICTED,
@@ -182,6 +183,7 @@ def test_what_others_look_at_stays():
 
 def test_what_accelerate_wraps_and_unwraps():
     batch, model = make_batch(), logit_free(make_model("llama", dtype=torch.float32))
+    AcceleratorState._reset_state(True)  # a Trainer before this test has made one in float32
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)
     assert prepared(**batch).logits is None

@@ -59,9 +59,12 @@ CpuProducts::CpuProducts(const LinearArguments& in)
   if (in.bias) bias_ = wide_ ? widened(*in.bias) : *in.bias;
 }
 
-int64_t CpuProducts::rows_at_a_time(int64_t rows, bool) const {
-  const int64_t element = logits_type() == ScalarType::Double ? 8 : 4;
-  return rows_per_chunk(rows, in_.classes(), element, kChunkBytes, kLeastRows);
+int64_t CpuProducts::rows_at_a_time(int64_t rows, bool sums_weight) const {
+  const int64_t logit = size_of(kind_of(in_.hidden)), counted = std::max<int64_t>(logit, sizeof(float));
+  const int64_t chunk = rows_per_chunk(rows, in_.classes(), counted, kChunkBytes, kLeastRows);
+  const bool half = logit == 2 && !wide_;
+  const bool in_one = sums_weight && half && is_smaller_in_one(rows, chunk, logit, in_.width());
+  return in_one ? std::max<int64_t>(rows, 1) : chunk;
 }
 
 template <class F>

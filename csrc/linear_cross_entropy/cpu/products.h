@@ -13,7 +13,7 @@ class CpuProducts {
   explicit CpuProducts(const LinearArguments& in);
 
   ScalarType logits_type() const { return wide_ ? ScalarType::Float : in_.hidden.scalar_type(); }
-  int64_t rows_at_a_time(int64_t rows, bool) const;
+  int64_t rows_at_a_time(int64_t rows, bool sums_weight) const;
 
   // logits = H W^T + bias
   void logits(const Tensor& hidden, const Tensor& logits) const;
