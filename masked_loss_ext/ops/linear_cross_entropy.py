@@ -76,7 +76,8 @@ def masked_linear_cross_entropy(
     Args:
         hidden: ``[..., D]`` float16, bfloat16, float32 or float64; any strides.
         weight: ``[V, D]``, as of ``torch.nn.Linear``. Where its dtype, or that of bias, is another
-            all are computed in the wider one; under autocast, as ``F.linear``, in autocast's.
+            all are converted to the wider one; under autocast, as by ``F.linear``, to autocast's.
+            (A conversion reads what is stored in excluded rows, too; it reaches no result.)
         target, mask, ignore_index, token_weight, label_smoothing, temperature, softcap, z_loss,
             focal_gamma, shift, segment_ids, reduction, normalizer, return_stats: as in
             ``masked_cross_entropy``.
