@@ -130,7 +130,6 @@ def masked_linear_cross_entropy(
         "chunk_rows": chunk_rows,
         "num_valid": num_valid,
     }
-    checks.check_every_option(NAME, given | {"reduction": "mean"})
     check_flags(NAME, {"return_stats": return_stats})
     if normalizer is not None:
         check_normalizer(NAME, normalizer, reduction)
@@ -138,8 +137,7 @@ def masked_linear_cross_entropy(
     if aggregation:
         check_weighted(NAME, reduction, token_weight)
         given |= {"reduction": "none", "normalizer": None}
-    else:
-        checks.check_every_option(NAME, given)
+    checks.check_every_option(NAME, given)
     a = _prepared(NAME, given, logits_dtype)
     loss, *stats = call(a, SHOWN if return_stats else 1)
     if aggregation:
@@ -205,8 +203,7 @@ def _prepared(name, given, logits_dtype):
             check_device(name, argument, given[argument], "hidden", hidden)
     a = {**given, "softcap": checks.softcap_number(name, given["softcap"])}
     a |= _layer(name, hidden, weight, bias, logits_dtype)
-    a |= checks.expanded({**a, "logits": hidden}) or {}
-    a.pop("logits", None)
+    a = checks.expanded(a, "hidden") or a
     a["target"] = as_integers(a["target"])
     a["segment_ids"] = as_integers(a["segment_ids"])
     if a["mask"] is not None:

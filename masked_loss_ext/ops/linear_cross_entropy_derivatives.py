@@ -16,34 +16,19 @@ import torch
 from .. import reference
 from ._autograd import Differentiable, Like, Signature, is_transformed
 from ._swept import Sweep, multiplied, swept
-from .masked_cross_entropy_derivatives import scale_gradient, scheduled
+from .masked_cross_entropy_derivatives import (
+    reference_options,
+    row_likes,
+    scale_gradient,
+    scheduled,
+    token_weight_gradient_like,
+)
 
 NAME = "masked_linear_cross_entropy"
 
 
-def _likes(a) -> Iterator[Like]:
-    rows, dtype = a.hidden.shape[:-1], reference.accumulate_dtype(a.hidden, a.hidden)
-    labelled = rows if a.target is not None else None
-    smooths = a.schedule is not None or a.label_smoothing > 0
-    yield (rows if a.reduction == "none" and labelled is not None else ()), dtype
-    yield rows, dtype
-    yield (rows if a.statistics else None), dtype
-    yield labelled, dtype
-    yield (labelled if a.statistics else None), torch.bool
-    yield (rows if a.statistics else None), torch.int64
-    yield (labelled if smooths else None), dtype
-    yield (2,), torch.float64
-    yield (*rows, 2), dtype
-
-
 def _plain(a) -> tuple[torch.Tensor | None, ...]:
-    options = a._asdict()
-    if a.schedule is not None:
-        options |= zip(operator.forward.floats, a.schedule.tolist(), strict=True)
-    for name in ("schedule", "statistics", "chunk_rows", "num_valid", "fp32_logits"):
-        del options[name]
-    options["temperature"] = 1.0 if a.temperature is None else a.temperature
-    options["softcap"] = options["softcap"] or None
+    options = reference_options(a, "chunk_rows", "num_valid", "fp32_logits")
     options["class_weight"] = options.pop("weight")
     options["weight"] = options.pop("linear_weight")
     if a.target is None:
@@ -58,17 +43,14 @@ def _bias_gradient_like(b) -> Like:
     return None if b.bias is None else b.bias.shape, b.hidden.dtype
 
 
-def _token_weight_gradient_like(b) -> Like:
-    weighs = b.token_weight is not None and b.target is not None
-    rows = b.hidden.shape[:-1] if weighs else None
-    return rows, reference.accumulate_dtype(b.hidden, b.hidden)
-
-
 operator = Differentiable(
     "linear_cross_entropy",
-    _likes,
+    lambda a: row_likes(a, a.hidden),
     _plain,
-    {"bias": _bias_gradient_like, "token_weight": _token_weight_gradient_like},
+    {
+        "bias": _bias_gradient_like,
+        "token_weight": lambda b: token_weight_gradient_like(b, b.hidden),
+    },
 )
 _in_order = itemgetter(*operator.forward.names)
 _Arguments = operator.forward.arguments
@@ -92,8 +74,10 @@ def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
         return _sweep.op(*args)[:1]
 
-    def again(*inputs):
-        return _plain(_Arguments(**a | dict(zip(operator.inputs, inputs, strict=True))))[0]
+    others = {name: value for name, value in a.items() if name not in operator.inputs}
+
+    def again(*inputs):  # which autograd holds, and lets go of after the backward
+        return _plain(_Arguments(**others, **dict(zip(operator.inputs, inputs, strict=True))))[0]
 
     once = f"{NAME}: there is one backward of a mean or a sum: its gradients have been handed over"
     return (swept(Sweep(inputs, lambda: _run(args, needs), scale_gradient, once, again=again)),)

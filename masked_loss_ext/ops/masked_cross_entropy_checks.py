@@ -69,10 +69,10 @@ def class_weight(name, weight, logits, argument="weight"):
     return weight.to(dtype).contiguous()
 
 
-def expanded(given):
+def expanded(given, rows_of="logits"):
     """What is given with the tensors that stand per row expanded from dimensions of size 1, [1, S]
     for [B, S], as views; None where that makes no difference."""
-    rows = given["logits"].shape[:-1]
+    rows = given[rows_of].shape[:-1]
     # While tracing sizes that depend on data may not be compared.
     expand = _expand_traced if torch.compiler.is_compiling() else _expand
     result = None

@@ -30,8 +30,9 @@ from ._swept import Sweep, swept
 _NAME = "masked_cross_entropy"
 
 
-def _likes(a) -> Iterator[Like]:
-    rows, dtype = a.logits.shape[:-1], reference.accumulate_dtype(a.logits, a.logits)
+def row_likes(a: Any, like: torch.Tensor) -> Iterator[Like]:
+    """The results of the operators over rows; like: what the rows are of."""
+    rows, dtype = like.shape[:-1], reference.accumulate_dtype(like, like)
     labelled = rows if a.target is not None else None
     smooths = a.schedule is not None or a.label_smoothing > 0
     yield (rows if a.reduction == "none" and labelled is not None else ()), dtype
@@ -45,19 +46,25 @@ def _likes(a) -> Iterator[Like]:
     yield (*rows, 2), dtype
 
 
-def _token_weight_gradient_like(b) -> Like:
+def token_weight_gradient_like(b: Any, like: torch.Tensor) -> Like:
     weighs = b.token_weight is not None and b.target is not None
-    rows = b.logits.shape[:-1] if weighs else None
-    return rows, reference.accumulate_dtype(b.logits, b.logits)
+    return (like.shape[:-1] if weighs else None), reference.accumulate_dtype(like, like)
 
 
-def _plain(a) -> tuple[torch.Tensor | None, ...]:
+def reference_options(a: Any, *others: str) -> dict[str, Any]:
+    """Arguments as the reference takes them, without the operator's ``others``."""
     options = a._asdict()
     if a.schedule is not None:
         options |= zip(_FLOATS, a.schedule.tolist(), strict=True)
-    del options["schedule"], options["statistics"]
+    for name in ("schedule", "statistics", *others):
+        del options[name]
     options["temperature"] = 1.0 if a.temperature is None else a.temperature
     options["softcap"] = options["softcap"] or None
+    return options
+
+
+def _plain(a) -> tuple[torch.Tensor | None, ...]:
+    options = reference_options(a)
     if a.target is None:
         z = {name: options[name] for name in ("temperature", "softcap")}
         stats = reference.row_statistics(a.logits, None, a.mask, **z)
@@ -66,7 +73,12 @@ def _plain(a) -> tuple[torch.Tensor | None, ...]:
     return loss, *stats
 
 
-operator = Differentiable(_NAME, _likes, _plain, {"token_weight": _token_weight_gradient_like})
+operator = Differentiable(
+    _NAME,
+    lambda a: row_likes(a, a.logits),
+    _plain,
+    {"token_weight": lambda b: token_weight_gradient_like(b, b.logits)},
+)
 _in_order = itemgetter(*operator.forward.names)
 _FLOATS = operator.forward.floats
 _Arguments = operator.forward.arguments

@@ -2,6 +2,8 @@
 """Derivatives of both forms: that of one number, whose gradients are made with it, and that of any
 incoming gradients, whose backward makes the logits again."""
 
+import weakref
+
 import pytest
 import torch
 from accuracy import assert_same_bits
@@ -403,3 +405,15 @@ def test_nothing_counts(reduction):
     assert loss.requires_grad and not loss.any()
     grads = torch.autograd.grad(loss.sum(), (w, b, t))
     assert not any(g.any() for g in grads)
+
+
+def test_hidden_states_do_not_outlive_the_backward():
+    """Though the loss does: what second derivatives need is autograd's to let go of."""
+    leaf = torch.randn(4, 3, requires_grad=True)
+    hidden = leaf * 1
+    kept = weakref.ref(hidden)
+    loss = mle.masked_linear_cross_entropy(hidden, torch.randn(5, 3), torch.tensor([0, 1, 2, 3]))
+    del hidden
+    assert kept() is not None
+    loss.backward()
+    assert kept() is None
