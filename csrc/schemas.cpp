@@ -60,6 +60,9 @@
   "int ignore_index=-100, float label_smoothing=0.0, float softcap=0.0, float z_loss=0.0, "          \
   "float focal_gamma=0.0, SymInt shift=0, str reduction=\"mean\", bool statistics=False, "           \
   "Tensor? schedule=None"
+#define MASKED_LOSS_EXT_ROW_RESULTS                                                                 \
+  "(Tensor loss, Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor argmax, "           \
+  "Tensor smooth_distance, Tensor totals, Tensor row_sums)"
 #define MASKED_LOSS_EXT_ROW_GRADIENTS                                                               \
   "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_prob, "               \
   "Tensor row_sums, Tensor entropy, Tensor log_prob, Tensor smooth_distance, Tensor totals"
@@ -83,6 +86,12 @@
   "bool needs_token_weight=True"
 #define MASKED_LOSS_EXT_LINEAR_GRADIENTS                                                            \
   "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_bias, Tensor grad_token_weight"
+
+// masked_cross_entropy of a shard of the vocabulary on each of several ranks (cross_entropy/vocab_parallel.h):
+// the logits are columns [vocab_start, vocab_start + their last size) of vocab_size; that may be none. Class
+// weights are those of all classes. What a shard's rows come to is one message, which every rank gathers
+// from all in the order of their shards, `messages` [ranks, numbers]; the results are those of whole rows.
+#define MASKED_LOSS_EXT_SHARD ", SymInt vocab_start=0, SymInt vocab_size=0"
 
 // What language-model losses need of a row, at temperature T and at 1 (formulas: cross_entropy_terms/formula.h).
 //   logits, target, mask as above; target may not be None
@@ -134,9 +143,8 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
       "float background_weight, str reduction, str loss, Tensor? delta, Tensor count, "
       "bool needs_prediction, bool needs_target, bool needs_weighting) -> (Tensor grad_prediction, "
       "Tensor grad_target, Tensor grad_weighting)");
-  m.def("masked_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> (Tensor loss, "
-        "Tensor lse, Tensor entropy, Tensor log_prob, Tensor hit, Tensor argmax, Tensor smooth_distance, "
-        "Tensor totals, Tensor row_sums)");
+  m.def("masked_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") ") -> "
+        MASKED_LOSS_EXT_ROW_RESULTS);
   // grad_* may be absent; grad_logits is contiguous, with no elements where it is not needed, and so
   // is grad_token_weight (in the dtype of the loss).
   m.def("_masked_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
@@ -156,9 +164,26 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   // grad_logits *= grad_loss [], in the dtype of the loss; where that is 1 nothing is read. A gradient
   // of 0 stays 0.
   m.def("_masked_cross_entropy_scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
-  m.def("linear_cross_entropy(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS ") -> (Tensor loss, Tensor lse, "
-        "Tensor entropy, Tensor log_prob, Tensor hit, Tensor argmax, Tensor smooth_distance, "
-        "Tensor totals, Tensor row_sums)");
+  m.def("_vocab_parallel_cross_entropy_sums(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits")
+        MASKED_LOSS_EXT_SHARD ") -> Tensor message");
+  m.def("vocab_parallel_cross_entropy(" MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits")
+        MASKED_LOSS_EXT_SHARD ", Tensor? messages=None) -> " MASKED_LOSS_EXT_ROW_RESULTS);
+  m.def("_vocab_parallel_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor logits") MASKED_LOSS_EXT_SHARD ", bool needs_logits=True, "
+        "bool needs_token_weight=True) -> (Tensor grad_logits, Tensor grad_token_weight)");
+  m.def("_vocab_parallel_cross_entropy_backward_(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_ROW_ARGUMENTS("Tensor(a!) logits") MASKED_LOSS_EXT_SHARD
+        ", bool needs_token_weight=True) -> Tensor grad_token_weight");
+  // The same from hidden states and a shard of the classifier's rows; grad_hidden is the shard's share, to be
+  // added up over the ranks.
+  m.def("_vocab_parallel_linear_cross_entropy_sums(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS MASKED_LOSS_EXT_SHARD
+        ") -> Tensor message");
+  m.def("vocab_parallel_linear_cross_entropy(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS MASKED_LOSS_EXT_SHARD
+        ", Tensor? messages=None) -> " MASKED_LOSS_EXT_ROW_RESULTS);
+  m.def("_vocab_parallel_linear_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
+        MASKED_LOSS_EXT_LINEAR_ARGUMENTS MASKED_LOSS_EXT_SHARD ", " MASKED_LOSS_EXT_LINEAR_NEEDS ") -> ("
+        MASKED_LOSS_EXT_LINEAR_GRADIENTS ")");
+  m.def("linear_cross_entropy(" MASKED_LOSS_EXT_LINEAR_ARGUMENTS ") -> " MASKED_LOSS_EXT_ROW_RESULTS);
   // Gradients that are not needed come back with no elements.
   m.def("_linear_cross_entropy_backward(" MASKED_LOSS_EXT_ROW_GRADIENTS ", "
         MASKED_LOSS_EXT_LINEAR_ARGUMENTS ", " MASKED_LOSS_EXT_LINEAR_NEEDS ") -> ("

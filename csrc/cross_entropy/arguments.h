@@ -15,19 +15,34 @@
 
 namespace masked_loss_ext {
 
+// A shard of the vocabulary: the classes from `first` on, of so many in all.
+struct VocabShard {
+  int64_t first, classes;
+};
+
 // What all that is per row goes by, and what its errors call it: logits [..., V], or where those are made in
 // pieces hidden states [..., D] with as many rows.
 struct RowLike {
   const Tensor& like;
-  int64_t classes;
+  int64_t columns, first = 0, classes;  // of the logits; which they are; of all
   const char* name = "logits";
   const char* last = "V";  // its last dimension
   const char* class_weight = "weight";
 
-  RowLike(const Tensor& logits)
-      : like(logits), classes(logits.dim() > 0 ? logits.size(logits.dim() - 1) : 0) {}
-  RowLike(const Tensor& hidden, int64_t v)
-      : like(hidden), classes(v), name("hidden"), last("D"), class_weight("class_weight") {}
+  RowLike(const Tensor& logits, const std::optional<VocabShard>& shard = {})
+      : like(logits), columns(logits.dim() > 0 ? logits.size(logits.dim() - 1) : 0), classes(columns) {
+    if (shard) take(*shard);
+  }
+  RowLike(const Tensor& hidden, int64_t v, const std::optional<VocabShard>& shard = {})
+      : like(hidden), columns(v), classes(v), name("hidden"), last("D"), class_weight("class_weight") {
+    if (shard) take(*shard);
+  }
+
+ private:
+  void take(const VocabShard& shard) {
+    first = shard.first;
+    classes = shard.classes;
+  }
 };
 
 struct CrossEntropyInputs {
@@ -43,6 +58,7 @@ struct RowArguments : CrossEntropyInputs {
   std::string reduction;
   bool statistics;
   std::optional<Tensor> schedule;
+  std::optional<VocabShard> shard;  // of a schema that has one
 
   explicit RowArguments(Arguments& in) : RowArguments(in.tensor(), in) {}
 
@@ -58,6 +74,13 @@ struct RowArguments : CrossEntropyInputs {
         schedule(in.optional_tensor()) {}
 
   bool smooths() const { return schedule.has_value() || options.label_smoothing > 0; }
+  RowLike like() const { return {logits, shard}; }
+  void take_shard(Arguments& in) { shard = VocabShard{in.integer(), in.integer()}; }
+};
+
+// The same of logits that are a shard of the vocabulary.
+struct ShardArguments : RowArguments {
+  explicit ShardArguments(Arguments& in) : RowArguments(in) { take_shard(in); }
 };
 
 // --- checks ------------------------------------------------------------------------------------------
@@ -80,21 +103,40 @@ inline std::vector<int64_t> row_sizes(const Tensor& logits) {
   return sizes;
 }
 
+inline int64_t row_count(const Tensor& logits) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < logits.dim(); ++d) rows *= logits.size(d);
+  return rows;
+}
+
 inline std::vector<int64_t> row_sizes(const Tensor& logits, int64_t each) {
   std::vector<int64_t> sizes = row_sizes(logits);
   sizes.push_back(each);
   return sizes;
 }
 
-inline void check_logits(const char* op, const Tensor& logits) {
+// Of so many columns.
+inline void check_shard(const char* op, const std::optional<VocabShard>& shard, int64_t columns) {
+  if (!shard) return;
+  check_length(op, "vocab_start", shard->first);
+  check_length(op, "vocab_size", shard->classes, 1);
+  if (shard->first > shard->classes - columns) {
+    fail(op, ": vocab_size must be at least vocab_start and the shard's own classes, ", shard->first, " + ",
+         columns, ", got ", shard->classes);
+  }
+}
+
+inline void check_logits(const char* op, const Tensor& logits, const std::optional<VocabShard>& shard = {}) {
   check_floating(op, "logits", logits);
   const int64_t dims = logits.dim();
-  if (dims == 0 || logits.size(dims - 1) == 0) {
-    fail(op, ": logits must be [..., V] with at least one class, got ", shape_text(logits));
+  if (dims == 0 || (!shard && logits.size(dims - 1) == 0)) {
+    fail(op, ": logits must be [..., V]", shard ? "" : " with at least one class", ", got ",
+         shape_text(logits));
   }
   if (dims > kTorchDims) {
     fail(op, ": logits must have at most ", kTorchDims, " dimensions, got ", dims);
   }
+  check_shard(op, shard, logits.size(dims - 1));
 }
 
 // Rows of which each is one stretch of memory.

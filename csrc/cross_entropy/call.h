@@ -40,9 +40,8 @@ inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* gra
   const bool contiguous = grad_logits == nullptr || grad_logits->is_contiguous();
   if (contiguous && logits.is_contiguous()) {
     Layout layout;
-    const int64_t classes = logits.size(logits.dim() - 1);
-    layout.cols = logits.numel() / classes;
-    layout.col_stride[kPrediction] = layout.col_stride[kGrad] = classes;
+    layout.cols = row_count(logits);
+    layout.col_stride[kPrediction] = layout.col_stride[kGrad] = logits.size(logits.dim() - 1);
     return layout;
   }
   LayoutBuilder builder(row_sizes(logits));
@@ -54,9 +53,10 @@ inline Layout row_layout(const char* op, const Tensor& logits, const Tensor* gra
 inline CountedRows counted_rows(const RowLike& like, int64_t ignore_index, int64_t shift) {
   const int64_t dims = like.like.dim();
   CountedRows q;
-  q.rows = 1;
-  for (int64_t d = 0; d + 1 < dims; ++d) q.rows *= like.like.size(d);
+  q.rows = row_count(like.like);
   q.classes = like.classes;
+  q.first = like.first;
+  q.columns = like.columns;
   q.row_length = dims > 1 ? like.like.size(dims - 2) : 1;
   q.shift = std::min(shift, q.row_length);  // beyond the row there is nothing: no sum overflows
   q.ignore_index = ignore_index;
@@ -124,7 +124,7 @@ struct RowCall : RowInputs {
   }
 
   RowCall(const char* name, const RowArguments& in)
-      : RowInputs(name, checked(name, in), in.logits), logits(with_contiguous_rows(in.logits)) {
+      : RowInputs(name, checked(name, in), in.like()), logits(with_contiguous_rows(in.logits)) {
     problem.logits = array_of(logits);
   }
 
@@ -147,8 +147,8 @@ struct RowCall : RowInputs {
 
   static const RowArguments& checked(const char* op, const RowArguments& in) {
     parse_row_reduction(op, in.reduction);
-    check_logits(op, in.logits);
-    check_rows(op, in, in.logits);
+    check_logits(op, in.logits, in.shard);
+    check_rows(op, in, in.like());
     return in;
   }
 };
@@ -163,6 +163,30 @@ Tensor make_result(const Tensor& like, Array& place, bool needed, const std::vec
   return result;
 }
 
+// The results of the operators over rows, in the order of the schema; prepare(result) where rows may be left
+// unwritten.
+template <class Device, class F>
+auto make_row_results(const Tensor& like, RowProblem& q, const RowArguments& in, const F& prepare) {
+  const bool has_target = in.target.has_value();
+  const ScalarType type = accumulate_type(like);
+  const std::vector<int64_t> rows = row_sizes(like), none;
+  const auto make = [&](Array& place, bool needed, const std::vector<int64_t>& sizes, ScalarType of) {
+    const Tensor result = make_result<Device>(like, place, needed, sizes, of);
+    prepare(result);
+    return result;
+  };
+  const Tensor loss = make(q.loss, true, q.reduction == RowReduction::kNone ? rows : none, type);
+  const Tensor lse = make(q.lse, true, rows, type);
+  const Tensor entropy = make(q.entropy, in.statistics, rows, type);
+  const Tensor log_prob = make(q.log_prob, has_target, rows, type);
+  const Tensor hit = make(q.hit, in.statistics && has_target, rows, ScalarType::Bool);
+  const Tensor argmax = make(q.argmax, in.statistics, rows, ScalarType::Long);
+  const Tensor distance = make(q.smooth_distance, in.smooths() && has_target, rows, type);
+  const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
+  const Tensor sums = make(q.row_sums, true, row_sizes(like, kRowSums), type);
+  return std::tuple(loss, lse, entropy, log_prob, hit, argmax, distance, totals, sums);
+}
+
 // --- the operators ------------------------------------------------------------------------------------
 
 template <class Device>
@@ -171,28 +195,13 @@ struct RowForward {
 
   explicit RowForward(Arguments& arguments) : in(arguments) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
+  auto run() const {
     RowCall call("masked_cross_entropy", in);
-    RowProblem& q = call.problem;
     const typename Device::Scope scope(in.logits);
-    const bool has_target = in.target.has_value();
-    const ScalarType type = accumulate_type(in.logits);
-    const std::vector<int64_t> rows = row_sizes(in.logits), none;
-    const auto make = [&](Array& place, bool needed, const std::vector<int64_t>& sizes, ScalarType of) {
-      return make_result<Device>(in.logits, place, needed, sizes, of);
-    };
-    const Tensor loss = make(q.loss, true, q.reduction == RowReduction::kNone ? rows : none, type);
-    const Tensor lse = make(q.lse, true, rows, type);
-    const Tensor entropy = make(q.entropy, in.statistics, rows, type);
-    const Tensor log_prob = make(q.log_prob, has_target, rows, type);
-    const Tensor hit = make(q.hit, in.statistics && has_target, rows, ScalarType::Bool);
-    const Tensor argmax = make(q.argmax, in.statistics, rows, ScalarType::Long);
-    const Tensor distance = make(q.smooth_distance, in.smooths() && has_target, rows, type);
-    const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
-    const Tensor sums = make(q.row_sums, true, row_sizes(in.logits, kRowSums), type);
+    const auto results = make_row_results<Device>(in.logits, call.problem, in, [](const Tensor&) {});
     call.set_layout(nullptr);
-    Device::forward(call.op, q, in.logits);
-    return {loss, lse, entropy, log_prob, hit, argmax, distance, totals, sums};
+    Device::forward(call.op, call.problem, in.logits);
+    return results;
   }
 };
 
@@ -243,11 +252,12 @@ struct RowGradientArguments {
   }
 };
 
-// kInPlace: the gradient is written over the logits, which autograd is told by the caller.
-template <class Device, bool kInPlace>
+// kInPlace: the gradient is written over the logits, which autograd is told by the caller. Of a shard of the
+// vocabulary it follows from the same results, those of whole rows, as of all classes.
+template <class Device, bool kInPlace, class Inputs = RowArguments>
 struct RowBackward {
   const RowGradientArguments gradients;
-  const RowArguments in;
+  const Inputs in;
   const bool needs_logits, needs_token_weight;
 
   explicit RowBackward(Arguments& arguments)
@@ -259,7 +269,7 @@ struct RowBackward {
   auto run() const {
     RowCall call(kInPlace ? "_masked_cross_entropy_backward_" : "_masked_cross_entropy_backward", in);
     RowProblem& q = call.problem;
-    gradients.put(call, in.logits);
+    gradients.put(call, in.like());
     if (kInPlace) check_overwritable(call.op, "logits", in.logits);
     const typename Device::Scope scope(in.logits);
     const bool weighs = needs_token_weight && in.token_weight && in.target;
@@ -268,7 +278,7 @@ struct RowBackward {
     const Tensor logits =
         kInPlace ? in.logits
                  : make_result<Device>(in.logits, q.grad_logits, needs_logits,
-                                       row_sizes(in.logits, q.counted.classes), in.logits.scalar_type());
+                                       row_sizes(in.logits, q.counted.columns), in.logits.scalar_type());
     call.set_layout(needs_logits ? &logits : nullptr);
     if ((needs_logits || weighs) && q.counted.rows > 0) Device::backward(call.op, q, in.logits);
     if constexpr (kInPlace) {
@@ -301,7 +311,7 @@ struct RowSweep {
     const Tensor logits =
         kInPlace ? in.logits
                  : make_result<Device>(in.logits, q.grad_logits, true,
-                                       row_sizes(in.logits, q.counted.classes), in.logits.scalar_type());
+                                       row_sizes(in.logits, q.counted.columns), in.logits.scalar_type());
     call.set_layout(&logits);
     Device::sweep(op, q, in.logits);
     if constexpr (kInPlace) {

@@ -27,12 +27,16 @@ namespace masked_loss_ext {
 
 // Which rows count, and their labels. Everything but the logits is contiguous.
 struct CountedRows {
-  int64_t rows = 0, classes = 0;      // of the logits
+  int64_t rows = 0, classes = 0;
+  int64_t first = 0, columns = 0;     // the classes of the logits at hand: all, or a shard of the vocabulary
   int64_t row_length = 1, shift = 0;  // row r is at t = r % row_length, its label at r + shift
   int64_t ignore_index = 0;
   Array target, mask, segment_ids;
   Array index;  // [rows] int64: row i of the logits is row index[i] of all else; -1: none, less: a bad one
 };
+
+// Where a label stands among the columns at hand: outside of [0, columns) for none.
+MASKED_LOSS_EXT_INLINE int64_t label_column(const CountedRows& q, int64_t label) { return label - q.first; }
 
 // Which row of all that is per row the i-th row of the logits is; negative for none. Below -1: there is one
 // too many, which must show.
@@ -120,14 +124,14 @@ MASKED_LOSS_EXT_INLINE int64_t column_of(int64_t argmax) {
 }
 
 // What a part of a row comes to, on every device: all that the row's results are made of. Parts merge in
-// any cut (pieces of a row, or shards of the vocabulary in rank order): maxima are taken, the rest added
+// any cut (pieces of a row, or shards of the vocabulary in rank order, see shards.h): maxima are taken, the rest added
 // once it is scaled to the larger one.
 struct RowPart {
   RowSums<double> sums;
   double highest = -INFINITY;  // of s, z = s scale, but for the label's; sums.max is its multiple
   double label = 0;            // s at the label, where the part holds it; else 0
   double weights = 0;          // sum of w, for label smoothing
-  int64_t argmax = 0;          // of s but for the label's, see merged_argmax(); with statistics alone
+  int64_t argmax = 0;          // of s but for the label's, a class of all; see merged_argmax(); with statistics alone
 };
 
 MASKED_LOSS_EXT_INLINE void merge(RowPart& a, const RowPart& b) {
@@ -299,7 +303,7 @@ struct RowProblem {
   bool statistics = false;                      // entropy, hit and argmax are wanted
   bool temperature_per_row = false;             // else it is one number
   Layout layout;  // where rows of the logits (kPrediction) and of their gradient (kGrad) begin
-  Array logits, grad_logits;      // [rows, V], any floating dtype
+  Array logits, grad_logits;      // [rows, columns], any floating dtype
   Array weight, token_weight;     // [V]; [rows], any floating dtype
   Array temperature, normalizer;  // [], any dtype; of a temperature per row [rows]
   // What the forward makes and the backward reads: [rows], of loss [rows] or []

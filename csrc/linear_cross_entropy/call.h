@@ -28,7 +28,7 @@ namespace masked_loss_ext {
 struct LinearArguments {
   const Tensor hidden, linear_weight;
   const std::optional<Tensor> bias;
-  const RowArguments rows;
+  RowArguments rows;
   const std::optional<int64_t> chunk_rows, num_valid;
   const bool fp32_logits;
 
@@ -42,8 +42,8 @@ struct LinearArguments {
         fp32_logits(in.flag()) {}
 
   int64_t width() const { return hidden.size(hidden.dim() - 1); }
-  int64_t classes() const { return linear_weight.size(0); }
-  RowLike like() const { return {hidden, classes()}; }
+  int64_t classes() const { return linear_weight.size(0); }  // at hand: a shard's own
+  RowLike like() const { return {hidden, classes(), rows.shard}; }
 
   const LinearArguments& checked(const char* op) const {
     check_floating(op, "hidden", hidden);
@@ -53,10 +53,11 @@ struct LinearArguments {
     }
     check_floating(op, "weight", linear_weight);
     const Tensor& w = linear_weight;
-    if (w.dim() != 2 || w.size(0) == 0 || w.size(1) != width()) {
-      fail(op, ": weight must be [V, D] with at least one class and the D of hidden ", shape_text(hidden),
-           ", got ", shape_text(w));
+    if (w.dim() != 2 || (!rows.shard && w.size(0) == 0) || w.size(1) != width()) {
+      fail(op, ": weight must be [V, D] with ", rows.shard ? "" : "at least one class and ",
+           "the D of hidden ", shape_text(hidden), ", got ", shape_text(w));
     }
+    check_shard(op, rows.shard, w.size(0));
     check_as_hidden(op, "weight", w);
     if (bias) {
       check_floating(op, "bias", *bias);
@@ -100,7 +101,8 @@ MASKED_LOSS_EXT_INLINE bool receives(const RowProblem& q, int64_t row) {
 // Rows at a time: what fits into the budget, at least so many, cut evenly, a multiple of 16.
 inline int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, int64_t budget, int64_t least) {
   constexpr int64_t kMultiple = 16;
-  const int64_t most = std::max(budget / (element * classes) / kMultiple * kMultiple, least);
+  const int64_t row = element * std::max<int64_t>(classes, 1);  // a shard may have none
+  const int64_t most = std::max(budget / row / kMultiple * kMultiple, least);
   const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
   const int64_t even = (rows + chunks - 1) / chunks;
   return std::max<int64_t>((even + kMultiple - 1) / kMultiple * kMultiple, 1);
@@ -150,7 +152,7 @@ class LinearRows {
       const int64_t rows = std::min(chunk_, kept_.count - first);
       Tensor logits = torch::stable::narrow(logits_, 0, 0, rows);
       const Tensor hidden = torch::stable::narrow(hidden_, 0, first, rows);
-      products_.logits(hidden, logits);
+      if (in_.classes() > 0) products_.logits(hidden, logits);
       RowProblem q = all;
       q.counted.rows = rows;
       q.counted.index.data = static_cast<int64_t*>(all.counted.index.data) + first;
@@ -223,8 +225,9 @@ struct LinearGradients {
       if (of_hidden) {
         Tensor out = hidden_rows;
         out = torch::stable::narrow(out, 0, first, h.size(0));
-        products.add_hidden(g, out);
+        in.classes() > 0 ? products.add_hidden(g, out) : Device::zero(out);
       }
+      if (in.classes() == 0) return;
       if (of_weight) products.add_weight(g, h);
       if (of_bias) products.add_bias(g);
     });
@@ -247,28 +250,12 @@ struct LinearForward {
 
   explicit LinearForward(Arguments& arguments) : in(arguments) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() const {
+  auto run() const {
     constexpr const char* op = "masked_linear_cross_entropy";
     RowInputs call(op, in.checked(op).rows, in.like());
     const typename Device::Scope scope(in.hidden);
     RowProblem& q = call.problem;
-    const bool has_target = in.rows.target.has_value();
-    const ScalarType type = accumulate_type(in.hidden);
-    const std::vector<int64_t> rows = row_sizes(in.hidden), none;
-    const auto make = [&](Array& place, bool needed, const std::vector<int64_t>& sizes, ScalarType of) {
-      const Tensor result = make_result<Device>(in.hidden, place, needed, sizes, of);
-      Device::zero(result);  // the rows that do not count
-      return result;
-    };
-    const Tensor loss = make(q.loss, true, q.reduction == RowReduction::kNone ? rows : none, type);
-    const Tensor lse = make(q.lse, true, rows, type);
-    const Tensor entropy = make(q.entropy, in.rows.statistics, rows, type);
-    const Tensor log_prob = make(q.log_prob, has_target, rows, type);
-    const Tensor hit = make(q.hit, in.rows.statistics && has_target, rows, ScalarType::Bool);
-    const Tensor argmax = make(q.argmax, in.rows.statistics, rows, ScalarType::Long);
-    const Tensor distance = make(q.smooth_distance, in.rows.smooths() && has_target, rows, type);
-    const Tensor totals = make(q.totals, true, {2}, ScalarType::Double);
-    const Tensor sums = make(q.row_sums, true, row_sizes(in.hidden, kRowSums), type);
+    const auto results = make_row_results<Device>(in.hidden, q, in.rows, Device::zero);  // where none counts
     LinearRows<Device> taking_part(in, call, false, false);
     typename Device::Losses losses(op, q, in.hidden);
     taking_part.for_each_chunk(q, [&](RowProblem& chunk, int64_t first, Tensor&, const Tensor&) {
@@ -276,14 +263,14 @@ struct LinearForward {
       losses.forward(chunk, first);
     });
     losses.finish();
-    return {loss, lse, entropy, log_prob, hit, argmax, distance, totals, sums};
+    return results;
   }
 };
 
-template <class Device>
+template <class Device, class Inputs = LinearArguments>
 struct LinearBackward {
   const RowGradientArguments gradients;
-  const LinearArguments in;
+  const Inputs in;
   const bool needs_hidden, needs_weight, needs_bias, needs_token_weight;
 
   explicit LinearBackward(Arguments& arguments)

@@ -5,6 +5,7 @@ The schema is in csrc/schemas.cpp, the loop over chunks in csrc/linear_cross_ent
 cross entropy of a chunk that of masked_cross_entropy.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from .._heads import check_layer
 from ..reference import RowStatistics
 from . import masked_cross_entropy_checks as checks
 from ._autograd import _functorch_is_active, is_autocast
-from .linear_cross_entropy_derivatives import DEFAULTS, NAME, SHOWN, call
-from .masked_cross_entropy import Number, aggregate, number_tensor, temperature_tensor
+from .linear_cross_entropy_derivatives import DEFAULTS, NAME, call
+from .masked_cross_entropy import SHOWN, Number, aggregate, number_tensor, temperature_tensor
 
+Run = Callable[[dict[str, Any], int], tuple[torch.Tensor, ...]]  # arguments, results to show
 _ROW_TENSORS = ("target", "mask", "token_weight", "segment_ids")
 
 
@@ -131,17 +133,30 @@ def masked_linear_cross_entropy(
         "num_valid": num_valid,
     }
     check_flags(NAME, {"return_stats": return_stats})
+    return loss_of_hidden(NAME, given, logits_dtype, call)
+
+
+def loss_of_hidden(
+    name: str, given: dict[str, Any], logits_dtype: torch.dtype | None, run: Run
+) -> Any:
+    """The loss, with its statistics where those are asked for; given: the operator's arguments by
+    name, as the caller has them, and reductions that it does not know."""
+    reduction, normalizer, return_stats = (
+        given["reduction"],
+        given["normalizer"],
+        given["statistics"],
+    )
     if normalizer is not None:
-        check_normalizer(NAME, normalizer, reduction)
+        check_normalizer(name, normalizer, reduction)
     aggregation = reduction in AGGREGATIONS
     if aggregation:
-        check_weighted(NAME, reduction, token_weight)
+        check_weighted(name, reduction, given["token_weight"])
         given |= {"reduction": "none", "normalizer": None}
-    checks.check_every_option(NAME, given)
-    a = _prepared(NAME, given, logits_dtype)
-    loss, *stats = call(a, SHOWN if return_stats else 1)
+    checks.check_every_option(name, given)
+    a = _prepared(name, given, logits_dtype)
+    loss, *stats = run(a, SHOWN if return_stats else 1)
     if aggregation:
-        loss = aggregate(NAME, loss, a, reduction, normalizer)
+        loss = aggregate(name, loss, a, reduction, normalizer)
     return (loss, RowStatistics(*stats)) if return_stats else loss
 
 
@@ -174,20 +189,27 @@ def linear_row_statistics(
     Arguments are as in ``masked_linear_cross_entropy``, results and errors as in
     ``row_statistics``.
     """
-    name = "linear_row_statistics"
     given = {"hidden": hidden, "linear_weight": weight, **DEFAULTS, "bias": bias}
     given |= {"target": target, "mask": mask, "ignore_index": ignore_index}
-    given |= {"temperature": temperature, "softcap": softcap, "statistics": True}
-    given |= {"reduction": "sum", "chunk_rows": chunk_rows, "num_valid": num_valid}
+    given |= {"temperature": temperature, "softcap": softcap}
+    given |= {"chunk_rows": chunk_rows, "num_valid": num_valid}
+    return statistics_of_hidden("linear_row_statistics", given, logits_dtype, call)
+
+
+def statistics_of_hidden(
+    name: str, given: dict[str, Any], logits_dtype: torch.dtype | None, run: Run
+) -> RowStatistics:
+    given |= {"statistics": True, "reduction": "sum"}
     checks.check_options(name, given)
-    checks.check_int64(name, "ignore_index", ignore_index)
+    checks.check_int64(name, "ignore_index", given["ignore_index"])
     a = _prepared(name, given, logits_dtype)
     try:
-        _, *found = call(a, SHOWN)
+        _, *found = run(a, SHOWN)
     except (ValueError, IndexError) as error:  # the operator's, which has one name for both
-        raise type(error)(str(error).replace(f"{NAME}: ", f"{name}: ", 1)) from None
+        text = str(error)
+        raise type(error)(name + text[text.index(": ") :] if ": " in text else text) from None
     stats = RowStatistics(*found)
-    return stats if target is not None else stats._replace(log_prob=None, hit=None)
+    return stats if given["target"] is not None else stats._replace(log_prob=None, hit=None)
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def _plain(a) -> tuple[torch.Tensor | None, ...]:
     return loss, *stats
 
 
-def _bias_gradient_like(b) -> Like:
+def bias_gradient_like(b) -> Like:
     return None if b.bias is None else b.bias.shape, b.hidden.dtype
 
 
@@ -48,14 +48,13 @@ operator = Differentiable(
     lambda a: row_likes(a, a.hidden),
     _plain,
     {
-        "bias": _bias_gradient_like,
+        "bias": bias_gradient_like,
         "token_weight": lambda b: token_weight_gradient_like(b, b.hidden),
     },
 )
 _in_order = itemgetter(*operator.forward.names)
 _Arguments = operator.forward.arguments
 DEFAULTS = _Arguments._field_defaults
-SHOWN = 1 + len(reference.RowStatistics._fields)
 
 
 def call(a: dict[str, Any], shown: int) -> tuple[torch.Tensor, ...]:

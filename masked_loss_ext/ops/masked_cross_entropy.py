@@ -7,6 +7,7 @@ Python adds stands in masked_cross_entropy_checks.py.
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from ._autograd import _functorch_is_active
 from .masked_cross_entropy_derivatives import DEFAULTS, call, call_sweep
 
 Number = float | torch.Tensor
+Run = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]  # of the operator's arguments
+SHOWN = 1 + len(RowStatistics._fields)  # results, the loss among them
 
 
 def masked_cross_entropy(
@@ -173,29 +176,41 @@ def masked_cross_entropy(
         "statistics": return_stats,
         "schedule": None,
     }
+    if inplace_backward or gradient_in_forward:
+        how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
+        check_flags(name, how)
+    if gradient_in_forward:
+        checks.check_sweep(name, reduction, return_stats)
+
+    def run(a):
+        if inplace_backward and not torch.compiler.is_compiling():
+            checks.check_overwritable(name, a["logits"])
+        if gradient_in_forward:
+            return call_sweep(a, inplace_backward)
+        return call(a, SHOWN if return_stats else 1, inplace_backward)
+
+    return loss_of_rows(name, given, class_dim, run)
+
+
+def loss_of_rows(name: str, given: dict[str, Any], class_dim: int, run: Run) -> Any:
+    """The loss, with its statistics where those are asked for; given: the operator's arguments by
+    name, as the caller has them, and reductions that it does not know."""
+    reduction, normalizer = given["reduction"], given["normalizer"]
     checks.check_options(name, given)
     if normalizer is not None:
         check_normalizer(name, normalizer, reduction)
     if class_dim != -1:
-        given["logits"] = checks.classes_last(name, logits, class_dim)
-    given["softcap"] = checks.softcap_number(name, softcap)
-    if inplace_backward or gradient_in_forward:
-        how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
-        check_flags(name, how)
+        given["logits"] = checks.classes_last(name, given["logits"], class_dim)
+    given["softcap"] = checks.softcap_number(name, given["softcap"])
     aggregation = reduction in AGGREGATIONS
     if aggregation:
-        if gradient_in_forward:
-            got = f"{reduction}: what it divides by is counted after the sweep"
-            raise refusal(name, "reduction", "be mean or sum for gradient_in_forward", got)
-        check_weighted(name, reduction, token_weight)
+        check_weighted(name, reduction, given["token_weight"])
         given |= {"reduction": "none", "normalizer": None}
-    elif gradient_in_forward:
-        checks.check_sweep(name, reduction, return_stats)
-    loss, *stats = _call(name, given, inplace_backward, gradient_in_forward)
+    loss, *stats = _call(name, given, run)
     if aggregation:
         rows = checks.expanded(given) or given
         loss = aggregate(name, loss, rows, reduction, normalizer)
-    return (loss, RowStatistics(*stats)) if return_stats else loss
+    return (loss, RowStatistics(*stats)) if given["statistics"] else loss
 
 
 def aggregate(
@@ -211,7 +226,6 @@ def aggregate(
     Class weights take the part in the denominators that they have in "mean".
     """
     rows = "logits" if "logits" in a else "hidden"
-    classes = a["logits"].shape[-1] if rows == "logits" else a["linear_weight"].shape[0]
     logits, weight, shift = a[rows], a["weight"], a["shift"]
     if logits.dim() < 2 and reduction != "weighted_mean":
         last = "V" if rows == "logits" else "D"
@@ -224,7 +238,7 @@ def aggregate(
     if weight is not None:
         # On a GPU a label may be out of range; its loss is NaN already.
         weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
-        share = select(on, at_labels(weight, labels.clamp(0, classes - 1)))
+        share = select(on, at_labels(weight, labels.clamp(0, weight.shape[0] - 1)))
     if reduction == "weighted_mean":
         share = share * select(on, shifted(a["token_weight"], shift, 0).to(loss.dtype))
     divisor = as_divisor(name, normalizer, loss)
@@ -264,21 +278,24 @@ def row_statistics(
         RowStatistics of tensors ``[...]``, float32 (float64 for float64 logits), hit bool, argmax
         int64.
     """
-    name = "row_statistics"
     given = {"logits": logits, "target": target, **DEFAULTS, "mask": mask}
-    given |= {"ignore_index": ignore_index, "temperature": temperature, "statistics": True}
+    given |= {"ignore_index": ignore_index, "temperature": temperature, "softcap": softcap}
+    return statistics_of_rows("row_statistics", given, class_dim, lambda a: call(a, SHOWN, False))
+
+
+def statistics_of_rows(name: str, given: dict[str, Any], class_dim: int, run: Run) -> RowStatistics:
     checks.check_options(name, given)
     if class_dim != -1:
-        given["logits"] = checks.classes_last(name, logits, class_dim)
-    given |= {"softcap": checks.softcap_number(name, softcap), "reduction": "sum"}
-    _, lse, entropy, log_prob, hit, argmax = _call(name, given)
-    if target is None:
-        log_prob = hit = None
-    return RowStatistics(lse, entropy, log_prob, hit, argmax)
+        given["logits"] = checks.classes_last(name, given["logits"], class_dim)
+    softcap = checks.softcap_number(name, given["softcap"])
+    given |= {"softcap": softcap, "statistics": True, "reduction": "sum"}
+    _, *found = _call(name, given, run)
+    stats = RowStatistics(*found)
+    return stats if given["target"] is not None else stats._replace(log_prob=None, hit=None)
 
 
-def _call(name, given, inplace_backward=False, gradient_in_forward=False):
-    """given: the operator's arguments by name, as the caller has them."""
+def _call(name, given, run):
+    """given: the operator's arguments by name, as the caller has them; run: as it takes them."""
     transformed = _functorch_is_active()
     # Fakes of the operator check no shape.
     early = transformed or torch.compiler.is_dynamo_compiling()
@@ -287,20 +304,16 @@ def _call(name, given, inplace_backward=False, gradient_in_forward=False):
         if early:
             given = checks.expanded(given) or given
         a = _prepared(name, given)
-        if inplace_backward and not torch.compiler.is_compiling():
-            checks.check_overwritable(name, a["logits"])
         if transformed:
             checks.check_traced(name, a)
-        if gradient_in_forward:
-            return call_sweep(a, inplace_backward)
-        return call(a, 1 + len(RowStatistics._fields) if a["statistics"] else 1, inplace_backward)
+        return run(a)
     except Exception as error:  # a list has no .stride(), and what else there is
         failure = error
     try:
         checks.check_tensors(name, given)
         fitting = None if early else checks.expanded(given)
         if fitting is not None:  # the operator has refused the shapes, and not begun
-            return _call(name, fitting, inplace_backward, gradient_in_forward)
+            return _call(name, fitting, run)
         checks.explain(name, failure, given)
         operator = "masked_cross_entropy: "
         if name + ": " != operator and type(failure) in (ValueError, IndexError):

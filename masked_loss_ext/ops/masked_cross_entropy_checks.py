@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .._aggregate import REDUCTIONS
+from .._aggregate import AGGREGATIONS, REDUCTIONS
 from .._checks import (
     _FLOATING,
     _INTEGERS,
@@ -167,8 +167,9 @@ def softcap_number(name, softcap):
 
 
 def check_sweep(name, reduction, return_stats):
-    if reduction == "none":
-        raise ValueError(f"{name}: reduction must be mean or sum for gradient_in_forward, got none")
+    if reduction == "none" or reduction in AGGREGATIONS:
+        got = reduction if reduction == "none" else f"{reduction}: what it divides by comes later"
+        raise refusal(name, "reduction", "be mean or sum for gradient_in_forward", got)
     if return_stats:
         raise ValueError(
             f"{name}: return_stats must be False for gradient_in_forward: gradients of the "

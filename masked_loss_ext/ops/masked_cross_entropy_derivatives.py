@@ -109,19 +109,19 @@ def scheduled(a: dict[str, Any]) -> dict[str, Any]:
     return {**a, **dict.fromkeys(_FLOATS, 0.0), "schedule": schedule}
 
 
-def _write_over(args):
-    """The gradient as a new tensor on the storage of the logits, whose version goes up so that
-    whoever saved them is told."""
-    b = dict(zip(operator.backward.names, args, strict=True))
-    grad_token_weight = _overwriting.op(*[b[name] for name in _overwriting.names])
-    torch.autograd.graph.increment_version(b["logits"])
-    return b["logits"].data, grad_token_weight
+def overwriting(signature: Signature, of: Differentiable, name: str) -> Once:
+    """The backward that writes over the logits, by the operator ``signature``."""
 
+    def write_over(args):
+        # The gradient is a new tensor on the storage of the logits, whose version goes up so that
+        # whoever saved them is told.
+        b = dict(zip(of.backward.names, args, strict=True))
+        grad_token_weight = signature.op(*[b[name] for name in signature.names])
+        torch.autograd.graph.increment_version(b["logits"])
+        return b["logits"].data, grad_token_weight
 
-_overwrite = Once(
-    _write_over,
-    f"{_NAME}: inplace_backward=True has one backward: the gradient stands where the logits were",
-)
+    option = f"{name}: inplace_backward=True has"
+    return Once(write_over, f"{option} one backward: the gradient stands where the logits were")
 
 
 def call_sweep(a: dict[str, Any], inplace_backward: bool) -> tuple[torch.Tensor, ...]:
@@ -171,6 +171,7 @@ _overwriting = Signature("_masked_cross_entropy_backward_")
 _sweep = Signature("_masked_cross_entropy_sweep")
 _overwriting_sweep = Signature("_masked_cross_entropy_sweep_")
 _scale = Signature("_masked_cross_entropy_scale_gradient_")
+_overwrite = overwriting(_overwriting, operator, _NAME)
 for _signature, _of, _instead in (
     (_overwriting, lambda b: [operator.gradient_like(b, "token_weight")], "inplace_backward"),
     (_sweep, _sweep_likes, "gradient_in_forward"),

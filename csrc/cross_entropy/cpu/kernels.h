@@ -28,7 +28,7 @@ struct CrossEntropyProblem : RowProblem {
   double scale = 1;                   // 1 / temperature, where that is one number
   double grad_scale = 0;              // d loss / d row loss, but for what grad_loss holds per row
   double weight_sum = 0;              // of w in a gradient; V without class weights
-  RowPart* parts = nullptr;           // [rows, pieces], where rows are cut
+  RowPart* parts = nullptr;           // [rows, pieces], where rows are cut or their parts are what is asked for
   RowTotals* chunk_totals = nullptr;  // [chunks], or one per kRowsPerFinish rows where they are cut
   double* slopes = nullptr;           // [rows], d z / d logit at the label, where rows are cut
   ByteRange zero_logits;              // where grad_logits is known to be 0 already

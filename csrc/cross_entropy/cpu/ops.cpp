@@ -3,7 +3,9 @@
 // the errors that no kernel can raise.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/cpu/capability.h"
@@ -11,6 +13,7 @@
 #include "common/cpu/memory.h"
 #include "common/cpu/parallel.h"
 #include "cross_entropy/cpu/rows.h"
+#include "cross_entropy/vocab_parallel.h"
 
 namespace masked_loss_ext {
 namespace {
@@ -37,7 +40,7 @@ void prepare_gradient(CrossEntropyProblem& q, double grad_scale) {
   q.grad_scale = grad_scale;
   q.weight_sum = q.totals.data != nullptr ? static_cast<const double*>(q.totals.data)[1] : 0;
   if (q.grad_logits.data == nullptr || in_place(q)) return;
-  const int64_t bytes = bytes_of(q, q.counted.rows * q.counted.classes);
+  const int64_t bytes = bytes_of(q, q.counted.rows * q.counted.columns);
   advise_huge_pages(q.grad_logits.data, bytes);
   q.zero_logits = untouched_pages(q.grad_logits.data, bytes);
 }
@@ -102,7 +105,33 @@ void refuse_bad_rows(const char* op, const RowProblem& q, const Tensor& logits, 
   refuse_bad_temperature(op, q, logits, totals);
 }
 
-struct Rows : Cpu {
+[[noreturn]] void refuse_sizes(const char* op, const Shards& shards) {
+  std::string got;
+  for (int64_t i = 0; i < shards.count; ++i) {
+    const ShardHeader h = header_of(shards, i);
+    got += (i ? ", " : "") + std::to_string(int64_t(h.first)) + " + " + std::to_string(int64_t(h.columns));
+  }
+  fail(op, ": vocab_start must be where the shards of the ranks before end, and all together be vocab_size ",
+       int64_t(header_of(shards, 0).classes), ", got of the ranks ", got);
+}
+
+void refuse_misfit(const char* op, const Shards& shards) {
+  const int64_t shard = first_misfit(shards);
+  if (shard < 0) return;
+  const ShardHeader first = header_of(shards, 0);
+  if (shard == shards.count || same_call(header_of(shards, shard), first)) refuse_sizes(op, shards);
+  const ShardHeader other = header_of(shards, shard);
+  const auto differs = [&](const char* name, double one, double two) {
+    if (one != two) fail(op, ": ", name, " must be the same on all ranks, got ", one, " on the first of the ",
+                         "group and ", two, " on number ", shard);
+  };
+  differs("vocab_size", first.classes, other.classes);
+  differs("temperature", first.temperature, other.temperature);
+  differs("normalizer", first.normalizer, other.normalizer);
+  fail(op, ": all keywords must be the same on all ranks, got others on number ", shard, " of the group");
+}
+
+struct Rows : ShardedRows {
   static void forward(const char* op, const RowProblem& q, const Tensor& logits) {
     const double given = given_denominator(op, q);
     put_class_weights(q);
@@ -201,6 +230,48 @@ RowTotals forward_rows(const char* op, const RowProblem& rows) {
   return run_forward(pass_over(rows, read_scale(op, rows)));
 }
 
+void ShardedRows::shard(const char* op, const RowProblem& rows, ShardFormat format, double* message,
+                        const Tensor&) {
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows));
+  q.chunks = cut(q.counted, false);
+  std::vector<RowPart> parts(q.counted.rows * q.chunks.pieces);  // of rows that do not count: of nothing
+  q.parts = parts.data();
+  for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernels().forward(q, chunk); });
+  for (int64_t row = 0; row < q.counted.rows; ++row) {
+    RowPart* pieces = q.parts + row * q.chunks.pieces;
+    for (int64_t i = 1; i < q.chunks.pieces; ++i) merge(pieces[0], pieces[i]);
+    pack(format, pieces[0], message + place_of(q.counted, row) * numbers_of(format));
+  }
+}
+
+void ShardedRows::head(const char* op, const RowProblem& q, ShardHeader header, double* place, const Tensor&) {
+  if (q.temperature.data != nullptr && !q.temperature_per_row) header.temperature = 1 / read_scale(op, q);
+  header.normalizer = given_denominator(op, q);
+  std::memcpy(place, &header, sizeof header);
+}
+
+void ShardedRows::unite(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like) {
+  refuse_misfit(op, shards);
+  const double given = given_denominator(op, rows);
+  put_class_weights(rows);
+  CrossEntropyProblem q = pass_over(rows, read_scale(op, rows));
+  std::vector<RowPart> parts(q.counted.rows * shards.count);
+  for (int64_t row = 0; row < q.counted.rows; ++row) {
+    const double scale = q.temperature_per_row ? 1 / read_entry<double>(q.temperature, row) : q.scale;
+    for (int64_t i = 0; i < shards.count; ++i) {
+      parts[row * shards.count + i] = unpack(shards.format, row_of(shards, i, row), scale);
+    }
+  }
+  q.chunks.pieces = shards.count;
+  q.parts = parts.data();
+  std::vector<RowTotals> totals((q.counted.rows + kRowsPerFinish - 1) / kRowsPerFinish);
+  q.chunk_totals = totals.data();
+  for_each_chunk(static_cast<int64_t>(totals.size()), [&](int64_t group) { kernels().finish(q, group); });
+  const RowTotals all = sum_of(totals, 1);
+  refuse_bad_rows(op, rows, like, all);
+  put_loss(rows, all, denominator_of(rows, all, given));
+}
+
 RowTotals count_rows(const RowProblem& rows) {
   CrossEntropyProblem q = pass_over(rows, 1);
   q.chunks = cut(q.counted, false);
@@ -232,7 +303,7 @@ RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale) 
   std::vector<RowTotals> totals(chunks);
   q.chunk_totals = totals.data();
   // In place last chunk first: what the model wrote last is still in the cache.
-  for_each_gradient_chunk(q, chunks, q.chunks.rows_per_chunk * q.counted.classes, [&](int64_t i) {
+  for_each_gradient_chunk(q, chunks, q.chunks.rows_per_chunk * q.counted.columns, [&](int64_t i) {
     kernels().sweep(q, in_place(q) ? chunks - 1 - i : i);
   });
   return sum_of(totals, is_cut ? kRowsPerFinish : 1);
@@ -244,4 +315,5 @@ STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
   masked_loss_ext::register_row_forward<masked_loss_ext::Rows>(m);
   masked_loss_ext::register_row_backward<masked_loss_ext::Rows>(m);
   masked_loss_ext::register_row_sweep<masked_loss_ext::Rows>(m);
+  masked_loss_ext::register_vocab_parallel<masked_loss_ext::Rows>(m);
 }

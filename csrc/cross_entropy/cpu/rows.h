@@ -8,9 +8,11 @@
 #include <string>
 
 #include "common/cpu/capability.h"
+#include "common/cpu/device.h"
 #include "common/cpu/scalars.h"
 #include "cross_entropy/call.h"
 #include "cross_entropy/cpu/kernels.h"
+#include "cross_entropy/shards.h"
 
 namespace masked_loss_ext {
 
@@ -22,6 +24,14 @@ RowTotals count_rows(const RowProblem& rows);
 void backward_rows(const char* op, const RowProblem& rows, double grad_scale);
 // Both, row after row, so that the second read of a row is from the cache; the same bits.
 RowTotals sweep_rows(const char* op, const RowProblem& rows, double grad_scale);
+
+// Rows of a shard of the vocabulary (vocab_parallel.h).
+struct ShardedRows : Cpu {
+  static void shard(const char* op, const RowProblem& rows, ShardFormat format, double* message,
+                    const Tensor& like);
+  static void head(const char* op, const RowProblem& q, ShardHeader header, double* place, const Tensor& like);
+  static void unite(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like);
+};
 
 // The numbers of a call, around its passes: what the sum of losses is divided by, as far as it is given,
 // and with the totals of all rows; the sum of class weights, into totals; the loss and the denominator.
@@ -42,9 +52,10 @@ constexpr int64_t kChunkLogits = 16384;
 
 inline RowChunks cut(const CountedRows& q, bool whole_rows) {
   RowChunks c;
-  c.pieces = whole_rows ? 1 : (q.classes + kChunkLogits - 1) / kChunkLogits;
-  c.cols_per_piece = (q.classes + c.pieces - 1) / c.pieces;
-  c.rows_per_chunk = std::max<int64_t>(1, kChunkLogits / q.classes);
+  const int64_t columns = std::max<int64_t>(q.columns, 1);  // a shard may have none
+  c.pieces = whole_rows ? 1 : (columns + kChunkLogits - 1) / kChunkLogits;
+  c.cols_per_piece = (columns + c.pieces - 1) / c.pieces;
+  c.rows_per_chunk = std::max<int64_t>(1, kChunkLogits / columns);
   c.count = (q.rows + c.rows_per_chunk - 1) / c.rows_per_chunk * c.pieces;
   return c;
 }

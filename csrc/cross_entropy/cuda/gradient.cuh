@@ -77,15 +77,17 @@ struct GradientWriter {
   using A = accumulate_t<T>;
   static constexpr int kPacks = kPacksAtOnce<T, kFull>;
 
-  const A* weight;  // [V] or null
+  const A* weight;  // [columns] or null
   RowGradient<A> k;
+  int64_t own;  // the label's column
   A scale;
   Unit<A> unit;
   Exponential<A> exponential;
 
   __device__ GradientWriter(const CrossEntropyParams& q, int64_t place, const RowGradient<A>& k)
-      : weight(static_cast<const A*>(q.weight.data)),
+      : weight(column_weights<A>(q)),
         k(k),
+        own(label_column(q.counted, k.label)),
         scale(scale_of<A>(q, place)),
         unit(q),
         exponential(A(1)) {}
@@ -93,7 +95,7 @@ struct GradientWriter {
   // Which of the columns from `col` on is the label's; negative for none.
   template <int kVector>
   __device__ __forceinline__ int label_from(int64_t col) const {
-    const uint64_t offset = static_cast<uint64_t>(k.label - col);
+    const uint64_t offset = static_cast<uint64_t>(own - col);
     return offset < kVector ? static_cast<int>(offset) : -1;
   }
 

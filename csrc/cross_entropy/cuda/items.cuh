@@ -118,13 +118,21 @@ struct Unit {
   }
 };
 
-// u at the label, where there is one; else 0.
+// u at the label, where its column is here; else 0.
 template <class A>
 __device__ __forceinline__ double label_unit(const CrossEntropyParams& q, int64_t row, int64_t label) {
-  if (label < 0) return 0;
-  A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + label)};
+  const int64_t own = label_column(q.counted, label);
+  if (own < 0 || own >= q.counted.columns) return 0;
+  A u[1] = {load<A>(q.logits, offset_at(q.layout, kPrediction, row) + own)};
   Unit<A>(q).apply(u);
   return double(u[0]);
+}
+
+// The class weights of the columns at hand, or null.
+template <class A>
+__device__ __forceinline__ const A* column_weights(const CrossEntropyParams& q) {
+  const A* weight = static_cast<const A*>(q.weight.data);
+  return weight != nullptr ? weight + q.counted.first : nullptr;
 }
 
 // Which part of which row this thread works on, and as which of its team.
@@ -168,10 +176,10 @@ __device__ __forceinline__ int elements_off_boundary(const T* row) {
 template <class T>
 __device__ __forceinline__ Stretch stretch_of(const CrossEntropyParams& q, const T* row, int64_t part) {
   constexpr int kVector = kVectorOf<T>;
-  const int64_t classes = q.counted.classes;
+  const int64_t columns = q.counted.columns;
   const int off = elements_off_boundary(row);
-  const int64_t head = min(int64_t(off > 0 ? kVector - off : 0), classes);
-  const int64_t packs = (classes - head) / kVector;
+  const int64_t head = min(int64_t(off > 0 ? kVector - off : 0), columns);
+  const int64_t packs = (columns - head) / kVector;
   const int64_t first = min(part * q.packs_per_part, packs);
   const int64_t last = min(first + q.packs_per_part, packs);
   Stretch s;
@@ -179,7 +187,7 @@ __device__ __forceinline__ Stretch stretch_of(const CrossEntropyParams& q, const
   s.end = head + last * kVector;
   s.tail = head + packs * kVector;
   s.head_columns = part == 0 ? static_cast<int>(head) : 0;
-  s.single_columns = s.head_columns + (part == q.parts - 1 ? static_cast<int>(classes - s.tail) : 0);
+  s.single_columns = s.head_columns + (part == q.parts - 1 ? static_cast<int>(columns - s.tail) : 0);
   return s;
 }
 

@@ -30,7 +30,8 @@ inline int64_t pack_elements(const CrossEntropyParams& q) { return kPackBytes / 
 
 // max_packs: of a part, 0 for any number.
 inline void cut(CrossEntropyParams& q, int64_t max_packs) {
-  const int64_t classes = q.counted.classes, packs = ceil_div(classes, pack_elements(q));
+  // A shard may have no column: its rows are there all the same.
+  const int64_t columns = std::max<int64_t>(q.counted.columns, 1), packs = ceil_div(columns, pack_elements(q));
   const int64_t few_rows = std::min({ceil_div(kEnoughBlocks, std::max<int64_t>(q.counted.rows, 1)),
                                      ceil_div(packs, kPacksPerPart), kMaxPartsToMerge});
   const int64_t parts = std::max(few_rows, max_packs > 0 ? ceil_div(packs, max_packs) : 1);
@@ -41,7 +42,7 @@ inline void cut(CrossEntropyParams& q, int64_t max_packs) {
     return;
   }
   const int64_t wanted =
-      std::min(std::max(ceil_div(packs, kPacksPerLane), std::min<int64_t>(classes, 8)),
+      std::min(std::max(ceil_div(packs, kPacksPerLane), std::min<int64_t>(columns, 8)),
                int64_t{kWarpSize});
   q.team = 1;
   while (q.team < wanted) q.team *= 2;

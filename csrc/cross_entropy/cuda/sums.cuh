@@ -17,10 +17,12 @@ struct RowShare {
   int64_t argmax = 0;  // see merged_argmax(); with statistics alone
 };
 
-// In z, as RowPart is on every device.
+// In z, as RowPart is on every device; the columns from class `first` on, `label` s at the label, if that is
+// one of them.
 template <class A>
-__device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scale) {
+__device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scale, int64_t first, double label) {
   RowPart part;
+  part.label = label;
   part.highest = share.sums.max;
   part.sums.max = scale * share.sums.max;
   part.sums.ties = share.sums.ties;
@@ -28,7 +30,7 @@ __device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scal
   part.sums.distance = scale * share.sums.distance;
   part.sums.weighted = scale * share.weighted;
   part.weights = share.weights;
-  part.argmax = share.argmax;
+  if (share.argmax < 0 || share.sums.max > -INFINITY) part.argmax = share.argmax + first;
   return part;
 }
 
@@ -38,16 +40,16 @@ struct RowReader {
   using A = accumulate_t<T>;
   static constexpr int kPacks = kPacksAtOnce<T, kFull>;
 
-  const A* weight;  // [V] or null
-  int64_t label;
+  const A* weight;  // [columns] or null
+  int64_t own;      // the label's column
   bool statistics, smoothing;
   Unit<A> unit;
   Exponential<A> exponential;
   RowShare<A> share;
 
   __device__ RowReader(const CrossEntropyParams& q, int64_t label, Exponential<A> exponential)
-      : weight(static_cast<const A*>(q.weight.data)),
-        label(label),
+      : weight(column_weights<A>(q)),
+        own(label_column(q.counted, label)),
         statistics(q.statistics),
         smoothing(q.options.label_smoothing > 0 && label >= 0),
         unit(q),
@@ -57,7 +59,7 @@ struct RowReader {
   // holds it is found by one comparison.
   template <int kVector>
   __device__ __forceinline__ void leave_out_label(A* u, int64_t col) const {
-    const uint64_t offset = static_cast<uint64_t>(label - col);
+    const uint64_t offset = static_cast<uint64_t>(own - col);
     if (offset >= kVector) return;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) u[j] = j == static_cast<int>(offset) ? -A(INFINITY) : u[j];
@@ -261,12 +263,11 @@ __device__ __forceinline__ RowPart merge_parts(const RowPart* parts, int64_t cou
 
 // Writes the results of a row of which `part` has all the sums, and returns what it adds to the totals.
 template <class A>
-__device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, RowPart part, int64_t row,
-                                             int64_t label, double label_u) {
+__device__ __forceinline__ Totals finish_row(const CrossEntropyParams& q, const RowPart& part, int64_t row,
+                                             int64_t label) {
   RowResult r;
   if (label == kBadLabel) r = not_a_number();
   if (label >= 0 || label == kNoLabel) {
-    part.label = label_u;
     r = finished<A, DeviceElements>(q, part, scale_of<double>(q, row), row, label);
   }
   put_row<A>(q, row, r);
@@ -287,12 +288,12 @@ __device__ __forceinline__ void sum_class_weights(const CrossEntropyParams& q) {
 // --- kernels ------------------------------------------------------------------------------------------
 
 // block: a multiple of q.team. grid: `blocks`, as many as q.parts of all rows need, and one more where
-// has_class_weights(). Rows of one part are finished; of others parts[row][part] is written where
+// has_class_weights(). Without `parts` rows, of one part, are finished; else parts[row][part] is written where
 // they are read, and nothing else.
 template <class T, bool kFull>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     cross_entropy_sums_kernel(CrossEntropyParams q, unsigned blocks,
-                              RowPart* parts,      // [rows, q.parts] or null
+                              RowPart* parts,      // [rows, q.parts]; or null, where rows have one part
                               double* row_losses,  // [rows], or null: then the totals are left
                               Totals* totals)      // [blocks]
 {
@@ -306,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   const Exponential<A> exponential(read ? scale_of<A>(q, place) : A(1));
   double label_u = 0;
   if (read) {
-    if (q.parts == 1 && item.lane == 0) label_u = label_unit<A>(q, item.row, label);
+    if (item.part == 0 && item.lane == 0) label_u = label_unit<A>(q, item.row, label);
     const T* row = static_cast<const T*>(q.logits.data) + offset_at(q.layout, kPrediction, item.row);
     RowReader<T, kFull> reader(q, label, exponential);
     reader.read(stretch_of(q, row, item.part), item.lane, q.team, RowMemory<T>{row, true}, KeepNothing{});
@@ -316,33 +317,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   if (read || !block_per_part) share = team_merge<kFull>(share, exponential, q.team);
   Totals mine = {0, 0, 0};
   if (item.exists && item.lane == 0) {
-    const RowPart part = part_of(share, read ? scale_of<double>(q, place) : 1);
-    if (q.parts > 1) {
+    const RowPart part = part_of(share, read ? scale_of<double>(q, place) : 1, q.counted.first, label_u);
+    if (parts != nullptr) {
       parts[item.row * q.parts + item.part] = part;
     } else {
-      mine = finish_row<A>(q, part, place, label, label_u);
+      mine = finish_row<A>(q, part, place, label);
       if (row_losses != nullptr) row_losses[item.row] = mine.loss;
     }
   }
-  if (q.parts > 1 || row_losses != nullptr) return;
+  if (parts != nullptr || row_losses != nullptr) return;
   leave(q, block_per_part ? mine : block_totals(mine), totals, blocks, Totalled::kAll);
 }
 
-// A thread per row that was cut into parts. block: kThreads.
-template <class A>
+// What the rows' pieces came to.
+struct Pieces {
+  const RowPart* parts;  // [rows, q.parts]
+
+  __device__ __forceinline__ RowPart merged(const CrossEntropyParams& q, int64_t row, int64_t) const {
+    return merge_parts(parts + row * q.parts, q.parts);
+  }
+};
+
+// A thread per row that was cut: parts.merged(q, row, place) is what its parts came to. block: kThreads.
+template <class A, class Parts>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    cross_entropy_rows_kernel(CrossEntropyParams q,
-                              const RowPart* parts,  // [rows, q.parts]
-                              double* row_losses,    // [rows], or null: then the totals are left
-                              Totals* totals)        // [blocks]
+    cross_entropy_rows_kernel(CrossEntropyParams q, Parts parts,
+                              double* row_losses,  // [rows], or null: then the totals are left
+                              Totals* totals)      // [blocks]
 {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   Totals mine = {0, 0, 0};
   if (row < q.counted.rows) {
     const int64_t place = place_of(q.counted, row), label = label_at(q, place);
     const bool read = label >= 0 || label == kNoLabel;
-    mine = finish_row<A>(q, read ? merge_parts(parts + row * q.parts, q.parts) : RowPart{}, place, label,
-                         label_unit<A>(q, row, label));
+    mine = finish_row<A>(q, read ? parts.merged(q, row, place) : RowPart{}, place, label);
     if (row_losses != nullptr) row_losses[row] = mine.loss;
   }
   if (row_losses != nullptr) return;

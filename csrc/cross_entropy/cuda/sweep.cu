@@ -19,7 +19,7 @@ struct SweepCut {
 // reads while the other writes; a block that fills a multiprocessor has all its threads. Where nothing can
 // keep the row, to a block that reads it twice.
 SweepCut cut_sweep(CrossEntropyParams& q, const BlockLimits& limits) {
-  const int64_t packs = ceil_div(q.counted.classes, pack_elements(q));
+  const int64_t packs = ceil_div(q.counted.columns, pack_elements(q));
   if (packs <= kLanesMaxPacks) {
     return {true, kThreads / q.team * slot_bytes(q.packs_per_part, true)};
   }

@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if (q.parts > 1) share = cluster_merge<kFull>(share, exponential);
     if (counts && item.lane == 0) {
       const double scale = scale_of<double>(q, place);
-      RowPart part = part_of(share, scale);
-      part.label = label_u;
+      const RowPart part = part_of(share, scale, 0, label_u);
       const RowResult r = finished<A, DeviceElements>(q, part, scale, place, label);
       const double denominator = *static_cast<const double*>(q.totals.data);
       const double loss_gradient = denominator == 0 ? 0 : 1 / denominator;

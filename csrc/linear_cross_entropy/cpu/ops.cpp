@@ -10,6 +10,7 @@
 #include "common/cpu/parallel.h"
 #include "cross_entropy/cpu/rows.h"
 #include "linear_cross_entropy/cpu/products.h"
+#include "linear_cross_entropy/vocab_parallel.h"
 
 namespace masked_loss_ext {
 namespace {
@@ -81,12 +82,6 @@ class CpuLosses {
   }
 
  private:
-  static int64_t row_count(const Tensor& like) {
-    int64_t rows = 1;
-    for (int64_t size : row_sizes(like)) rows *= size;
-    return rows;
-  }
-
   void add(const RowTotals& chunk) {
     totals_.loss += chunk.loss;
     totals_.denominator += chunk.denominator;
@@ -103,7 +98,7 @@ class CpuLosses {
   std::optional<Tensor> buffer_;
 };
 
-struct LinearCpu : Cpu {
+struct LinearCpu : ShardedRows {
   using Products = CpuProducts;
   using Losses = CpuLosses;
 
@@ -163,4 +158,5 @@ struct LinearCpu : Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
   masked_loss_ext::register_linear<masked_loss_ext::LinearCpu>(m);
+  masked_loss_ext::register_vocab_parallel_linear<masked_loss_ext::LinearCpu>(m);
 }

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Losses of more than one process, on torch.distributed as it is."""
+
+from .vocab_parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_linear_row_statistics,
+    vocab_parallel_row_statistics,
+)
+
+__all__ = [
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_row_statistics",
+    "vocab_parallel_row_statistics",
+]
