@@ -9,7 +9,7 @@ from .build import loading as _loading
 
 _library_kind = _loading.load()  # the operators must exist before what is built on them
 
-from . import reference  # noqa: E402
+from . import distributed, reference  # noqa: E402
 from ._aggregate import aggregate_tokens  # noqa: E402
 from .attention import (  # noqa: E402
     PackedLayout,
@@ -76,6 +76,7 @@ __all__ = [
     "check_padding",
     "compute_loss_multi_resolution",
     "create_unified_loss",
+    "distributed",
     "generate_nested_dropout_attention_mask",
     "generate_nested_dropout_mask_ids",
     "lengths_to_mask",

@@ -34,8 +34,10 @@ def check_layer(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    least: int = 1,
 ) -> None:
-    """Hidden states ``[..., D]``, a weight ``[V, D]`` and a bias ``[V]`` or None."""
+    """Hidden states ``[..., D]``, a weight ``[V, D]`` and a bias ``[V]`` or None; ``least``
+    classes."""
     layer = (hidden, weight) if bias is None else (hidden, weight, bias)
     for name, tensor in zip(names, layer, strict=False):
         check_tensor(function, name, tensor)
@@ -43,8 +45,9 @@ def check_layer(
         check_device(function, name, tensor, names[0], hidden)
     if hidden.dim() == 0:
         raise refusal(function, names[0], "be [..., D]", shape_text(hidden))
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        rule = f"be [V, D] with at least one class and the D of {names[0]} {shape_text(hidden)}"
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < least:
+        some = "at least one class and " * (least > 0)
+        rule = f"be [V, D] with {some}the D of {names[0]} {shape_text(hidden)}"
         raise refusal(function, names[1], rule, shape_text(weight))
     if bias is not None and bias.shape != weight.shape[:1]:
         rule = f"have one entry per class [{weight.shape[0]}]"

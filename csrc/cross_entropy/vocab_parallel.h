@@ -141,9 +141,13 @@ struct ShardResults {
 };
 
 template <class Device, class Library>
-void register_vocab_parallel(Library& m) {
+void register_vocab_parallel_forward(Library& m) {
   m.impl("_vocab_parallel_cross_entropy_sums", &boxed<ShardSums<Device>>);
   m.impl("vocab_parallel_cross_entropy", &boxed<ShardResults<Device>>);
+}
+
+template <class Device, class Library>
+void register_vocab_parallel_backward(Library& m) {
   m.impl("_vocab_parallel_cross_entropy_backward", &boxed<RowBackward<Device, false, ShardArguments>>);
   m.impl("_vocab_parallel_cross_entropy_backward_", &boxed<RowBackward<Device, true, ShardArguments>>);
 }

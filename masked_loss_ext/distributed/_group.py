@@ -10,6 +10,9 @@ import torch.distributed as dist
 
 from .._checks import refusal
 
+# By the name that torch has for it: from 2.13 on the other is deprecated.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def process_group(function: str, group: Any = None) -> Any:
     """The process group that is meant.
@@ -64,9 +67,9 @@ def gathered(group: Any, tensor: torch.Tensor) -> torch.Tensor:
     ranks = group_size(group)
     if ranks == 1:
         return tensor.unsqueeze(0)
-    every = tensor.new_empty(ranks, tensor.shape[0])
-    dist.all_gather_into_tensor(every, tensor, group=group)
-    return every
+    every = tensor.new_empty(ranks * tensor.shape[0])
+    _all_gather(every, tensor, group=group)
+    return every.view(ranks, -1)
 
 
 class _GradientSum(torch.autograd.Function):

@@ -241,6 +241,7 @@ def vocab_parallel_linear_cross_entropy(
         "schedule": None,
         "chunk_rows": chunk_rows,
         "num_valid": num_valid,
+        "vocab_size": vocab_size,
     }
     run = _linear_run(name, group, vocab_start, vocab_size)
     return linear.loss_of_hidden(name, given, logits_dtype, run)
@@ -274,7 +275,7 @@ def vocab_parallel_linear_row_statistics(
     given = {"hidden": hidden, "linear_weight": local_weight, **LINEAR_DEFAULTS, "bias": bias}
     given |= {"target": target, "mask": mask, "ignore_index": ignore_index}
     given |= {"temperature": temperature, "softcap": softcap}
-    given |= {"chunk_rows": chunk_rows, "num_valid": num_valid}
+    given |= {"chunk_rows": chunk_rows, "num_valid": num_valid, "vocab_size": vocab_size}
     run = _linear_run(name, group, vocab_start, vocab_size)
     return linear.statistics_of_hidden(name, given, logits_dtype, run)
 

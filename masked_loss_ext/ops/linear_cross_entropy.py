@@ -218,7 +218,8 @@ def statistics_of_hidden(
 def _prepared(name, given, logits_dtype):
     """The arguments as the operator takes them."""
     hidden, weight, bias = given["hidden"], given["linear_weight"], given["bias"]
-    check_layer(name, hidden, weight, bias)
+    # A shard of the vocabulary may have no class.
+    check_layer(name, hidden, weight, bias, least=0 if "vocab_size" in given else 1)
     for argument in _ROW_TENSORS:
         if given[argument] is not None:
             check_tensor(name, argument, given[argument])
@@ -279,7 +280,7 @@ def _check_rows(name, a):
             rule = f"have the shape of hidden {shape_text(a['hidden'])} without the last dimension"
             raise refusal(name, argument, rule, shape_text(tensor))
     checks.check_number_or_rows(name, "temperature", a["temperature"], a["hidden"], "hidden")
-    weight, classes = a["weight"], a["linear_weight"].shape[0]
+    weight, classes = a["weight"], a.get("vocab_size") or a["linear_weight"].shape[0]
     if weight is not None and weight.shape != (classes,):
         rule = f"have one entry per class [{classes}]"
         raise refusal(name, "class_weight", rule, shape_text(weight))

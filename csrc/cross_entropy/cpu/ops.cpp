@@ -315,5 +315,6 @@ STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CPU, m) {
   masked_loss_ext::register_row_forward<masked_loss_ext::Rows>(m);
   masked_loss_ext::register_row_backward<masked_loss_ext::Rows>(m);
   masked_loss_ext::register_row_sweep<masked_loss_ext::Rows>(m);
-  masked_loss_ext::register_vocab_parallel<masked_loss_ext::Rows>(m);
+  masked_loss_ext::register_vocab_parallel_forward<masked_loss_ext::Rows>(m);
+  masked_loss_ext::register_vocab_parallel_backward<masked_loss_ext::Rows>(m);
 }

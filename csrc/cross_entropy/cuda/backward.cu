@@ -44,4 +44,5 @@ void backward_rows(const char* op, const RowProblem& problem, const Tensor& like
 
 STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
   masked_loss_ext::register_row_backward<masked_loss_ext::cuda::Backward>(m);
+  masked_loss_ext::register_vocab_parallel_backward<masked_loss_ext::cuda::Backward>(m);
 }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/cuda/runtime.cuh"
-#include "cross_entropy/call.h"
+#include "cross_entropy/vocab_parallel.h"
 
 namespace masked_loss_ext::cuda {
 
@@ -19,5 +19,14 @@ void sweep_rows(const char* op, const RowProblem& rows, const Tensor& like, doub
 // The loss, of all rows; the denominator, too, unless count_rows() has put it into totals.
 void add_rows(const char* op, const RowProblem& rows, const Tensor& like, const double* row_losses,
               bool counted);
+
+// Rows of a shard of the vocabulary (vocab_parallel.h).
+struct ShardedRows : Cuda {
+  static void shard(const char* op, const RowProblem& rows, ShardFormat format, double* message,
+                    const Tensor& like);
+  static void head(const char* op, const RowProblem& rows, ShardHeader header, double* place,
+                   const Tensor& like);
+  static void unite(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like);
+};
 
 }  // namespace masked_loss_ext::cuda

@@ -21,9 +21,9 @@ __device__ __forceinline__ Totals totals_of(const CrossEntropyParams& q, int64_t
 
 enum class Totalled { kAll, kDenominator, kLoss };  // kLoss: the denominator is in q.totals already
 
-// Whether the backward needs their sum.
+// Whether the backward needs their sum, which is then put into the totals.
 __host__ __device__ __forceinline__ bool has_class_weights(const CrossEntropyParams& q) {
-  return q.weight.data != nullptr && q.options.label_smoothing > 0;
+  return q.weight.data != nullptr && q.options.label_smoothing > 0 && q.totals.data != nullptr;
 }
 
 // Of all rows. A bad label shows even where the denominator is 0.

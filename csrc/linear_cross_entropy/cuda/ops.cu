@@ -5,6 +5,7 @@
 
 #include "cross_entropy/cuda/rows.cuh"
 #include "linear_cross_entropy/cuda/products.cuh"
+#include "linear_cross_entropy/vocab_parallel.h"
 
 namespace masked_loss_ext::cuda {
 namespace {
@@ -91,7 +92,7 @@ RowCopy row_copy(const void* from, const Tensor& to, const KeptRows& kept) {
   return {from, to.mutable_data_ptr(), index, kept.count, 0, {}, size_of(kind_of(to))};
 }
 
-struct Linear : Cuda {
+struct Linear : ShardedRows {
   using Products = CudaProducts;
   using Losses = CudaLosses;
 
@@ -155,4 +156,5 @@ struct Linear : Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
   masked_loss_ext::register_linear<masked_loss_ext::cuda::Linear>(m);
+  masked_loss_ext::register_vocab_parallel_linear<masked_loss_ext::cuda::Linear>(m);
 }
