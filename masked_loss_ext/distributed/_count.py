@@ -135,7 +135,7 @@ def global_token_count(
     given |= {"segment_ids": segment_ids, "token_weight": token_weight}
     batches = _micro_batches(given)
     group = process_group(_NAME, group)
-    total = torch.stack([_counted(*batch, ignore_index, shift) for batch in batches]).sum()
+    total = torch.stack([_counted(batch, ignore_index, shift) for batch in batches]).sum()
     ranks, work = group_size(group), None
     if ranks > 1:
         work = dist.all_reduce(total, group=group, async_op=bool(async_op))
@@ -196,8 +196,9 @@ def _check(batch, index):
             check_like(_NAME, one, tensor, like_name + index, like, broadcast=True)
 
 
-def _counted(mask, labels, segment_ids, token_weight, ignore_index, shift):
+def _counted(batch, ignore_index, shift):
     """Of one micro-batch: ``[]`` int64, or float64 with weights."""
+    mask, labels, segment_ids, token_weight = batch
     like = mask if labels is None else labels
     labels, mask = as_integers(labels), as_mask(_NAME, "masks", mask)
     if segment_ids is not None:
