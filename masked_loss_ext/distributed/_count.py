@@ -84,10 +84,9 @@ def global_token_count(
       ``set_requires_gradient_sync(False)`` change nothing. Nothing else is divided by.
     - accelerate: ``backward`` divides by gradient_accumulation_steps once more. Give the losses
       ``count / accelerator.gradient_accumulation_steps``.
-    - The transformers Trainer counts by itself (num_items_in_batch), hands the count over and
-      multiplies the loss by the number of ranks (average_tokens_across_devices, on by default): use
-      ``causal_lm_loss`` and nothing of this. A compute_loss_func that counts otherwise takes
-      ``average=False``.
+    - The transformers Trainer counts by itself, over all ranks unless average_tokens_across_devices
+      is False (it has to be True, the default), hands num_items_in_batch over and multiplies the
+      loss by the number of ranks: use ``causal_lm_loss`` and nothing of this.
     - Gradients that are summed (FSDP2's ``set_gradient_divide_factor(1)``, an all-reduce of your
       own): ``average=False``; or reduction "sum", and divide the gradients by that count.
     - Sequence shards (context parallel): ``group`` is all ranks over which gradients are averaged,
