@@ -152,11 +152,11 @@ class Sums:
         return total / count * dist.get_world_size()
 
 
-def train(way, name):
+def train(way, name, steps=STEPS):
     """(loss of each step, weights) on this rank."""
     wrapped, losses = way(make_model()), []
     window = make_window(name, dist.get_rank())
-    for _ in range(STEPS):
+    for _ in range(steps):
         losses.append(average_over_ranks(wrapped.step(window)).item())
         update(wrapped.model.parameters())
     return losses, weights(wrapped.model)
@@ -220,7 +220,7 @@ def alone():
 
 def test_usual_ways_and_their_numbers(ranks):
     """Two ranks with 9 + 4 and 2 + 2 targets: 3.458 is right, the means say 3.613 and 3.620, and
-    their gradients are off by half of its length."""
+    their gradients are off by a third of its length."""
     model = make_model()
     parts = [token_losses(model, make_window("unequal", rank)) for rank in range(2)]
     assert [[len(losses) for losses in window] for window in parts] == [[9, 4], [2, 2]]
@@ -241,7 +241,7 @@ def test_usual_ways_and_their_numbers(ranks):
             torch.testing.assert_close(loss, expected[way].item(), **ROUNDING)
             off[way] = ((of_way - right_gradient).norm() / right_gradient.norm()).item()
     assert off["ours"] < 1e-14
-    assert off["mean of means"] > 0.2 and off["own window"] > 0.2
+    assert off["mean of means"] > 0.3 and off["own window"] > 0.3
     assert abs(off["divided twice"] - 0.5) < 1e-12 and abs(off["not averaged"] - 0.5) < 1e-12
     assert off["not divided by the steps"] > 0.9
     for way, loss in expected.items():
@@ -252,10 +252,8 @@ def test_usual_ways_and_their_numbers(ranks):
 def test_the_accumulation_factor_applied_twice(ranks):
     """accelerate divides each loss by the steps: the count alone trains with half the gradient."""
     (right, once), (wrong, twice) = (
-        ranks(2).run(train, way, "one_batch_without")[0] for way in (Accelerate, AccelerateTwice)
+        ranks(2).run(train, way, "unequal", 1)[0] for way in (Accelerate, AccelerateTwice)
     )
+    assert wrong == pytest.approx(right, rel=1e-12)  # what is logged does not tell
     start = weights(make_model())
-    assert right[0] == pytest.approx(as_one_process("one_batch_without", 2)[0][0], rel=1e-12)
-    assert wrong[0] == pytest.approx(right[0], rel=1e-12)  # the log does not tell
-    ratio = (twice - start).norm() / (once - start).norm()
-    assert 0.4 < ratio < 0.65, ratio  # of two steps; one makes exactly half
+    torch.testing.assert_close(twice - start, (once - start) / 2, rtol=1e-12, atol=1e-15)
