@@ -48,6 +48,7 @@ from .padding import (  # noqa: E402
     map_mask_to_latent,
     mask_labels,
     pad_latents_for_multi_res,
+    shift_labels,
     unpad,
 )
 from .reference import RowStatistics  # noqa: E402
@@ -94,5 +95,6 @@ __all__ = [
     "reference",
     "row_statistics",
     "sample_keep_k",
+    "shift_labels",
     "unpad",
 ]

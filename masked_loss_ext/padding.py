@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import (
+    as_integers,
     as_mask,
     check_device,
     check_flags,
     check_int,
     check_integers,
     check_length,
+    check_like,
     check_mask,
     check_mask_dtype,
     check_rank,
@@ -21,6 +23,7 @@ from ._checks import (
     refusal,
     shape_text,
 )
+from .reference.cross_entropy import counted_rows
 
 PATCH = 16  # pixels per latent token and side: 8 by the autoencoder, 2 by packing
 
@@ -205,12 +208,78 @@ def mask_labels(
     check_integers(name, "labels", labels)
     check_tensor(name, "mask", mask)
     check_mask(name, "mask", mask, "labels", labels, labels.dim(), broadcast=True)
-    check_int(name, "ignore_index", ignore_index)
+    _check_ignore_index(name, ignore_index, labels)
+    return torch.where(mask != 0, labels, ignore_index)
+
+
+def _check_ignore_index(function, ignore_index, labels):
+    check_int(function, "ignore_index", ignore_index)
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
         rule = f"fit the dtype of labels {labels.dtype}, {limits.min} to {limits.max}"
-        raise refusal(name, "ignore_index", rule, ignore_index)
-    return torch.where(mask != 0, labels, ignore_index)
+        raise refusal(function, "ignore_index", rule, ignore_index)
+
+
+def shift_labels(
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    *,
+    shift: int = 1,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    r"""Labels where they are predicted, to be made before a sequence is cut over ranks.
+
+    .. math:: y'_t = y_{t+k} \text{ if } t + k < S,\ m_{t+k} \ne 0 \text{ and } s_t = s_{t+k},
+        \text{ else ignore\_index}
+
+    with k = ``shift``. A loss that shifts what a rank has (``shift=1``, a model's own) loses the
+    label of the last token of every part, as that lies on the next rank. These go with ``shift=0``
+    and without a mask, cut like the tokens in whatever way; a token_weight has to be moved alike:
+
+    >>> tokens = torch.tensor([[5, 6, 7, 8]])
+    >>> shifted = shift_labels(tokens)
+    >>> shifted
+    tensor([[   6,    7,    8, -100]])
+    >>> [part.tolist() for part in shifted.chunk(2, dim=1)]
+    [[[6, 7]], [[8, -100]]]
+
+    Without a mask and segment_ids the same as:
+
+    >>> assert torch.equal(shift_labels(labels), F.pad(labels[:, 1:], (0, 1), value=-100))
+
+    The parts' losses add up to that of the whole where each is divided by the tokens of all parts:
+    ``normalizer=global_token_count(labels=part)`` of ``masked_loss_ext.distributed``. transformers'
+    models and ``causal_lm_loss`` take them under this name, ``shift_labels=``.
+
+    Args:
+        labels: ``[..., S]`` integers; those that are ignore_index stay so, at their new place.
+        mask: ``[..., S]`` any dtype, of the labels: one counts where it is not 0. None: all.
+        segment_ids: ``[..., S]`` integers, for packed rows: none predicts another's label.
+            Dimensions of size 1 of mask and segment_ids stand for any.
+        shift: k, by how much labels stand after the position that predicts them.
+        ignore_index: must fit the dtype of labels.
+
+    Returns:
+        ``[..., S]`` a new tensor in the dtype of labels; the last ``shift`` are ignore_index.
+    """
+    name = "shift_labels"
+    check_integers(name, "labels", labels)
+    if labels.dim() == 0:
+        raise refusal(name, "labels", "be [..., S]", "[]")
+    if mask is not None:
+        check_tensor(name, "mask", mask)
+        check_mask(name, "mask", mask, "labels", labels, labels.dim(), broadcast=True)
+        mask = as_mask(name, "mask", mask)
+    if segment_ids is not None:
+        check_integers(name, "segment_ids", segment_ids)
+        check_like(name, "segment_ids", segment_ids, "labels", labels, broadcast=True)
+        segment_ids = as_integers(segment_ids).expand(labels.shape)
+    check_length(name, "shift", shift)
+    _check_ignore_index(name, ignore_index, labels)
+    rows, target = labels.unsqueeze(-1), as_integers(labels)
+    target, on = counted_rows(rows, target, mask, ignore_index, shift, segment_ids)
+    return torch.where(on, target, ignore_index).to(labels.dtype)
 
 
 def map_mask_to_latent(image_mask: torch.Tensor) -> torch.Tensor:

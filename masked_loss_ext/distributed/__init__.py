@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Losses of more than one process, on torch.distributed as it is."""
 
+from ._count import PendingCount, global_token_count
 from .vocab_parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
@@ -9,6 +10,8 @@ from .vocab_parallel import (
 )
 
 __all__ = [
+    "PendingCount",
+    "global_token_count",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_linear_row_statistics",

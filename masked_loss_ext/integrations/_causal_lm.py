@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .._checks import (
+    as_integers,
     check_device,
     check_integers,
     check_length,
@@ -20,6 +21,7 @@ from .._checks import (
     shape_text,
 )
 from ..ops.masked_cross_entropy import masked_cross_entropy
+from ..reference.cross_entropy import counted_rows
 
 _NAME = "causal_lm_loss"
 _INSTEAD = {"logits": "outputs", "target": "labels", "normalizer": "num_items_in_batch"}
@@ -68,9 +70,9 @@ def causal_lm_loss(
         num_items_in_batch: the denominator, a number or a tensor; None: the labels counted here.
         shift: by how much labels stand after the position that predicts them. None: 1.
         shift_labels: ``[B, S]`` labels that have been shifted already, by the name that the models'
-            own losses have for them (sequence parallelism shifts before it cuts). ``labels`` is
-            then not looked at and may be None; nothing is shifted. The Trainer hands them over
-            where :func:`pass_columns` tells it to.
+            own losses have for them: made by ``masked_loss_ext.shift_labels`` before a sequence is
+            cut over ranks. ``labels`` is then not looked at and may be None; nothing is shifted.
+            The Trainer hands them over where :func:`pass_columns` tells it to.
         virtual_tokens: the positions that the model puts before the tokens of every row and gives
             logits for (prompt tuning, p-tuning: ``num_virtual_tokens``; prefix tuning has none).
             Labels and what else belongs to the tokens then have that many fewer positions. The last
@@ -120,13 +122,10 @@ def counted_tokens(labels, *, shift=None, shift_labels=None, virtual_tokens=0, *
     check_length(_NAME, "shift", shift)
     if virtual_tokens:
         labels, options = _behind(virtual_tokens, "labels", labels, options)
-    counts = labels[..., shift:] != options.get("ignore_index", _IGNORED)
+    ignored = options.get("ignore_index", _IGNORED)
     mask, segment_ids = options.get("mask"), options.get("segment_ids")
-    if mask is not None:
-        counts = counts & (mask[..., shift:] != 0)
-    if segment_ids is not None and shift > 0:
-        counts = counts & (segment_ids[..., shift:] == segment_ids[..., :-shift])
-    return counts.sum()
+    rows, labels = labels.unsqueeze(-1), as_integers(labels)
+    return counted_rows(rows, labels, mask, ignored, shift, segment_ids)[1].sum()
 
 
 def keywords_of(loss_func):

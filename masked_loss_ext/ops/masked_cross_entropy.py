@@ -114,7 +114,8 @@ def masked_cross_entropy(
             smoothing or weight.
         shift: k scores position t of ``[..., S, V]`` against the label at t + k, without a copy;
             mask, ignore_index, class and token weight are those of t + k. Results stand at t and
-            are 0 in the last k; S or more scores nothing.
+            are 0 in the last k; S or more scores nothing. Of a sequence that is cut over ranks the
+            label after each part is not here: ``shift_labels`` before the cut, then shift 0.
         segment_ids: ``[..., S]`` integers; t counts only if t and t + k have the same (packed
             documents). Each run of one id is a sequence of "sequence_mean" and "sequence_sum".
         reduction: "mean", "sum" or "none" (``[...]``, 0 at rows that do not count); or, of the row
@@ -124,9 +125,9 @@ def masked_cross_entropy(
             formulas, and who wants which, at ``aggregate_tokens``. Sequences without a row that
             counts do not count; class weights take part in the denominators as in "mean".
         normalizer: denominator of "mean" (a number or a 0-d tensor: the tokens of the whole
-            accumulation window, over all ranks), of "weighted_mean" (the sum of weights) and of
-            "sequence_mean" and "sequence_sum" (the number of sequences, or any constant). Where it
-            is 0 the loss is 0.
+            accumulation window over all ranks, ``distributed.global_token_count``), of
+            "weighted_mean" (the sum of weights) and of "sequence_mean" and "sequence_sum" (the
+            number of sequences, or any constant). Where it is 0 the loss is 0.
         class_dim: the dimension of the classes in logits: 1 for the ``[N, C, d1, ...]`` of
             ``F.cross_entropy``. Rows are the other dimensions in their order, ``[N, d1, ...]``.
             Logits whose classes are adjacent in memory (channels_last) are not copied, others are.

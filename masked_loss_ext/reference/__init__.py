@@ -17,7 +17,13 @@ from .cross_entropy import (
 )
 from .cross_entropy_terms import CrossEntropyTerms, cross_entropy_terms
 from .linear import linear_row_statistics, masked_linear_cross_entropy
-from .padding import lengths_to_mask, map_mask_to_latent, pad_latents_for_multi_res, unpad
+from .padding import (
+    lengths_to_mask,
+    map_mask_to_latent,
+    pad_latents_for_multi_res,
+    shift_labels,
+    unpad,
+)
 from .squared_error import (
     accumulate_dtype,
     align_leading,
@@ -59,5 +65,6 @@ __all__ = [
     "repetition",
     "row_statistics",
     "select",
+    "shift_labels",
     "unpad",
 ]

@@ -41,3 +41,23 @@ def map_mask_to_latent(image_mask: Tensor) -> Tensor:
     cells = cells.reshape(batch, height // 8, 8, width // 8, 8).mean(dim=(2, 4))
     groups = cells.reshape(batch, height // 16, 2, width // 16, 2).amax(dim=(2, 4))
     return groups.flatten(1)
+
+
+def shift_labels(
+    labels: Tensor,
+    mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    *,
+    shift: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Each label at the position that predicts it, ``shift`` before its own, where it counts."""
+    moved = torch.full_like(labels, ignore_index)
+    for t in range(labels.shape[-1] - shift):
+        counts = torch.ones_like(labels[..., t], dtype=torch.bool)
+        if mask is not None:
+            counts = mask[..., t + shift] != 0
+        if segment_ids is not None:
+            counts = counts & (segment_ids[..., t] == segment_ids[..., t + shift])
+        moved[..., t] = torch.where(counts, labels[..., t + shift], ignore_index)
+    return moved

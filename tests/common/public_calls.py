@@ -221,6 +221,10 @@ CALLS = {
     ],
     "lengths_to_mask": [lambda e: mle.lengths_to_mask(e["lengths"], S)],
     "map_mask_to_latent": [lambda e: mle.map_mask_to_latent(e["image"])],
+    "shift_labels": [
+        lambda e: mle.shift_labels(e["labels"]),
+        lambda e: mle.shift_labels(e["labels"], e["mask"], e["documents"], shift=2),
+    ],
     "mask_labels": [
         lambda e: mle.mask_labels(e["labels"], e["mask"]),
         lambda e: mle.mask_labels(e["labels"], e["grey"]),

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 GROUP_TIMEOUT = datetime.timedelta(seconds=60)
 RUN_TIMEOUT, GRACE = 150, 10  # seconds
-# Each process is a fork of one that has imported these and nothing else: 0.1 instead of 3 s.
+# Each process is a fork of one that has imported these and nothing else: 0.15 instead of 3 s.
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "masked_loss_ext"]
 
 

@@ -43,6 +43,7 @@ NAMES = [
     "pad_latents_for_multi_res",
     "row_statistics",
     "sample_keep_k",
+    "shift_labels",
     "unpad",
 ]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]
