@@ -20,7 +20,7 @@ from ..ops.masked_cross_entropy import SHOWN, Number, loss_of_rows, statistics_o
 from ..ops.masked_cross_entropy_checks import check_int64, check_overwritable
 from ..ops.masked_cross_entropy_derivatives import DEFAULTS
 from ..reference import RowStatistics
-from ._group import gathered, group_rank, process_group, with_gradient_sum
+from ._group import gathered, group_rank, group_size, process_group, with_gradient_sum
 
 
 def vocab_parallel_cross_entropy(
@@ -307,12 +307,17 @@ class _Shard:
         """The operator's arguments for a shard of so many columns."""
         if None not in self.given.values():
             return self.given
+        found = {"vocab_start": 0, "vocab_size": columns}
+        if group_size(self.group) > 1:
+            found = self._asked(columns, device)
+        return found | {name: value for name, value in self.given.items() if value is not None}
+
+    def _asked(self, columns, device):
         if torch.compiler.is_compiling():
-            missing = next(argument for argument, value in self.given.items() if value is None)
+            missing = next(name for name, value in self.given.items() if value is None)
             raise refusal(self.name, missing, "be given under torch.compile", None)
         sizes = gathered(self.group, torch.tensor([columns], device=device)).flatten().tolist()
-        found = {"vocab_start": sum(sizes[: group_rank(self.group)]), "vocab_size": sum(sizes)}
-        return found | {key: value for key, value in self.given.items() if value is not None}
+        return {"vocab_start": sum(sizes[: group_rank(self.group)]), "vocab_size": sum(sizes)}
 
 
 def _merged(form, a, shard, shown, once=None):

@@ -51,6 +51,25 @@ def made(make, e):
         return make()
 
 
+def vocab_parallel(e):
+    loss, statistics = mle.distributed.vocab_parallel_cross_entropy(
+        e["logits"], e["labels"], e["mask"], token_weight=e["grey"], label_smoothing=0.1,
+        return_stats=True,
+    )  # fmt: skip
+    return loss, *statistics, *mle.distributed.vocab_parallel_row_statistics(e["logits"])[:2]
+
+
+def vocab_parallel_linear(e):
+    layer = e["hidden"], e["head"]
+    loss = mle.distributed.vocab_parallel_linear_cross_entropy(*layer, e["labels"], e["mask"])
+    statistics = mle.distributed.vocab_parallel_linear_row_statistics(*layer, e["labels"])
+    return loss, *statistics
+
+
+def global_token_count(e):
+    return mle.distributed.global_token_count(e["mask"], labels=e["labels"])
+
+
 def everything(e):
     loss, statistics = mle.masked_cross_entropy(
         e["logits"], e["labels"], e["mask"],
@@ -211,6 +230,7 @@ CALLS = {
             e["hidden"], e["labels"], e["mask"]
         )
     ],
+    "distributed": [vocab_parallel, vocab_parallel_linear, global_token_count],
     "UnifiedLoss": [
         lambda e: made(lambda: mle.UnifiedLoss(V, HIDDEN), e)(e["logits"], e["labels"], e["mask"])
     ],

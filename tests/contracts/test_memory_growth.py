@@ -19,6 +19,7 @@ RETURNING_STRINGS = {"_version", "cpu_capability"}
 
 X, Y = torch.randn(2, 4), torch.tensor([1, 3])
 WEIGHT, BIAS = torch.randn(5, 4), torch.randn(5)
+LAYER = {"hidden": X, "linear_weight": WEIGHT, "bias": BIAS, "target": Y}
 LOGITS, LABELS = torch.randn(1, 2, 4), torch.tensor([[1, 3]])
 LINKS = (torch.full((1, 2), -1, dtype=torch.int32), torch.full((1, 2), 2, dtype=torch.int32))
 OFFSETS, KEPT = torch.tensor([0, 2, 4]), torch.tensor([[1], [2]])
@@ -46,21 +47,10 @@ PUBLIC = {
     "repetition_counts": {"tokens": LABELS},
     "repetition_links": {"tokens": LABELS},
     "_snapshot": {"tensor": X},
-    "linear_cross_entropy": {
-        "hidden": X,
-        "linear_weight": WEIGHT,
-        "bias": BIAS,
-        "target": Y,
-        "reduction": "none",
-        "chunk_rows": 1,
-    },
-    "_linear_cross_entropy_sweep": {
-        "hidden": X,
-        "linear_weight": WEIGHT,
-        "bias": BIAS,
-        "target": Y,
-        "chunk_rows": 1,
-    },
+    "linear_cross_entropy": {**LAYER, "reduction": "none", "chunk_rows": 1},
+    "_linear_cross_entropy_sweep": {**LAYER, "chunk_rows": 1},
+    "_vocab_parallel_cross_entropy_sums": {"logits": X, "target": Y, "vocab_size": 4},
+    "_vocab_parallel_linear_cross_entropy_sums": {**LAYER, "vocab_size": 5},
     "_masked_cross_entropy_sweep": {"logits": X, "target": Y, "reduction": "sum"},
     "_masked_cross_entropy_sweep_": {"logits": X.clone(), "target": Y, "reduction": "sum"},
     "_masked_cross_entropy_scale_gradient_": {
@@ -75,7 +65,14 @@ BACKWARD = {
     "_masked_cross_entropy_backward_": "masked_cross_entropy",
     "_cross_entropy_terms_backward": "cross_entropy_terms",
     "_linear_cross_entropy_backward": "linear_cross_entropy",
+    "_vocab_parallel_cross_entropy_backward": "vocab_parallel_cross_entropy",
+    "_vocab_parallel_cross_entropy_backward_": "vocab_parallel_cross_entropy",
+    "_vocab_parallel_linear_cross_entropy_backward": "vocab_parallel_linear_cross_entropy",
 }
+for _name in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"):
+    _given = PUBLIC[f"_{_name}_sums"]
+    _message = getattr(ops, f"_{_name}_sums")(**_given)
+    PUBLIC[_name] = {**_given, "messages": _message.unsqueeze(0)}
 
 
 def arguments_of(name):
