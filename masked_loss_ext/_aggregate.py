@@ -10,6 +10,7 @@ import math
 import torch
 
 from ._checks import (
+    ArgumentError,
     as_integers,
     as_mask,
     as_number,
@@ -181,6 +182,18 @@ def as_divisor(name, normalizer, like):
         rule = "be finite and not negative"
         raise refusal(name, "normalizer", rule, f"{normalizer.item():g}")
     return normalizer.double()
+
+
+def per_head(name, normalizer, heads):
+    """What each of several heads is divided by: the same, or one entry of a tensor each."""
+    if isinstance(normalizer, torch.Tensor) and normalizer.dim() > 0:
+        if normalizer.shape != (heads,):
+            rule = f"be a number or have one entry per head [{heads}]"
+            raise refusal(name, "normalizer", rule, shape_text(normalizer), ArgumentError)
+        return list(normalizer.unbind())
+    if not isinstance(normalizer, (torch.Tensor, type(None))):
+        check_number(name, "normalizer", normalizer, least=0)
+    return [normalizer] * heads
 
 
 def check_weighted(name, reduction, token_weight):

@@ -12,7 +12,7 @@ from ._options import Flag, Number, PenaltyOn, Size, Token
 from ._rows import per_token, rows_of
 from ._state import SyncsState, advances
 from .experts import AuxiliaryFreeMoEBalancer
-from .multi_token import HiddenStateMTPLoss
+from .hidden_state_mtp import HiddenStateMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
 
