@@ -18,7 +18,7 @@ from .._checks import (
     check_weighting,
     refuse_unknown,
 )
-from ..ops.masked_squared_error import check_element_loss, masked_squared_error, squared_error_over
+from ..ops.masked_squared_error import check_element_loss, squared_error_over
 from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated, shown_loss
 
 _MSE_ARGUMENTS = (
@@ -123,14 +123,20 @@ class MaskEditLoss(torch.nn.Module):
         check_weighting(name, weights, "model_pred", model_pred)
         check_element_loss(name, self.loss, self.delta)
         fg, bg = self._weights()
+        of_tokens = reduction not in REDUCTIONS
         tensors = (model_pred, target, attention_mask, edit_mask, weights)
-        factors = (fg, fg if edit_mask is None else bg)
-        how = {"loss": self.loss, "delta": self.delta}
-        if reduction in REDUCTIONS:
-            return squared_error_over(
-                name, normalizer, *tensors, *factors, reduction=reduction, **how
-            )
-        loss = masked_squared_error(*tensors, *factors, reduction="token", **how)
+        loss = squared_error_over(
+            name,
+            None if of_tokens else normalizer,
+            *tensors,
+            fg,
+            fg if edit_mask is None else bg,
+            reduction="token" if of_tokens else reduction,
+            loss=self.loss,
+            delta=self.delta,
+        )
+        if not of_tokens:
+            return loss
         return aggregated(name, loss, attention_mask, reduction, normalizer)
 
     def extra_repr(self) -> str:
