@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from masked_loss_ext.distributed import keep_state_local, sync_state
@@ -176,3 +177,23 @@ def test_keep_state_local_refuses_what_is_no_model_or_wrapped(ranks):
 def wrapped_already():
     with pytest.raises(TypeError, match="must be what DDP is going to wrap, got Distributed"):
         keep_state_local(DistributedDataParallel(torch.nn.Linear(1, 1)))
+
+
+def head_alone():
+    """Its weight is a shard: nobody calls the head, so nothing gathers it."""
+    model = make_model()
+    fully_shard(model.loss.mtp_loss.projections[0])
+    try:
+        fully_shard(model)(*rank_models.window(0, 0)[0])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_head_that_is_sharded_alone_is_refused(ranks):
+    text = (
+        "UnifiedLoss: projections[0] must have no forward hooks: it is not called, got some beside "
+        "a weight that is sharded (Shard(dim=0),): fully_shard the module that calls the loss, "
+        "which gathers it, and not the head alone; of a tensor parallel head give the weight"
+    )
+    assert ranks(2).run(head_alone) == [text] * 2
