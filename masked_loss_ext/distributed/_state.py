@@ -50,7 +50,7 @@ def keep_state_local(module: Model) -> Model:
 
         ddp = DistributedDataParallel(keep_state_local(model))
 
-    torch.compile hides from a compiled loss in whose forward it is: there nothing is refused.
+    A compiled model is refused where it is traced, which has to be in DDP's forward.
 
     Args:
         module: what will be given to DistributedDataParallel, and not another that contains it:

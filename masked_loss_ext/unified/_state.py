@@ -110,25 +110,35 @@ def borrow(module, names, like):
 
 def give_back(module, state):
     """What was changed in borrowed copies; of a dry run nothing is known."""
-    if not torch.compiler.is_compiling():
-        _check_own(module)
+    if torch.compiler.is_compiling():
+        own = _all_is_own()
+    else:
+        own = not _sent_by_ddp(module)
+    if not own:
+        rule = "be each rank's own: let DDP wrap "
+        rule += "masked_loss_ext.distributed.keep_state_local(model)"
+        got = "DistributedDataParallel that replaces it by that of rank 0 in each forward"
+        raise refusal(module.function, "state", rule, got, RuntimeError)
     for name, tensor in state.items():
         buffer = getattr(module, name)
         if tensor is not buffer and has_data(tensor):
             buffer.copy_(tensor)
 
 
-def _check_own(module):
-    """State that moves inside of DDP's forward is not among what DDP sends from rank 0 to all."""
+def _sent_by_ddp(*parts):
+    """Whether DDP, of which this is the forward, sends state of ``parts`` from rank 0 to all."""
     ddp = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() < 2:
-        return
-    own = next(module.buffers(recurse=False))
-    if any(buffer is own for buffer in ddp.modules_buffers):
-        rule = "be each rank's own: let DDP wrap "
-        rule += "masked_loss_ext.distributed.keep_state_local(model)"
-        got = "DistributedDataParallel that replaces it by that of rank 0 in each forward"
-        raise refusal(module.function, "state", rule, got, RuntimeError)
+        return False
+    parts = parts or [part for part in ddp.module.modules() if isinstance(part, KeepsState)]
+    own = [next(part.buffers(recurse=False)) for part in parts]
+    return any(buffer is one for buffer in ddp.modules_buffers for one in own)
+
+
+@torch.compiler.assume_constant_result
+def _all_is_own():
+    """Asked while tracing, once; a graph that refuses breaks, and is refused without one."""
+    return not _sent_by_ddp()
 
 
 def has_data(tensor):

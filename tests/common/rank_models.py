@@ -65,10 +65,14 @@ def window(step, rank):
 
 
 def wrapped(model, way):
-    """way: "ddp", "ddp static_graph", or "fsdp2" and the submodules that are units of their own."""
+    """way: "ddp", "ddp static_graph", "ddp compile", or "fsdp2" and the submodules that are units
+    of their own."""
     name, *units = way.split()
     if name == "ddp":
-        return DistributedDataParallel(keep_state_local(model), static_graph=bool(units))
+        model = keep_state_local(model)
+        if units == ["compile"]:
+            model.compile(backend="aot_eager")
+        return DistributedDataParallel(model, static_graph=units == ["static_graph"])
     for unit in units:
         fully_shard(model.get_submodule(unit))
     return fully_shard(model)
@@ -92,8 +96,9 @@ def train(way, steps=STEPS):
 def _unsynced(model, way, last):
     if way.startswith("fsdp2"):
         model.set_requires_gradient_sync(last)
-    # (static_graph wants the first backward of all to be one that synchronises)
-    return model.no_sync() if way == "ddp" and not last else contextlib.nullcontext()
+    elif way != "ddp static_graph" and not last:  # which cannot begin without synchronising
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def whole(model):

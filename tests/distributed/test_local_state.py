@@ -2,6 +2,7 @@
 """State of losses inside of a wrapped model: each rank's own, whatever DDP and FSDP2 do."""
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from masked_loss_ext.unified import TemperatureScaledCrossEntropy, _state
 WAYS = [
     "ddp",
     "ddp static_graph",
+    "ddp compile",
     "fsdp2",
     "fsdp2 loss",
     "fsdp2 loss.mtp_loss loss",
@@ -30,9 +32,11 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [2, 4])
-def test_weights_and_each_rank_s_state_are_those_of_replicas(ranks, size, way):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way, size", [(way, n) for way in WAYS for n in (2, 4) if (way, n) != ("ddp compile", 4)]
+)
+def test_weights_and_each_rank_s_state_are_those_of_replicas(ranks, way, size):
     """The heads' projections are parameters of the loss, and read by it, not called."""
     seen = set()
     for (weights, buffers), (expected, own) in zip(
@@ -69,7 +73,7 @@ def remembered(way):
     model = Given()
     options, allowed = {}, contextlib.nullcontext()
     if way == "usual":
-        allowed = mock.patch.object(_state, "_check_own")
+        allowed = mock.patch.object(_state, "_sent_by_ddp", return_value=False)
     elif way == "no broadcast":
         options = {"broadcast_buffers": False}
     else:
@@ -97,13 +101,17 @@ def test_ddp_s_broadcast_by_hand(ranks):
             torch.testing.assert_close(synced, [6.0, 7.0, 8.0], **near)
 
 
-def refused(adaptive):
+def refused(adaptive=True, way="eager"):
     model = make_model(adaptive_temperature=adaptive)
     if not adaptive:
         model.loss.moe_balancer.eval()
-    tokens, mask = rank_models.window(0, 0)[0]
+    compiled = partial(torch.compile, backend="aot_eager")
+    inner = compiled(model) if way == "compiled inside" else model
+    ddp = DistributedDataParallel(inner)
+    if way == "compiled outside":
+        ddp = compiled(ddp)
     try:
-        DistributedDataParallel(model)(tokens, mask)
+        ddp(*rank_models.window(0, 0)[0])
     except RuntimeError as error:
         return str(error)
     return None
@@ -115,7 +123,8 @@ def test_what_ddp_would_overwrite_is_refused(ranks):
         "masked_loss_ext.distributed.keep_state_local(model), got DistributedDataParallel that "
         "replaces it by that of rank 0 in each forward"
     )
-    assert ranks(2).run(refused, True) == [text] * 2
+    for way in ("eager", "compiled inside", "compiled outside"):
+        assert ranks(2).run(refused, True, way) == [text] * 2, way
     assert ranks(2).run(refused, False) == [None] * 2  # nothing moves
 
 
