@@ -105,6 +105,7 @@ def refused(adaptive=True, way="eager"):
     model = make_model(adaptive_temperature=adaptive)
     if not adaptive:
         model.loss.moe_balancer.eval()
+    torch.compiler.reset()  # what has been traced for another model is not asked again
     compiled = partial(torch.compile, backend="aot_eager")
     inner = compiled(model) if way == "compiled inside" else model
     ddp = DistributedDataParallel(inner)
