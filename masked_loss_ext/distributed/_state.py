@@ -27,6 +27,9 @@ def sync_state(module: torch.nn.Module, group: Any = None) -> None:
 
         module.sync_state(group)
 
+    >>> model = torch.nn.ModuleList([UnifiedLoss(vocab_size=7)])
+    >>> sync_state(model)  # of one rank nothing happens
+
     Args:
         module: any module; one without such state sends nothing.
         group: a process group or a 1-D DeviceMesh; None: all ranks.
@@ -49,6 +52,9 @@ def keep_state_local(module: Model) -> Model:
     beside the wrapped model, not in its forward, needs nothing of this::
 
         ddp = DistributedDataParallel(keep_state_local(model))
+
+    >>> model = torch.nn.ModuleList([UnifiedLoss(vocab_size=7)])
+    >>> assert keep_state_local(model) is model
 
     A compiled model is refused where it is traced, which has to be in DDP's forward.
 

@@ -141,7 +141,9 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             segment_ids: ``[B, S]`` integers, for packed documents: no head predicts a token of
                 another segment.
             normalizer: what is divided by instead of each head's own count: a number or 0-d tensor
-                for all heads, or one entry per head ``[n]`` (see ``count_targets``).
+                for all heads, or one entry per head ``[n]``: the sum of ``count_targets`` over
+                micro-batches, over ranks ``torch.stack([global_token_count(masks, shift=i + 1)
+                for i in range(n)])``.
             num_valid: with heads, an int that no head has more targets than (tokens that are not
                 padding, say), as in ``masked_linear_cross_entropy``.
 

@@ -135,10 +135,13 @@ def _sent_by_ddp(*parts):
     return any(buffer is one for buffer in ddp.modules_buffers for one in own)
 
 
-@torch.compiler.assume_constant_result
 def _all_is_own():
     """Asked while tracing, once; a graph that refuses breaks, and is refused without one."""
     return not _sent_by_ddp()
+
+
+# what torch.compiler.assume_constant_result sets; it would import the compiler, which takes seconds
+_all_is_own.__dict__["_dynamo_marked_constant"] = True
 
 
 def has_data(tensor):

@@ -117,8 +117,8 @@ class HiddenStateMTPLoss(LossModule):
                 Without it each head waits for a GPU to count them, once forward and once backward.
             normalizer: what is divided by instead of each head's own count of targets (of all
                 micro-batches and ranks): a number or 0-d tensor for all heads, or one entry per
-                head ``[K]`` (see ``count_targets``). The sum over heads is then divided by K,
-                however long the rows of a batch are.
+                head ``[K]`` (see ``count_targets``; over ranks ``global_token_count`` with
+                shift = 1 ... K). The sum over heads is then divided by K, however long rows are.
 
         Returns:
             dict: ``mtp_loss`` ``[]``, float32 (float64 for float64 parameters);
