@@ -25,10 +25,13 @@ class WithLoss(common.LanguageModel):
     """The loss is made inside of the forward: there the head's weight, which is read and not
     called, is whole. Outside it is a shard."""
 
-    def forward(self, batch: Batch, normalizer: Tensor | None = None) -> Tensor:
+    # Of the step. Not an argument of forward: mixed precision would round it with the others.
+    normalizer: Tensor | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
         hidden, target = self.hidden(batch.tokens), (batch.tokens, batch.attention_mask)
         return mle.masked_linear_cross_entropy(
-            hidden, self.head.weight, *target, shift=1, normalizer=normalizer
+            hidden, self.head.weight, *target, shift=1, normalizer=self.normalizer
         )
 
 
@@ -55,10 +58,12 @@ def train() -> int:
         count = global_token_count([batch.attention_mask for batch in batches], shift=1)
         loss, rank_means = torch.zeros((), device=world.device), []
         for i, batch in enumerate(batches):
+            model.normalizer = None
             with torch.no_grad():
                 rank_means.append(model(batch))
+            model.normalizer = count
             model.set_requires_gradient_sync(i == len(batches) - 1)
-            part = model(batch, count)
+            part = model(batch)
             part.backward()
             loss += part.detach()
         optimizer.step()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_models import whole
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import masked_loss_ext as mle
@@ -219,3 +219,53 @@ def test_as_one_process(ranks, size, way, name):
     if name != "masked_sse":  # all ranks have as many rows
         off = [abs(usual / right - 1) for usual, right in zip(rank_means, expected, strict=True)]
         assert max(off) > 1e-3
+
+
+class Mixed(torch.nn.Module):
+    """Takes the count as an argument or as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(H, V)
+
+    def forward(self, hidden, labels, normalizer=None):
+        normalizer = self.normalizer if normalizer is None else normalizer
+        loss = mle.masked_cross_entropy(self.head(hidden), labels, normalizer=normalizer)
+        return loss, normalizer
+
+
+def mixed_precision():
+    """(what became of the count, and of the loss) of each way to give it."""
+    model = Mixed()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    given = torch.randn(3, H), torch.zeros(3, dtype=torch.int64)
+    model.normalizer = torch.tensor(2317.5).double()
+    kept = model(*given)[1].item()
+    cast = model.normalizer.bfloat16().item()
+    try:
+        model(*given, model.normalizer)
+    except TypeError as error:
+        return kept, cast, str(error)
+    return kept, cast, None
+
+
+def test_a_count_that_mixed_precision_has_rounded_is_refused(ranks):
+    """Every loss and gradient would be a thousandth too small: 2317.5 is 2320 in bfloat16."""
+    text = (
+        "masked_cross_entropy: normalizer must not be of half precision, which rounds counts above "
+        "256 or 2048, got torch.bfloat16 (cast with the inputs of a model? Keep it out of them, "
+        "in an attribute, say)"
+    )
+    assert ranks(2).run(mixed_precision) == [(2317.5, 2320.0, text)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_loss_takes_a_rounded_count(dtype):
+    model, batch = make_model(), window(1, 0)[0]
+    for name, (loss_fn, _) in CASES.items():
+        if name == "unified":  # multiplies by it
+            continue
+        for count in (torch.ones((), dtype=dtype), torch.ones(2, dtype=dtype)):
+            if count.dim() == 0 or "multi-token" in name or "hidden states" in name:
+                with pytest.raises(TypeError, match="must not be of half precision"):
+                    loss_fn(model, batch, count)
