@@ -6,14 +6,16 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+RANKS ?= 2
 # The tests run in so many processes, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
+	@echo "make ranks   train on two processes, beside one; ARGS='--steps 20', RANKS=4       ~ 20 s"
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 15 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 26 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
@@ -22,7 +24,7 @@ help:
 	@echo "make wheel   dist/*.whl (abi3, compiled) and the source archive                    ~ 1 min"
 	@echo "make clean   remove all that these made, .venv too"
 	@echo "The first one also makes .venv from requirements.txt: 1 to 10 minutes of installing."
-	@echo "Variables: PYTHON=python3.12 (the interpreter of .venv), ARGS (passed on), MAX_JOBS, WORKERS."
+	@echo "Variables: PYTHON=python3.12 (the interpreter of .venv), ARGS (passed on), RANKS, MAX_JOBS, WORKERS."
 
 $(PY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
@@ -50,6 +52,11 @@ build: setup
 
 demo: build
 	@$(PY) examples/demo.py $(ARGS)
+
+# Each by torchrun, as a user starts it.
+ranks: build
+	@for example in ddp fsdp2; do OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone \
+	  --nproc-per-node $(RANKS) examples/$$example.py $(ARGS) || exit 1; done
 
 test: build
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -10,6 +10,7 @@ import math
 import torch
 
 from ._checks import (
+    ArgumentError,
     as_integers,
     as_mask,
     as_number,
@@ -161,8 +162,19 @@ def check_normalizer(name, normalizer, reduction):
         raise refusal(name, "normalizer", rule, type(normalizer).__name__)
     if type(normalizer) in (int, float) and 0 <= normalizer < 2**63:  # those of training
         return
-    if not isinstance(normalizer, torch.Tensor):
+    if isinstance(normalizer, torch.Tensor):
+        _check_exact(name, normalizer)
+    else:
         check_number(name, "normalizer", normalizer, least=0)
+
+
+def _check_exact(name, normalizer):
+    """Mixed precision casts what a wrapped model is given, and with it the count of a step."""
+    if normalizer.dtype in (torch.float16, torch.bfloat16):
+        rule = "not be of half precision, which rounds counts above 256 or 2048"
+        got = f"{normalizer.dtype} (cast with the inputs of a model? Keep it out of them, in an "
+        got += "attribute, say)"
+        raise refusal(name, "normalizer", rule, got, TypeError)
 
 
 def as_divisor(name, normalizer, like):
@@ -181,6 +193,19 @@ def as_divisor(name, normalizer, like):
         rule = "be finite and not negative"
         raise refusal(name, "normalizer", rule, f"{normalizer.item():g}")
     return normalizer.double()
+
+
+def per_head(name, normalizer, heads):
+    """What each of several heads is divided by: the same, or one entry of a tensor each."""
+    if isinstance(normalizer, torch.Tensor) and normalizer.dim() > 0:
+        if normalizer.shape != (heads,):
+            rule = f"be a number or have one entry per head [{heads}]"
+            raise refusal(name, "normalizer", rule, shape_text(normalizer), ArgumentError)
+        _check_exact(name, normalizer)
+        return list(normalizer.unbind())
+    if normalizer is not None:
+        check_normalizer(name, normalizer, "mean")
+    return [normalizer] * heads
 
 
 def check_weighted(name, reduction, token_weight):

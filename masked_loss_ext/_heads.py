@@ -20,12 +20,24 @@ def weight_and_bias(function: str, name: str, head: Any) -> tuple[torch.Tensor, 
             got = f"{type(head).__name__} with a forward of its own, which would not be called"
             raise refusal(function, name, _RULE, got, TypeError)
         if head._forward_hooks or head._forward_pre_hooks:
-            raise refusal(function, name, "have no forward hooks: it is not called", "some")
+            got = "some" + _of_shards(head.weight)
+            raise refusal(function, name, "have no forward hooks: it is not called", got)
         return head.weight, head.bias
     pair = head if isinstance(head, (tuple, list)) else (head, None)
     if len(pair) != 2 or not isinstance(pair[0], torch.Tensor):
         raise refusal(function, name, _RULE, type(head).__name__, TypeError)
     return pair[0], pair[1]
+
+
+def _of_shards(weight):
+    """What to do where the hooks are those of FSDP2 or of tensor parallelism."""
+    placements = getattr(weight, "placements", None)
+    if placements is None:
+        return ""
+    return (
+        f" beside a weight that is sharded {placements}: fully_shard the module that calls the "
+        "loss, which gathers it, and not the head alone; of a tensor parallel head give the weight"
+    )
 
 
 def check_layer(

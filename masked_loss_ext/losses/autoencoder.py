@@ -4,17 +4,19 @@
 from torch import Tensor
 
 from .._checks import check_choice, check_leading_mask, check_prediction
-from ..ops.masked_squared_error import check_element_loss, masked_squared_error
+from ..ops.masked_squared_error import check_element_loss, squared_error_over
 
 REDUCTIONS = ("sum", "mean", "batch_mean")
 
 
-def _reconstruction_error(function, x_recon, x, mask, reduction, loss, delta):
+def _reconstruction_error(function, x_recon, x, mask, reduction, normalizer, loss, delta):
     check_choice(function, "reduction", reduction, REDUCTIONS, "unknown reduction: ")
     check_prediction(function, "x_recon", x_recon, "x", x)
     check_leading_mask(function, "mask", mask, "x_recon", x_recon)
     check_element_loss(function, loss, delta)
-    return masked_squared_error(x_recon, x, mask, None, None, 1.0, 1.0, reduction, loss, delta)
+    tensors = (x_recon, x, mask, None, None, 1.0, 1.0)
+    how = {"reduction": reduction, "loss": loss, "delta": delta}
+    return squared_error_over(function, normalizer, *tensors, **how)
 
 
 def masked_sse(
@@ -23,6 +25,7 @@ def masked_sse(
     mask: Tensor,
     *,
     reduction: str = "batch_mean",
+    normalizer: float | Tensor | None = None,
     loss: str = "mse",
     delta: float | Tensor = 1.0,
 ) -> Tensor:
@@ -46,12 +49,14 @@ def masked_sse(
             stands for any: ``[B, 1, H, W]`` against ``[B, C, H, W]`` includes its pixels in every
             channel, and counts C of them each.
         reduction: "batch_mean", "sum" or "mean".
+        normalizer: what the two means divide by instead of B and of the number of elements (n * D):
+            those of all micro-batches and ranks. A number or a 0-d tensor.
         loss, delta: what stands in the place of the square, as in ``masked_edit_token_mean_loss``.
 
     Returns:
         ``[]`` float32, float64 where x_recon or x is. Differentiable in x_recon and x.
     """
-    return _reconstruction_error("masked_sse", x_recon, x, mask, reduction, loss, delta)
+    return _reconstruction_error("masked_sse", x_recon, x, mask, reduction, normalizer, loss, delta)
 
 
 def masked_mse(
@@ -60,6 +65,7 @@ def masked_mse(
     mask: Tensor,
     *,
     reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     loss: str = "mse",
     delta: float | Tensor = 1.0,
 ) -> Tensor:
@@ -74,4 +80,4 @@ def masked_mse(
     For ``[B, L, D]`` and a ``[B, L]`` mask the mean is over n * D elements. All else is as in
     ``masked_sse``.
     """
-    return _reconstruction_error("masked_mse", x_recon, x, mask, reduction, loss, delta)
+    return _reconstruction_error("masked_mse", x_recon, x, mask, reduction, normalizer, loss, delta)

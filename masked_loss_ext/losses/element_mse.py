@@ -18,10 +18,12 @@ from .._checks import (
     check_weighting,
     refuse_unknown,
 )
-from ..ops.masked_squared_error import check_element_loss, masked_squared_error
+from ..ops.masked_squared_error import check_element_loss, squared_error_over
 from .token_mse import REDUCTIONS, TOKEN_REDUCTIONS, aggregated, shown_loss
 
-_MSE_ARGUMENTS = ("model_pred", "target", "weighting", "attention_mask", "edit_mask")
+_MSE_ARGUMENTS = (
+    *("model_pred", "target", "weighting", "attention_mask", "edit_mask", "normalizer"),
+)
 _MASK_EDIT_ARGUMENTS = (*_MSE_ARGUMENTS, "reduction")
 
 
@@ -85,6 +87,7 @@ class MaskEditLoss(torch.nn.Module):
         reduction: str = "mean",
         *,
         attention_mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Loss of ``[B, T, C]`` tensors.
@@ -98,6 +101,9 @@ class MaskEditLoss(torch.nn.Module):
                 each its mean over C, "sequence_mean", "sequence_sum" or "weighted_mean", as in
                 ``masked_edit_token_mean_loss``.
             attention_mask: ``[B, T]``, selects tokens; a size of 1 stands for any. None keeps all.
+            normalizer: what "mean" divides by instead of its own number of elements (C a token),
+                and the others instead of their tokens, samples or weights: those of all
+                micro-batches and ranks. A number or a 0-d tensor.
 
         Raises:
             TypeError: any other keyword.
@@ -118,19 +124,20 @@ class MaskEditLoss(torch.nn.Module):
         check_element_loss(name, self.loss, self.delta)
         fg, bg = self._weights()
         of_tokens = reduction not in REDUCTIONS
-        loss = masked_squared_error(
-            model_pred,
-            target,
-            attention_mask,
-            edit_mask,
-            weights,
+        tensors = (model_pred, target, attention_mask, edit_mask, weights)
+        loss = squared_error_over(
+            name,
+            None if of_tokens else normalizer,
+            *tensors,
             fg,
             fg if edit_mask is None else bg,
-            "token" if of_tokens else reduction,
-            self.loss,
-            self.delta,
+            reduction="token" if of_tokens else reduction,
+            loss=self.loss,
+            delta=self.delta,
         )
-        return aggregated(name, loss, attention_mask, reduction) if of_tokens else loss
+        if not of_tokens:
+            return loss
+        return aggregated(name, loss, attention_mask, reduction, normalizer)
 
     def extra_repr(self) -> str:
         return (
@@ -177,6 +184,7 @@ class MseLoss(torch.nn.Module):
         *,
         attention_mask: Tensor | None = None,
         edit_mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Loss of tensors of any rank; it takes what the other losses take, so that a trainer may
@@ -188,6 +196,8 @@ class MseLoss(torch.nn.Module):
             attention_mask: their leading dimensions, ``[B, T]`` say; selects, so that "mean" is
                 over what it keeps; a size of 1 stands for any. None keeps all.
             edit_mask: likewise; foreground and background weigh 1 here, so that it changes nothing.
+            normalizer: what "mean" divides by instead of its own number of elements: that of all
+                micro-batches and ranks. A number or a 0-d tensor.
 
         Raises:
             TypeError: any other keyword.
@@ -202,8 +212,9 @@ class MseLoss(torch.nn.Module):
         weights = as_weighting(name, weighting, model_pred)
         check_weighting(name, weights, "model_pred", model_pred)
         check_element_loss(name, self.loss, self.delta)
-        how = (1.0, 1.0, self.reduction, self.loss, self.delta)
-        return masked_squared_error(model_pred, target, attention_mask, None, weights, *how)
+        tensors = (model_pred, target, attention_mask, None, weights, 1.0, 1.0)
+        how = {"reduction": self.reduction, "loss": self.loss, "delta": self.delta}
+        return squared_error_over(name, normalizer, *tensors, **how)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}{shown_loss(self)}"

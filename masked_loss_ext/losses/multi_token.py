@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from .._aggregate import per_head
 from .._checks import (
     ArgumentError,
     check_device,
@@ -140,7 +141,9 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             segment_ids: ``[B, S]`` integers, for packed documents: no head predicts a token of
                 another segment.
             normalizer: what is divided by instead of each head's own count: a number or 0-d tensor
-                for all heads, or one entry per head ``[n]`` (see ``count_targets``).
+                for all heads, or one entry per head ``[n]``: the sum of ``count_targets`` over
+                micro-batches, over ranks ``torch.stack([global_token_count(masks, shift=i + 1)
+                for i in range(n)])``.
             num_valid: with heads, an int that no head has more targets than (tokens that are not
                 padding, say), as in ``masked_linear_cross_entropy``.
 
@@ -155,7 +158,7 @@ class MultiTokenPredictionLoss(torch.nn.Module):
             calls = self._of_logits(logits_list, labels, num_valid)
         else:
             calls = self._of_hidden(logits_list, heads, labels, num_valid)
-        divisors = self._divisors(normalizer)
+        divisors = per_head(_NAME, normalizer, self.n_pred_tokens)
         losses = [
             call(
                 labels,
@@ -219,16 +222,6 @@ class MultiTokenPredictionLoss(torch.nn.Module):
                 targets = targets & (segments[:, k:] == segments[:, :-k])
             counts.append(targets.sum())
         return counts
-
-    def _divisors(self, normalizer):
-        if not isinstance(normalizer, (torch.Tensor, type(None))):
-            check_number(_NAME, "normalizer", normalizer, least=0)
-        if not _is_per_head(normalizer):
-            return [normalizer] * self.n_pred_tokens
-        if normalizer.shape != (self.n_pred_tokens,):
-            rule = f"be a number or have one entry per head [{self.n_pred_tokens}]"
-            raise refusal(_NAME, "normalizer", rule, shape_text(normalizer), ArgumentError)
-        return normalizer.unbind()
 
     def _of_logits(self, logits_list, labels, num_valid) -> list[Callable[..., torch.Tensor]]:
         """The cross entropy of each head, of which rows and labels are still to be given."""

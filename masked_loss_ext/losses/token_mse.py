@@ -242,6 +242,7 @@ def compute_loss_multi_resolution(
     edit_mask: Tensor | None = None,
     weighting: float | Tensor | None = None,
     *,
+    normalizer: float | Tensor | None = None,
     loss: str = "mse",
     delta: float | Tensor = 1.0,
 ) -> Tensor:
@@ -263,7 +264,7 @@ def compute_loss_multi_resolution(
         attention_mask: ``[B, T]`` any dtype, a token counts where it is not 0. None keeps all.
         edit_mask: ``[B, T]`` in [0, 1].
         weighting: broadcastable to ``[B, T, C]``, or a number.
-        loss, delta: as in ``masked_edit_token_mean_loss``.
+        normalizer, loss, delta: as in ``masked_edit_token_mean_loss``.
 
     Returns:
         ``[]`` float32 (float64); 0 where no token is kept.
@@ -276,6 +277,7 @@ def compute_loss_multi_resolution(
         background,
         "mean",
         "Attention mask shape",
+        normalizer=normalizer,
         loss=loss,
         delta=delta,
     )

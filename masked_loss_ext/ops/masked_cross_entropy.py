@@ -124,10 +124,10 @@ def masked_cross_entropy(
             "weighted_mean" (over the sum of the token weights instead of the number of rows):
             formulas, and who wants which, at ``aggregate_tokens``. Sequences without a row that
             counts do not count; class weights take part in the denominators as in "mean".
-        normalizer: denominator of "mean" (a number or a 0-d tensor: the tokens of the whole
-            accumulation window over all ranks, ``distributed.global_token_count``), of
-            "weighted_mean" (the sum of weights) and of "sequence_mean" and "sequence_sum" (the
-            number of sequences, or any constant). Where it is 0 the loss is 0.
+        normalizer: denominator of "mean" (the tokens of the whole accumulation window over all
+            ranks, ``distributed.global_token_count``), of "weighted_mean" (the sum of weights) and
+            of "sequence_mean" and "sequence_sum" (the number of sequences, or any constant): a
+            number or a 0-d tensor, not in half precision. Where it is 0 the loss is 0.
         class_dim: the dimension of the classes in logits: 1 for the ``[N, C, d1, ...]`` of
             ``F.cross_entropy``. Rows are the other dimensions in their order, ``[N, d1, ...]``.
             Logits whose classes are adjacent in memory (channels_last) are not copied, others are.

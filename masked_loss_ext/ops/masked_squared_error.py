@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
+from .._aggregate import as_divisor, check_normalizer, over
 from .._checks import (
     as_edit_mask,
     as_mask,
@@ -51,6 +52,15 @@ def masked_squared_error(
         delta = None
     args = (prediction, target, mask, edit_mask, weighting, *weights, reduction, loss, delta)
     return operator.call(args, 1)[0]
+
+
+def squared_error_over(function, normalizer, *tensors, reduction, **how):
+    """``masked_squared_error``, whose means are divided by ``normalizer`` where there is one."""
+    if normalizer is None:
+        return masked_squared_error(*tensors, reduction=reduction, **how)
+    check_normalizer(function, normalizer, reduction)
+    total = masked_squared_error(*tensors, reduction="sum", **how)
+    return over(total.double(), as_divisor(function, normalizer, total)).to(total.dtype)
 
 
 def check_element_loss(function: str, loss: str, delta: float | torch.Tensor | None) -> None:

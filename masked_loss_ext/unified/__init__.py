@@ -6,7 +6,8 @@ from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
 from .deepseek import DeepSeekLoss
 from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
-from .multi_token import AdaptiveMTPLoss, MultiTokenPredictionLoss
+from .hidden_state_mtp import MultiTokenPredictionLoss
+from .multi_token import AdaptiveMTPLoss
 from .penalties import (
     AdaptiveAntiRepetitionLoss,
     AntiRepetitionLoss,

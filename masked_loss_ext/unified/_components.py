@@ -14,7 +14,8 @@ from ._options import LossModule, part_of
 from ._rows import Needs, Rows, masked_mean, may_be_on, per_token, smoothed_loss
 from ._state import advances
 from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
-from .multi_token import AdaptiveMTPLoss, HiddenStateMTPLoss
+from .hidden_state_mtp import HiddenStateMTPLoss
+from .multi_token import AdaptiveMTPLoss
 from .penalties import NGramRepetitionPenalty, PenalisesEnds, SequenceRepetitionDetector
 from .simple import FocalLoss, LabelSmoothingLoss
 from .temperature import TemperatureScaledCrossEntropy

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_flags
+from .._checks import check_flags, refusal
 from ..ops._autograd import _functorch_is_active
 from ._options import LossModule
 
@@ -39,12 +39,13 @@ class SyncsState(LossModule):
         """Make the state equal on all ranks, by one all-reduce of one vector of float64.
 
         What each number becomes is said where the buffers are described; parameters and the number
-        of a pending backward pass are left alone. Every rank of ``group`` (a process group, None:
-        all) has to call it, between two steps. Nothing else exchanges state: without it each rank
-        has that of its own batches. Without an initialised process group, and of one rank, nothing
-        happens.
+        of a pending backward pass are left alone. Every rank of ``group`` (a process group or a 1-D
+        DeviceMesh, None: all) has to call it, between two steps. Nothing else exchanges state:
+        without it each rank has that of its own batches. Without an initialised process group, and
+        of one rank, nothing happens. ``distributed.sync_state(model)`` does it for all losses that
+        a model contains; ``distributed.keep_state_local`` says what DDP needs to be told.
         """
-        _sync(self, group)
+        sync(f"{self.function}.sync_state", self, group)
 
 
 class KeepsState(SyncsState):
@@ -78,18 +79,18 @@ class KeepsState(SyncsState):
 
 
 @torch.no_grad()
-def _sync(module, group):
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    ranks = distributed.get_world_size(group)
+def sync(function, module, group):
+    from ..distributed._group import group_size, process_group  # which imports this
+
+    group = process_group(function, group)
+    ranks = group_size(group)
     parts = [part for part in module.modules() if isinstance(part, KeepsState)]
-    if ranks < 2 or not parts:  # -1 outside of the group
+    if ranks < 2 or not parts:
         return
     shares = [[share.double() for share in part._shares()] for part in parts]
     device = shares[0][0].device
     flat = torch.cat([share.reshape(-1).to(device) for found in shares for share in found])
-    distributed.all_reduce(flat, group=group)
+    torch.distributed.all_reduce(flat, group=group)
     for part, found in zip(parts, shares, strict=True):
         sums = []
         for share in found:
@@ -109,10 +110,38 @@ def borrow(module, names, like):
 
 def give_back(module, state):
     """What was changed in borrowed copies; of a dry run nothing is known."""
+    if torch.compiler.is_compiling():
+        own = _all_is_own()
+    else:
+        own = not _sent_by_ddp(module)
+    if not own:
+        rule = "be each rank's own: let DDP wrap "
+        rule += "masked_loss_ext.distributed.keep_state_local(model)"
+        got = "DistributedDataParallel that replaces it by that of rank 0 in each forward"
+        raise refusal(module.function, "state", rule, got, RuntimeError)
     for name, tensor in state.items():
         buffer = getattr(module, name)
         if tensor is not buffer and has_data(tensor):
             buffer.copy_(tensor)
+
+
+def _sent_by_ddp(*parts):
+    """Whether DDP, of which this is the forward, sends state of ``parts`` from rank 0 to all."""
+    ddp = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() < 2:
+        return False
+    parts = parts or [part for part in ddp.module.modules() if isinstance(part, KeepsState)]
+    own = [next(part.buffers(recurse=False)) for part in parts]
+    return any(buffer is one for buffer in ddp.modules_buffers for one in own)
+
+
+def _all_is_own():
+    """Asked while tracing, once; a graph that refuses breaks, and is refused without one."""
+    return not _sent_by_ddp()
+
+
+# what torch.compiler.assume_constant_result sets; it would import the compiler, which takes seconds
+_all_is_own.__dict__["_dynamo_marked_constant"] = True
 
 
 def has_data(tensor):

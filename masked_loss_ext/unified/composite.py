@@ -17,7 +17,7 @@ from ._state import SyncsState
 from .consistency import ConsistencyLoss
 from .contrastive import ContrastiveLoss
 from .experts import AuxiliaryFreeMoEBalancer, AuxiliaryLoss, DiversityLoss
-from .multi_token import HiddenStateMTPLoss
+from .hidden_state_mtp import HiddenStateMTPLoss
 from .penalties import AntiRepetitionLoss
 from .simple import FocalLoss, LabelSmoothingLoss, PerplexityLoss
 

@@ -12,7 +12,7 @@ from ._options import Flag, Number, PenaltyOn, Size, Token
 from ._rows import per_token, rows_of
 from ._state import SyncsState, advances
 from .experts import AuxiliaryFreeMoEBalancer
-from .multi_token import HiddenStateMTPLoss
+from .hidden_state_mtp import HiddenStateMTPLoss
 from .temperature import TemperatureScaledCrossEntropy
 
 
@@ -31,7 +31,7 @@ class DeepSeekLoss(SyncsState):
     >>> torch.testing.assert_close(out["total_loss"], out["main_loss"] + out["mtp_mtp_loss"])
 
     On several ranks temperature and counts are each rank's own until ``sync_state``, which does
-    what is said at the three.
+    what is said at the three; the total is one of means, see ``UnifiedLoss``.
 
     Args:
         vocab_size, hidden_size: V, H.

@@ -86,10 +86,16 @@ class UnifiedLoss(SyncsState):
     ================================ ==============================================================
 
     Temperature, loss history, adaptive MTP's sums and the experts' counts are buffers: saved,
-    copied and resumed with the module. ``update_state=False`` leaves them alone. On several ranks
-    they are each rank's own until ``sync_state``: temperature and remembered losses become the mean
-    of all, averages those over all, counts those of an average rank, as is said at
-    ``TemperatureScaledCrossEntropy``, ``AdaptiveMTPLoss`` and ``AuxiliaryFreeMoEBalancer``.
+    copied and resumed with the module. ``update_state=False`` leaves them alone.
+
+    **On several ranks** they are each rank's own until ``sync_state``: temperature and remembered
+    losses become the mean of all, averages those over all, counts those of an average rank, as is
+    said at ``TemperatureScaledCrossEntropy``, ``AdaptiveMTPLoss`` and ``AuxiliaryFreeMoEBalancer``.
+    In the forward of a model that DDP wraps, DDP has to be told: see
+    ``distributed.keep_state_local``. The total is a sum of means over this batch's rows, so there
+    is no normalizer; weigh it by its share of what counts on all ranks and in all micro-batches:
+    ``loss * (attention_mask.sum() / global_token_count(masks))``. What is a mean over rows is then
+    that of one process; the rest (heads, counts of repetition, experts) is averaged by rows.
 
     A number that a schedule moves is set here by its name, or at its component
     (``focal_loss.gamma``). It costs torch.compile a second graph at its second value, and none

@@ -23,8 +23,8 @@ from tiny_models import (  # noqa: E402
     trained_by_hand,
     weights,
 )
+from trainer_ranks import train_together  # noqa: E402
 from transformers import Qwen2ForCausalLM  # noqa: E402
-from two_ranks import run_two_ranks  # noqa: E402
 
 from masked_loss_ext.integrations.transformers import (  # noqa: E402
     MaskLabels,
@@ -186,6 +186,6 @@ def test_checkpoints_and_what_is_saved(tmp_path):
     assert trainer.model is model
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks(ranks, tmp_path):
     """Both train the weights that one would, and log its loss."""
-    run_two_ranks("logit_free", tmp_path)
+    ranks(2).run(train_together, "logit_free", tmp_path, timeout=300)

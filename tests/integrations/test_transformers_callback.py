@@ -21,8 +21,8 @@ from tiny_models import (  # noqa: E402
     token_losses,
     weights,
 )
+from trainer_ranks import train_together  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
-from two_ranks import run_two_ranks  # noqa: E402
 
 from masked_loss_ext.integrations.transformers import (  # noqa: E402
     MaskLabels,
@@ -199,6 +199,6 @@ def test_errors(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path):
+def test_two_ranks(ranks, tmp_path):
     """Both log the loss over the tokens of both, and train the weights that one would."""
-    run_two_ranks("causal_lm_loss", tmp_path)
+    ranks(2).run(train_together, "causal_lm_loss", tmp_path, timeout=300)

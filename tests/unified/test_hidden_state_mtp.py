@@ -286,3 +286,53 @@ def test_errors(function, text):
     with pytest.raises(ValueError) as caught:
         function()
     assert str(caught.value).startswith("HiddenStateMTPLoss: ") and text in str(caught.value)
+
+
+# --- a normalizer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_normalizer(inplace_backward):
+    """Parts of a batch, divided by what all of it counts, add up to its loss and gradient."""
+    loss_fn = Loss(5, 3, 2, inplace_backward=inplace_backward).double()
+    hidden = torch.randn(2, 4, 3, dtype=torch.float64)
+    y = torch.tensor([[1, 2, 3, 4], [0, 1, -100, -100]])
+    assert loss_fn.count_targets(y).tolist() == [4, 2]
+    whole = loss_fn(hidden, y)["mtp_loss"]
+    expected = torch.autograd.grad(whole, list(loss_fn.parameters()))
+    counts = loss_fn.count_targets(y[:1]) + loss_fn.count_targets(y[1:])
+    parts = [loss_fn(hidden[b : b + 1], y[b : b + 1], normalizer=counts) for b in range(2)]
+    total = sum(part["mtp_loss"] for part in parts)
+    torch.testing.assert_close(total, whole)
+    found = torch.autograd.grad(total, list(loss_fn.parameters()))
+    torch.testing.assert_close(found, expected)
+    # the mean of the means of both is another number
+    usual = sum(loss_fn(hidden[b : b + 1], y[b : b + 1])["mtp_loss"] for b in range(2)) / 2
+    assert abs(usual - whole) > 1e-4
+    # one number for all heads, and heads that reach past the end of one batch's rows
+    first = loss_fn(hidden, y, normalizer=8)["per_token_losses"]
+    torch.testing.assert_close(2 * first[0], loss_fn(hidden, y)["per_token_losses"][0])
+    short = loss_fn(hidden[:, :2], y[:, :2], normalizer=torch.tensor([2, 1]))
+    mean = loss_fn(hidden[:, :2], y[:, :2])
+    torch.testing.assert_close(2 * short["mtp_loss"], mean["mtp_loss"])
+
+
+def test_count_targets_knows_masks_and_documents():
+    loss_fn = Loss(5, 3, 2, mask_sources=True)
+    y, mask = torch.zeros(1, 5, dtype=torch.int64), torch.tensor([[0, 1, 1, 1, 1]])
+    assert loss_fn.count_targets(y, mask).tolist() == [3, 2]
+    ids = torch.tensor([[0, 0, 0, 1, 1]])
+    assert loss_fn.count_targets(y, mask, segment_ids=ids).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "normalizer, text",
+    [
+        (torch.ones(3), r"be a number or have one entry per head \[2\], got \[3\]"),
+        (-1.0, "be a finite number at least 0, got -1"),
+    ],
+)
+def test_normalizer_errors(normalizer, text):
+    loss_fn = Loss(5, 3, 2)
+    with pytest.raises(ValueError, match=f"^HiddenStateMTPLoss: normalizer must {text}"):
+        loss_fn(torch.zeros(1, 4, 3), torch.zeros(1, 4, dtype=torch.int64), normalizer=normalizer)
