@@ -22,6 +22,7 @@ from ._checks import (
     check_like,
     check_number,
     check_tensor,
+    is_dtensor,
     is_readable,
     refusal,
     shape_text,
@@ -99,6 +100,11 @@ def aggregate_tokens(
         loss and token_weight.
     """
     name = "aggregate_tokens"
+    if is_dtensor(loss):
+        from .distributed import _dtensor
+
+        given = {"mask": mask, "token_weight": token_weight, "segment_ids": segment_ids}
+        return _dtensor.tokens(name, loss, given, reduction, normalizer)
     mask, token_weight, segment_ids = _checked(
         name, loss, mask, reduction, token_weight, segment_ids
     )
@@ -130,9 +136,20 @@ def reduce_tokens(loss, on, share, reduction, segment_ids=None, divisor=None):
         totals = _per_sequence(share, runs)
         terms = over(terms, totals if runs is None else totals.gather(-1, runs))
     if divisor is None:
-        by_token = reduction in ("mean", "weighted_mean")
-        divisor = share.sum() if by_token else (_per_sequence(on.long(), runs) > 0).sum()
+        divisor = _denominator(on, share, reduction, runs)
     return over(terms.sum(), divisor).to(loss.dtype)
+
+
+def denominator(on, share, reduction, segment_ids=None):
+    """What reduce_tokens divides by where it is given nothing else, a 0-d tensor."""
+    share = share.double() if share.is_floating_point() else share
+    return _denominator(on, share, reduction, None if segment_ids is None else _runs(segment_ids))
+
+
+def _denominator(on, share, reduction, runs):
+    if reduction in ("mean", "weighted_mean"):
+        return share.sum()
+    return (_per_sequence(on.long(), runs) > 0).sum()
 
 
 def _runs(segment_ids):

@@ -55,6 +55,41 @@ def check_tensor(function, name, value):
         raise refusal(function, name, "be a dense tensor", f"layout {value.layout}")
 
 
+def is_dtensor(value):
+    """A DTensor, known without its module: to import that takes half a second."""
+    cls = type(value)
+    if cls is torch.Tensor or cls is torch.nn.Parameter:
+        return False
+    return isinstance(value, torch.Tensor) and hasattr(cls, "redistribute")
+
+
+def check_whole(function, name, value, instead="call it with to_local() or full_tensor()"):
+    """A tensor that is no DTensor."""
+    check_tensor(function, name, value)
+    if is_dtensor(value):
+        got = f"a DTensor placed {placements_text(value)}: {instead}"
+        raise refusal(function, name, "be a plain tensor", got)
+
+
+def check_same_device(function, name, tensor, like_name, like):
+    if tensor.device != like.device:
+        rule = f"be on the device of {like_name} ({like.device})"
+        raise refusal(function, name, rule, tensor.device)
+
+
+def check_beside(function, name, tensor, like_name, like):
+    """No DTensor beside a plain tensor: nobody knows which part of it belongs to that."""
+    if is_dtensor(tensor) and not is_dtensor(like):
+        instead = f"{like_name} is none, so what belongs to it is not known; make both DTensors"
+        check_whole(function, name, tensor, instead)
+
+
+def placements_text(tensor):
+    """Of a DTensor: "Shard(dim=1) over 'tp'" for each dimension of its mesh."""
+    names = tensor.device_mesh.mesh_dim_names or range(tensor.device_mesh.ndim)
+    return ", ".join([f"{p!r} over {n!r}" for p, n in zip(tensor.placements, names, strict=True)])
+
+
 def check_rank(function, name, tensor, rank, layout):
     if tensor.dim() != rank:
         raise refusal(function, name, f"have {rank} dimensions {layout}", shape_text(tensor))
@@ -183,10 +218,9 @@ def check_floating(function, name, tensor):
 
 
 def check_device(function, name, tensor, like_name, like):
+    check_beside(function, name, tensor, like_name, like)
     # Moving it here would cost a synchronisation on every step, in silence.
-    if tensor.device != like.device:
-        rule = f"be on the device of {like_name} ({like.device})"
-        raise refusal(function, name, rule, tensor.device)
+    check_same_device(function, name, tensor, like_name, like)
 
 
 def check_like(function, name, tensor, like_name, like, *, broadcast=False, label=""):

@@ -10,13 +10,14 @@ import torch
 from .._aggregate import per_head
 from .._checks import (
     ArgumentError,
-    check_device,
+    check_beside,
     check_floating,
     check_int,
     check_label_rows,
     check_length,
     check_number,
     check_rank,
+    check_same_device,
     check_tensor,
     refusal,
     shape_text,
@@ -282,7 +283,8 @@ def _check_states(name, tensors, labels, layout, several=True):
         if tensor.shape[:2] != labels.shape:
             rule = f"have the B and S of labels {shape_text(labels)}"
             raise refusal(_NAME, one, rule, shape_text(tensor))
-        check_device(_NAME, one, tensor, "labels", labels)
+        check_same_device(_NAME, one, tensor, "labels", labels)
+        check_beside(_NAME, "labels", labels, one, tensor)
 
 
 def _numbers(weights):

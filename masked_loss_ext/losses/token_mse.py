@@ -16,6 +16,7 @@ from .._checks import (
     check_prediction,
     check_rank,
     check_weighting,
+    is_dtensor,
     is_traced,
     refuse_unknown,
 )
@@ -116,6 +117,14 @@ def aggregated(function, loss, attention_mask, reduction, normalizer=None):
     """One number of losses ``[B, T]`` of tokens; "weighted_mean" weighs by the mask's values."""
     if normalizer is not None:
         check_normalizer(function, normalizer, reduction)
+    if is_dtensor(loss):
+        from ..distributed import _dtensor
+
+        weighs = reduction == "weighted_mean" and attention_mask is not None
+        given = {"mask": attention_mask, "segment_ids": None}
+        given["token_weight"] = attention_mask.to(loss.dtype) if weighs else None
+        by = "mean" if reduction == "weighted_mean" and not weighs else reduction
+        return _dtensor.tokens(function, loss, given, by, normalizer)
     if attention_mask is None:
         on = torch.ones_like(loss, dtype=torch.bool)
     else:

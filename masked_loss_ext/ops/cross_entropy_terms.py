@@ -10,7 +10,15 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
-from .._checks import as_integers, as_mask, check_integers, check_tensor, refusal, shape_text
+from .._checks import (
+    as_integers,
+    as_mask,
+    check_integers,
+    check_tensor,
+    check_whole,
+    refusal,
+    shape_text,
+)
 from ..reference import CrossEntropyTerms
 from ._autograd import Differentiable, Like, is_transformed
 from .masked_cross_entropy import temperature_tensor, with_adjacent_classes
@@ -114,11 +122,11 @@ def cross_entropy_terms(
 
 
 def _check_types(logits, target, mask, classes, links):
-    check_tensor(_NAME, "logits", logits)
-    check_tensor(_NAME, "target", target)
+    check_whole(_NAME, "logits", logits)
+    check_whole(_NAME, "target", target)
     for argument, tensor in {"mask": mask, "classes": classes}.items():
         if tensor is not None:
-            check_tensor(_NAME, argument, tensor)
+            check_whole(_NAME, argument, tensor)
     if links is None:
         return
     if not isinstance(links, (tuple, list)) or len(links) != 2:

@@ -19,6 +19,8 @@ from .._checks import (
     check_flags,
     check_length,
     check_tensor,
+    check_whole,
+    is_dtensor,
     refusal,
     shape_text,
 )
@@ -30,6 +32,10 @@ from .linear_cross_entropy_derivatives import DEFAULTS, NAME, call
 from .masked_cross_entropy import SHOWN, Number, aggregate, number_tensor, temperature_tensor
 
 Run = Callable[[dict[str, Any], int], tuple[torch.Tensor, ...]]  # arguments, results to show
+_BESIDE_PLAIN_HIDDEN = (
+    "hidden is none, so it is not known whether this is FSDP's shard (call it inside of that "
+    "module's forward) or a part of the classes (make hidden a DTensor of the same mesh)"
+)
 _ROW_TENSORS = ("target", "mask", "token_weight", "segment_ids")
 
 
@@ -95,6 +101,9 @@ def masked_linear_cross_entropy(
         logits_dtype: torch.float32 for float32 logits of half inputs. None: what ``F.linear`` gives
             (float32 as well on processors that do not multiply halves).
 
+        Of DTensors, hidden may be Replicate or Shard over rows, weight and bias Replicate or
+        Shard(0) where hidden is Replicate; the rest is as in ``masked_cross_entropy``.
+
     Returns:
         the loss, float32 (float64 for float64 inputs), or (loss, RowStatistics).
 
@@ -133,6 +142,10 @@ def masked_linear_cross_entropy(
         "num_valid": num_valid,
     }
     check_flags(NAME, {"return_stats": return_stats})
+    if is_dtensor(hidden):
+        from ..distributed import _dtensor
+
+        return _dtensor.linear_cross_entropy(NAME, given | {"logits_dtype": logits_dtype})
     return loss_of_hidden(NAME, given, logits_dtype, call)
 
 
@@ -193,6 +206,11 @@ def linear_row_statistics(
     given |= {"target": target, "mask": mask, "ignore_index": ignore_index}
     given |= {"temperature": temperature, "softcap": softcap}
     given |= {"chunk_rows": chunk_rows, "num_valid": num_valid}
+    if is_dtensor(hidden):
+        from ..distributed import _dtensor
+
+        given |= {"logits_dtype": logits_dtype}
+        return _dtensor.linear_row_statistics("linear_row_statistics", given)
     return statistics_of_hidden("linear_row_statistics", given, logits_dtype, call)
 
 
@@ -218,6 +236,9 @@ def statistics_of_hidden(
 def _prepared(name, given, logits_dtype):
     """The arguments as the operator takes them."""
     hidden, weight, bias = given["hidden"], given["linear_weight"], given["bias"]
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        if is_dtensor(tensor):
+            check_whole(name, argument, tensor, _BESIDE_PLAIN_HIDDEN)
     # A shard of the vocabulary may have no class.
     check_layer(name, hidden, weight, bias, least=0 if "vocab_size" in given else 1)
     for argument in _ROW_TENSORS:

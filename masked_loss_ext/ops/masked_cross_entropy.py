@@ -25,6 +25,7 @@ from .._checks import (
     as_number,
     check_constant,
     check_flags,
+    is_dtensor,
     is_symbolic,
     refusal,
     shape_text,
@@ -148,6 +149,12 @@ def masked_cross_entropy(
         segment_ids for a batch of several, ``[B, 1]`` of mask, token_weight and temperature.
         Integers are int64, int32, int16, int8, uint8, uint16 or uint32.
 
+        A DTensor of logits may be Shard over rows (with a shift or sequences not over these), Shard
+        over the classes (see ``vocab_parallel_cross_entropy``) or Replicate, per dimension of its
+        mesh; other tensors are DTensors of that mesh or plain, whole and the same on all its ranks.
+        The result is a DTensor, a mean that over all rows; "none" and statistics lie as the rows.
+        Every rank has to call, as some calls send a number or two.
+
     Returns:
         the loss, float32 (float64 for float64 logits), or (loss, RowStatistics).
 
@@ -177,11 +184,16 @@ def masked_cross_entropy(
         "statistics": return_stats,
         "schedule": None,
     }
+    how = {"inplace_backward": False, "gradient_in_forward": False}
     if inplace_backward or gradient_in_forward:
         how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
         check_flags(name, how)
     if gradient_in_forward:
         checks.check_sweep(name, reduction, return_stats)
+    if is_dtensor(logits):
+        from ..distributed import _dtensor
+
+        return _dtensor.cross_entropy(name, given | how, class_dim)
 
     def run(a):
         if inplace_backward and not torch.compiler.is_compiling():
@@ -226,9 +238,18 @@ def aggregate(
 
     Class weights take the part in the denominators that they have in "mean".
     """
+    on, share = shares(name, a, reduction, loss.dtype)
+    divisor = as_divisor(name, normalizer, loss)
+    return reduce_tokens(loss, on, share, reduction, as_integers(a["segment_ids"]), divisor)
+
+
+def shares(
+    name: str, a: dict[str, Any], reduction: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows count, and what each adds to the denominators that go by rows."""
     rows = "logits" if "logits" in a else "hidden"
     logits, weight, shift = a[rows], a["weight"], a["shift"]
-    if logits.dim() < 2 and reduction != "weighted_mean":
+    if logits.dim() < 2 and reduction.startswith("sequence"):
         last = "V" if rows == "logits" else "D"
         got = shape_text(logits)
         raise refusal(name, rows, f"be [..., S, {last}] for reduction {reduction}", got)
@@ -238,12 +259,11 @@ def aggregate(
     share = on
     if weight is not None:
         # On a GPU a label may be out of range; its loss is NaN already.
-        weight = weight.to(loss.dtype)  # not detached: in forward mode it may have a tangent
+        weight = weight.to(dtype)  # not detached: in forward mode it may have a tangent
         share = select(on, at_labels(weight, labels.clamp(0, weight.shape[0] - 1)))
     if reduction == "weighted_mean":
-        share = share * select(on, shifted(a["token_weight"], shift, 0).to(loss.dtype))
-    divisor = as_divisor(name, normalizer, loss)
-    return reduce_tokens(loss, on, share, reduction, segment_ids, divisor)
+        share = share * select(on, shifted(a["token_weight"], shift, 0).to(dtype))
+    return on, share
 
 
 def row_statistics(
@@ -281,6 +301,10 @@ def row_statistics(
     """
     given = {"logits": logits, "target": target, **DEFAULTS, "mask": mask}
     given |= {"ignore_index": ignore_index, "temperature": temperature, "softcap": softcap}
+    if is_dtensor(logits):
+        from ..distributed import _dtensor
+
+        return _dtensor.row_statistics("row_statistics", given, class_dim)
     return statistics_of_rows("row_statistics", given, class_dim, lambda a: call(a, SHOWN, False))
 
 

@@ -16,12 +16,14 @@ from .._checks import (
     _LARGEST,
     CONVERTED_INTEGERS,
     CONVERTED_MASKS,
+    check_beside,
     check_choice,
     check_flags,
     check_int,
     check_length,
     check_number,
     check_tensor,
+    check_whole,
     refusal,
     shape_text,
 )
@@ -184,6 +186,9 @@ def check_tensors(name, given):
         is_number = argument in _MAY_BE_NUMBERS and not isinstance(value, torch.Tensor)
         if argument == "logits" or (value is not None and not is_number):
             check_tensor(name, argument, value)
+            if argument == "logits":  # others than masked_cross_entropy take no DTensor
+                check_whole(name, argument, value)
+            check_beside(name, argument, value, "logits", given["logits"])
 
 
 def explain(name, failure, given):

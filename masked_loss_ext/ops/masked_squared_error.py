@@ -18,6 +18,7 @@ from .._checks import (
     check_choice,
     check_constant,
     check_number,
+    is_dtensor,
     is_symbolic,
 )
 from ..reference.squared_error import ELEMENT_LOSSES, align_leading
@@ -37,6 +38,12 @@ def masked_squared_error(
     delta: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss alone; arguments as in the schema. Checks only what the kernels need to be safe."""
+    if is_dtensor(prediction):
+        from ..distributed import _dtensor
+
+        tensors = {"mask": mask, "edit_mask": edit_mask, "weighting": weighting}
+        how = (foreground_weight, background_weight, reduction, loss, delta)
+        return _dtensor.squared_error("masked_squared_error", prediction, target, tensors, how)
     if mask is not None and mask.dtype is not torch.bool:
         mask = as_mask("masked_squared_error", "mask", mask)
     if edit_mask is not None:

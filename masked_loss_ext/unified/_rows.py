@@ -22,6 +22,7 @@ from .._checks import (
     check_mask,
     check_rank,
     check_tensor,
+    check_whole,
     refusal,
     shape_text,
 )
@@ -129,7 +130,7 @@ def row_mask(function, mask, like_name, like, name="attention_mask"):
 
 def check_features(function, name, tensor, last=None, last_name=""):
     """A floating tensor, and what its last dimension must be."""
-    check_tensor(function, name, tensor)
+    check_whole(function, name, tensor)
     check_floating(function, name, tensor)
     if last is not None and (tensor.dim() == 0 or tensor.shape[-1] != last):
         got = shape_text(tensor)
@@ -173,6 +174,7 @@ def rows_of(module, targets, attention_mask, segment_ids=None, argument="targets
     """Of ``targets`` ``[B, S]``, a mask like them and segment ids ``[B, S]`` or ``[1, S]``, for a
     module with an ignore_index."""
     function = module.function
+    check_whole(function, argument, targets)
     check_integers(function, argument, targets)
     check_rank(function, argument, targets, 2, "[B, S]")
     if attention_mask is not None:
