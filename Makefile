@@ -55,7 +55,7 @@ demo: build
 
 # Each by torchrun, as a user starts it.
 ranks: build
-	@for example in ddp fsdp2; do OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone \
+	@for example in ddp fsdp2 tensor_parallel; do OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) examples/$$example.py $(ARGS) || exit 1; done
 
 test: build

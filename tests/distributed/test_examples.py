@@ -67,3 +67,14 @@ def test_without_torchrun():
     )
     assert done.returncode == 2
     assert "start it with: torchrun --nproc-per-node 2 " in done.stderr
+
+
+@pytest.mark.slow
+def test_tensor_parallel():
+    done = run("tensor_parallel.py", "--steps", "4", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^ +(\d) +\d+ +([\d.]+) +([\d.]+) ", done.stdout, re.M)
+    assert [int(step) for step, *_ in rows] == [1, 2, 3, 4], done.stdout
+    for _, loss, alone in rows:
+        assert abs(float(loss) - float(alone)) <= 2e-6
+    assert done.stdout.rstrip().endswith(": as one process")
