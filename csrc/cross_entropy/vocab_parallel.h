@@ -24,8 +24,8 @@ inline ShardFormat format_of(const RowArguments& in) {
 class KeywordsHash {
  public:
   explicit KeywordsHash(const RowArguments& in, const Tensor& like) {
-    const CrossEntropyOptions o = options_of(in);
-    for (double number : {o.label_smoothing, o.softcap, o.z_loss, o.focal_gamma}) add(number);
+    static_assert(sizeof(CrossEntropyOptions) % sizeof(double) == 0);  // no bytes between numbers
+    add(options_of(in));
     for (int64_t number : {in.ignore_index, in.shift, int64_t{in.statistics}, row_count(like),
                            static_cast<int64_t>(accumulate_type(like))}) {
       add(number);
