@@ -167,13 +167,14 @@ class Report:
     off: list[float] = field(default_factory=list)  # the mean of rank means, from one process's
 
     @classmethod
-    def of(cls, model: LanguageModel, world: World, title: str) -> Report:
-        """Before the model is wrapped, sharded or trained."""
+    def of(cls, model: LanguageModel, world: World, title: str, rank_means: bool = True) -> Report:
+        """Before the model is wrapped, sharded or trained. rank_means: steps will tell them."""
         if world.rank != 0:
             return cls(world, None)
         print(f"{title}: {world.size} processes on {world.device.type}")
-        heads = ("step", "tokens", "loss", "one process", "difference", "mean of rank means")
-        print("{:>4} {:>7} {:>10} {:>12} {:>11} {:>19}".format(*heads), flush=True)
+        heads = "step", "tokens", "loss", "one process", "difference"
+        line = "{:>4} {:>7} {:>10} {:>12} {:>11}".format(*heads)
+        print(line + "  mean of rank means" * rank_means, flush=True)
         return cls(world, OneProcess(model))
 
     def step(self, window: Window, loss: float, rank_means: float | None = None) -> None:

@@ -42,7 +42,7 @@ def train() -> int:
     wanted = common.parse_arguments("A vocabulary that is spread over ranks.")
     world = common.start(wanted.device)
     everything = common.make_model(wanted, world)
-    report = common.Report.of(everything, world, "Tensor parallel")
+    report = common.Report.of(everything, world, "Tensor parallel", rank_means=False)
     model = cut(everything, world)
     # Some parameters are DTensors and some are not: one by one, as foreach takes one kind.
     optimizer = torch.optim.AdamW(model.parameters(), common.LEARNING_RATE, foreach=False)
