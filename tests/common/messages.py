@@ -29,9 +29,10 @@ class Message(NamedTuple):
 class Messages(TorchDispatchMode):
     """``with Messages() as sent``: ``sent.all`` are the messages in order, in forward and backward.
 
-    Counted where PyTorch dispatches them, so those of DDP's C++ reducer, which does not, are not
-    seen. An all-gather of n bytes brings n from every other rank; an all-reduce of n bytes is one
-    of two halves, 2 (ranks - 1) / ranks * n for the usual ring.
+    Counted where PyTorch dispatches them, on the thread of the ``with``: those of DDP's reducer too
+    where the backward runs there, as it does on the CPU. An all-gather of n bytes brings n from
+    every other rank; an all-reduce of n bytes is one of two halves, 2 (ranks - 1) / ranks * n for
+    the usual ring.
     """
 
     def __init__(self):
