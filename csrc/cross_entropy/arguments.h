@@ -52,6 +52,8 @@ struct CrossEntropyInputs {
 
 // In the order of the schema.
 struct RowArguments : CrossEntropyInputs {
+  static constexpr const char* kBackward = "_masked_cross_entropy_backward";
+
   int64_t ignore_index;
   CrossEntropyOptions options;
   int64_t shift;
@@ -80,6 +82,8 @@ struct RowArguments : CrossEntropyInputs {
 
 // The same of logits that are a shard of the vocabulary.
 struct ShardArguments : RowArguments {
+  static constexpr const char* kBackward = "_vocab_parallel_cross_entropy_backward";
+
   explicit ShardArguments(Arguments& in) : RowArguments(in) { take_shard(in); }
 };
 

@@ -267,7 +267,7 @@ struct RowBackward {
         needs_token_weight(arguments.flag()) {}
 
   auto run() const {
-    RowCall call(kInPlace ? "_masked_cross_entropy_backward_" : "_masked_cross_entropy_backward", in);
+    RowCall call(Inputs::kBackward, in);
     RowProblem& q = call.problem;
     gradients.put(call, in.like());
     if (kInPlace) check_overwritable(call.op, "logits", in.logits);

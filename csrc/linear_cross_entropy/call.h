@@ -26,6 +26,8 @@ namespace masked_loss_ext {
 
 // In the order of the schema.
 struct LinearArguments {
+  static constexpr const char* kBackward = "_linear_cross_entropy_backward";
+
   const Tensor hidden, linear_weight;
   const std::optional<Tensor> bias;
   RowArguments rows;
@@ -282,7 +284,7 @@ struct LinearBackward {
         needs_token_weight(arguments.flag()) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> run() const {
-    constexpr const char* op = "_linear_cross_entropy_backward";
+    constexpr const char* op = Inputs::kBackward;
     RowInputs call(op, in.checked(op).rows, in.like());
     gradients.put(call, in.like());
     const typename Device::Scope scope(in.hidden);

@@ -12,6 +12,8 @@ namespace masked_loss_ext {
 constexpr const char* kVocabParallelLinear = "vocab_parallel_linear_cross_entropy";
 
 struct LinearShardArguments : LinearArguments {
+  static constexpr const char* kBackward = "_vocab_parallel_linear_cross_entropy_backward";
+
   explicit LinearShardArguments(Arguments& in) : LinearArguments(in) { rows.take_shard(in); }
 };
 

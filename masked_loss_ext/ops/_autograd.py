@@ -127,7 +127,9 @@ class Signature:
     def register_fake(self, likes: Callable[[Any], Iterable[Like]], name: str):
         def fake(*args, **kwargs):
             a = self.arguments(*args, **kwargs)
-            tensors = [t for t in self.split(a)[0] if t is not None]
+            # A schedule lies on the CPU, wherever the others are.
+            found = [getattr(a, self.names[i]) for i in self.tensors if self.names[i] != "schedule"]
+            tensors = [t for t in found if t is not None]
             refuse_two_devices(name, *tensors)
             found = tuple([_blank(tensors[0], like) for like in likes(a)])
             if len(found) > 1:

@@ -19,13 +19,22 @@ FAMILIES = {
     "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
     "repetition": {"repetition_counts", "repetition_links"},
 }
-ROOMS = {"masked_squared_error": "elementwise", "masked_cross_entropy": "cross_entropy"}
+ROOMS = {
+    "masked_squared_error": "elementwise",
+    "masked_cross_entropy": "cross_entropy",
+    "vocab_parallel_cross_entropy": "cross_entropy",
+    "vocab_parallel_linear_cross_entropy": "linear_cross_entropy",
+}
 FORMULAS = {"linear_cross_entropy": "cross_entropy"}  # the room whose formulas those are
 INTEGER = {name: family for family, names in FAMILIES.items() for name in names}
 REFERENCE = {
     "block_mask": "attention",
     "linear_cross_entropy": "masked_linear_cross_entropy",
+    "vocab_parallel_cross_entropy": "masked_cross_entropy",  # of whole rows
+    "vocab_parallel_linear_cross_entropy": "masked_linear_cross_entropy",
 }
+# Both forms stand in one module.
+MODULES = dict.fromkeys([name for name in REFERENCE if "parallel" in name], "vocab_parallel")
 
 
 def operators():
@@ -50,7 +59,7 @@ def source_text(pattern):
 
 def base_name(name):
     name = name.removeprefix("_").removesuffix("_")
-    for step in ("_backward", "_sweep", "_scale_gradient"):
+    for step in ("_backward", "_sweep", "_scale_gradient", "_sums"):
         name = name.removesuffix(step)
     return name
 
@@ -68,6 +77,11 @@ def test_the_operators_are_these():
         "_masked_squared_error_backward",
         "_snapshot",
         "_version",
+        "_vocab_parallel_cross_entropy_backward",
+        "_vocab_parallel_cross_entropy_backward_",
+        "_vocab_parallel_cross_entropy_sums",
+        "_vocab_parallel_linear_cross_entropy_backward",
+        "_vocab_parallel_linear_cross_entropy_sums",
         "cpu_capability",
         "cross_entropy_terms",
         "interval_block_lists",
@@ -78,6 +92,8 @@ def test_the_operators_are_these():
         "packed_rows",
         "repetition_counts",
         "repetition_links",
+        "vocab_parallel_cross_entropy",
+        "vocab_parallel_linear_cross_entropy",
     ]
 
 
@@ -108,10 +124,10 @@ def test_cuda_kernel(name):
 def test_one_name_in_every_layer(name):
     base = family(name)
     room = SOURCES / ROOMS.get(base, base)
-    assert (SOURCES / FORMULAS.get(base, room.name) / "formula.h").is_file()
+    assert (SOURCES / FORMULAS.get(room.name, room.name) / "formula.h").is_file()
     assert (room / "call.h").is_file()
     assert list(room.glob("cpu/*.cpp")) and list(room.glob("cuda/*.cu"))
-    assert (sources.PACKAGE / "ops" / f"{base}.py").is_file()
+    assert (sources.PACKAGE / "ops" / f"{MODULES.get(base, base)}.py").is_file()
     assert hasattr(masked_loss_ext.reference, REFERENCE.get(base, base))
 
 
