@@ -96,7 +96,8 @@ def global_token_count(
       counted several times.
 
     One message of 8 bytes, none of one rank. ``async_op=True`` returns at once: start it when the
-    micro-batches are there and ``wait()`` when the first loss is due.
+    micro-batches are there and ``wait()`` when the first loss is due. Under torch.compile the
+    message is a part of the graph, and waited for where the compiler puts that.
 
     Args:
         masks: ``[..., S]`` any dtype, a token counts where it is not 0; or a list or tuple of them,
@@ -138,7 +139,9 @@ def global_token_count(
     total = torch.stack([_counted(batch, ignore_index, shift) for batch in batches]).sum().double()
     ranks, work = group_size(group), None
     if ranks > 1:
-        work = dist.all_reduce(total, group=group, async_op=bool(async_op))
+        # A graph has no handles: in it the message is a node, which the compiler waits for.
+        later = bool(async_op) and not torch.compiler.is_compiling()
+        work = dist.all_reduce(total, group=group, async_op=later)
     pending = PendingCount(total, work, ranks if average else 1)
     return pending if async_op else pending.wait()
 

@@ -64,6 +64,27 @@ def test_weights_on_some_ranks_alone(ranks):
     assert first == second == 3 and wrong == 4613937818241073152  # the bits of 3.0
 
 
+def compiled_with_a_handle():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(mask, values):
+        pending = global_token_count([mask, mask[:1]], async_op=True)
+        total = values.sum()
+        return total / pending.wait()
+
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 3, 5):
+        mask = torch.ones(rows, 4)
+        mask[0, dist.get_rank() :] = 0
+        torch.testing.assert_close(fast(mask, mask + 1), step(mask, mask + 1))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_with_a_handle(ranks):
+    assert ranks(2).run(compiled_with_a_handle) == [1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.uint16])
 def test_masks_of_any_dtype(dtype):
     masks = [MASK.to(dtype), (200 * MASK[:1]).to(dtype)]
