@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import masked_loss_ext as mle
@@ -202,6 +203,8 @@ def listed_the_other_way():
     at = {"vocab_start": CLASSES // 2 * mesh.get_coordinate()[0], "vocab_size": CLASSES}
     with pytest.raises(ValueError, match="vocab_start must be where the shards of the ranks"):
         vocab_parallel_cross_entropy(own, target, group=mesh.get_group(), **at)
+    with pytest.raises(ValueError, match="vocab_start must be where the shards of the ranks"):
+        mle.masked_cross_entropy(DTensor.from_local(own, mesh, [Shard(1)]), target)
     return right.item(), wrong.item()
 
 
