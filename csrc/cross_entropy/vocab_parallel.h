@@ -30,6 +30,8 @@ class KeywordsHash {
                            static_cast<int64_t>(accumulate_type(like))}) {
       add(number);
     }
+    add(in.temperature && in.temperature->dim() > 0);
+    add(like.dim() > 1 ? like.size(like.dim() - 2) : 0);  // where a shift ends
     for (const auto* tensor : {&in.target, &in.mask, &in.weight, &in.token_weight, &in.segment_ids,
                                &in.temperature, &in.normalizer}) {
       add(tensor->has_value());

@@ -43,7 +43,7 @@ class PendingCount:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return self._total.double() / self._ranks
+        return self._total / self._ranks
 
 
 def global_token_count(
@@ -96,7 +96,8 @@ def global_token_count(
       counted several times.
 
     One message of 8 bytes, none of one rank. ``async_op=True`` returns at once: start it when the
-    micro-batches are there and ``wait()`` when the first loss is due.
+    micro-batches are there and ``wait()`` when the first loss is due. Under torch.compile the
+    message is a part of the graph, and waited for where the compiler puts that.
 
     Args:
         masks: ``[..., S]`` any dtype, a token counts where it is not 0; or a list or tuple of them,
@@ -107,8 +108,8 @@ def global_token_count(
         segment_ids: ``[..., S]`` integers, as many as masks.
         token_weight: ``[..., S]`` floating: the sum of these instead of the number, for reduction
             "weighted_mean". With class weights w the denominator is the sum of the labels' own:
-            ``token_weight=w[labels.clamp(min=0)]``. Added up in float64, without a gradient. On all
-            ranks or on none.
+            ``token_weight=w[labels.clamp(min=0)]``. Added up in float64, without a gradient. A
+            rank that gives none counts 1 for each token.
         group: a process group or a 1-D DeviceMesh; None is all ranks, or one without
             torch.distributed. Every rank has to call, one without micro-batches with empty tensors.
         average: divide by the number of ranks.
@@ -134,10 +135,13 @@ def global_token_count(
     given |= {"segment_ids": segment_ids, "token_weight": token_weight}
     batches = _micro_batches(given)
     group = process_group(_NAME, group)
-    total = torch.stack([_counted(batch, ignore_index, shift) for batch in batches]).sum()
+    # Of one type before the message: the bits of a rank with integers would be read as a float.
+    total = torch.stack([_counted(batch, ignore_index, shift) for batch in batches]).sum().double()
     ranks, work = group_size(group), None
     if ranks > 1:
-        work = dist.all_reduce(total, group=group, async_op=bool(async_op))
+        # A graph has no handles: in it the message is a node, which the compiler waits for.
+        later = bool(async_op) and not torch.compiler.is_compiling()
+        work = dist.all_reduce(total, group=group, async_op=later)
     pending = PendingCount(total, work, ranks if average else 1)
     return pending if async_op else pending.wait()
 

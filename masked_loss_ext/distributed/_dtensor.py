@@ -167,7 +167,9 @@ def _classes(at, name, tensor, dim):
         raise refusal(at.function, name, rule, placements_text(tensor))
     mesh, classes = tensor.device_mesh, tensor.shape[dim]
     each = -(-classes // mesh.size(cut[0]))
-    start = min(mesh.get_local_rank(cut[0]) * each, classes)
+    # DTensor cuts by coordinates. Where the mesh lists its ranks otherwise than their group does,
+    # all ranks are told that the shards do not follow each other.
+    start = min(mesh.get_coordinate()[cut[0]] * each, classes)
     here = tensor.to_local().shape[dim]
     if here != min(each, classes - start):
         rule = f"hold the {min(each, classes - start)} classes that torch.chunk gives this rank"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .._checks import refusal
+from ..ops._autograd import is_batch
 
 # By the name that torch has for it: from 2.13 on the other is deprecated.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -57,6 +58,16 @@ def _of_mesh(function, mesh):
     return mesh.get_group()
 
 
+def check_in_order(function: str, given: Any, group: Any) -> None:
+    """A mesh numbers its ranks as they are listed, its group in ascending order: what is spread by
+    the one would be put together by the other. group: process_group of what is given."""
+    if not isinstance(given, dist.DeviceMesh) or torch.compiler.is_compiling():
+        return
+    listed = given.mesh.flatten().tolist()
+    if listed != dist.get_process_group_ranks(group):
+        raise refusal(function, "group", "be a DeviceMesh whose ranks ascend", listed)
+
+
 def _no_member(function):
     here = f"a group that rank {dist.get_rank()} is not in"
     return refusal(function, "group", "contain the rank that calls", here)
@@ -74,12 +85,17 @@ def gathered(group: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 class _GradientSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
+    def forward(tensor, group):
         return tensor.view_as(tensor)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx, gradient):
+        if not torch.compiler.is_compiling() and is_batch(gradient):
+            raise NotImplementedError("is_grads_batched: ranks have no message for a batch")
         gradient = gradient.contiguous()  # made for this tensor, which nobody else has
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None

@@ -20,7 +20,14 @@ from ..ops.masked_cross_entropy import SHOWN, Number, loss_of_rows, statistics_o
 from ..ops.masked_cross_entropy_checks import check_int64, check_overwritable
 from ..ops.masked_cross_entropy_derivatives import DEFAULTS
 from ..reference import RowStatistics
-from ._group import gathered, group_rank, group_size, process_group, with_gradient_sum
+from ._group import (
+    check_in_order,
+    gathered,
+    group_rank,
+    group_size,
+    process_group,
+    with_gradient_sum,
+)
 
 
 def vocab_parallel_cross_entropy(
@@ -72,8 +79,8 @@ def vocab_parallel_cross_entropy(
         local_logits: ``[..., v]`` this rank's columns, in the order of the ranks of the group; v
             may differ from rank to rank, and be 0.
         target, mask: ``[...]``, the same on all ranks; labels are those of the whole vocabulary.
-        group: a process group or a 1-D DeviceMesh; None: all ranks. Without torch.distributed, a
-            world of one.
+        group: a process group or a 1-D DeviceMesh whose ranks ascend; None: all ranks. Without
+            torch.distributed, a world of one.
         vocab_start: the first class of this rank. None: asked of the others.
         vocab_size: V, the number of all classes. None: asked of the others.
         weight: ``[V]`` of all classes, on every rank.
@@ -92,7 +99,7 @@ def vocab_parallel_cross_entropy(
             not follow each other or do not add up to vocab_size, or ranks call with other keywords,
             numbers of rows or presence of tensors (where messages have another length it is
             torch.distributed's error). On CUDA, where nothing is waited for, the loss is NaN then.
-            What labels and masks hold is not compared.
+            What labels and masks hold is not compared, nor which reduction over sequences it is.
         NotImplementedError: vmap, forward mode or a second derivative.
     """
     name = ops.NAME
@@ -284,6 +291,7 @@ def _linear_run(name, group, vocab_start, vocab_size):
     shard = _Shard(name, group, vocab_start, vocab_size)
 
     def run(a, shown):
+        ops.refuse_transforms(name)
         a = {**a, "hidden": with_gradient_sum(shard.group, a["hidden"])}
         return _merged(ops.rows_of_hidden, a, shard, shown)
 
@@ -298,6 +306,7 @@ class _Shard:
 
     def __init__(self, name, group, vocab_start, vocab_size):
         self.name, self.group = name, process_group(name, group)
+        check_in_order(name, group, self.group)
         for argument, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
             if value is not None:
                 check_int64(name, argument, value)
@@ -310,7 +319,11 @@ class _Shard:
         found = {"vocab_start": 0, "vocab_size": columns}
         if group_size(self.group) > 1:
             found = self._asked(columns, device)
-        return found | {name: value for name, value in self.given.items() if value is not None}
+        known = {name: value for name, value in self.given.items() if value is not None}
+        self.given = (
+            found | known
+        )  # not asked again where the call is made anew, with expanded views
+        return self.given
 
     def _asked(self, columns, device):
         if torch.compiler.is_compiling():
@@ -322,6 +335,9 @@ class _Shard:
 
 def _merged(form, a, shard, shown, once=None):
     """The first results of whole rows; a: the operator's arguments by name."""
+    ops.refuse_transforms(shard.name)
+    if form.rows == "logits" and a["logits"].dim() == 0:
+        raise refusal(shard.name, "logits", "be [..., V]", "[]")
     columns = a["logits"].shape[-1] if form.rows == "logits" else a["linear_weight"].shape[0]
     a = ops.prepared({**a, **shard.of(columns, a[form.rows].device)})
     messages = gathered(shard.group, ops.message_of(form, a))

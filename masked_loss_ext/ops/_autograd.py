@@ -238,6 +238,8 @@ class Differentiable:
         saved = [r for r in forward.results if r in backward.names and r not in forward.names]
         self.saved_results = [forward.results.index(result) for result in saved]
         self.input_positions = [forward.names.index(x) for x in self.inputs]
+        # Tensors that the backward reads: what other ranks have sent would be kept for nothing.
+        self.read_again = [i for i in forward.tensors if forward.names[i] in backward.names]
         self.backward_order = self._backward_order(given, saved)
         self._pick_inputs = _pick(self.input_positions)
         self._call_op = forward.op._op  # what OpOverload.__call__ calls
@@ -253,10 +255,10 @@ class Differentiable:
         self._eager = _eager(self)
 
     def _backward_order(self, given, saved):
-        """Where, in (*gradients of all results, *tensors, *saved results, *options, *needs), the
+        """Where, in (*gradients of all results, *read_again, *saved results, *options, *needs), the
         backward operator's arguments are."""
         arguments = self.forward.names
-        tensors = [arguments[i] for i in self.forward.tensors]
+        tensors = [arguments[i] for i in self.read_again]
         options = [arguments[i] for i in self.forward.options]
         needs = [f"needs_{x}" for x in self.inputs]
         pool = [*given, *tensors, *saved, *options, *needs]
@@ -306,7 +308,8 @@ class Differentiable:
         present = [shape is not None for shape, _ in self.likes(a)]
         grads = [grad if there else None for grad, there in zip(grads, present, strict=True)]
         needs = [needs[i] for i in self.input_positions]
-        pool = (*grads, *tensors, *results, *options, *needs)
+        read_again = [a[i] for i in self.read_again]
+        pool = (*grads, *read_again, *results, *options, *needs)
         args = [pool[i] for i in self.backward_order]
         found = self.run_backward(args, transformed)
         return {
@@ -403,9 +406,9 @@ def _eager(op):
     the inputs that may need gradients, as autograd looks at each argument of its own."""
     signature = op.forward
     forward_op, backward_op = op.forward.op._op, op.backward.op._op
-    inputs = [signature.tensors.index(i) for i in op.input_positions]  # among what is saved
+    inputs = [op.read_again.index(i) for i in op.input_positions]  # among what is saved
     order, results, single = op.backward_order, len(signature.results), len(op.inputs) == 1
-    pick_tensors, pick_options = _pick(signature.tensors), _pick(signature.options)
+    pick_tensors, pick_options = _pick(op.read_again), _pick(signature.options)
     pick_results, sort = _pick(op.saved_results), _pick(order)
     # By the number of results that are shown: gradients of the others, those without one.
     padding = [(None,) * (results - shown) for shown in range(results + 1)]

@@ -39,6 +39,8 @@ from .masked_cross_entropy_derivatives import DEFAULTS, call, call_sweep
 
 Number = float | torch.Tensor
 Run = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]  # of the operator's arguments
+# In whose names the operators refuse.
+_OPERATORS = ("masked_cross_entropy", "vocab_parallel_cross_entropy")
 SHOWN = 1 + len(RowStatistics._fields)  # results, the loss among them
 
 
@@ -340,9 +342,9 @@ def _call(name, given, run):
         if fitting is not None:  # the operator has refused the shapes, and not begun
             return _call(name, fitting, run)
         checks.explain(name, failure, given)
-        operator = "masked_cross_entropy: "
-        if name + ": " != operator and type(failure) in (ValueError, IndexError):
-            raise type(failure)(str(failure).replace(operator, name + ": ", 1))
+        of, _, said = str(failure).partition(": ")
+        if of in _OPERATORS and of != name and type(failure) in (ValueError, IndexError):
+            raise type(failure)(f"{name}: {said}")
         raise failure
     finally:
         del failure  # its traceback holds this frame: a cycle that would keep the logits

@@ -9,8 +9,17 @@ derivative would need messages in the backward, which are not there: it is refus
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from ._autograd import Differentiable, Like, Once, Signature, needs_plain, refuse_derivative
+from ._autograd import (
+    Differentiable,
+    Like,
+    Once,
+    Signature,
+    _functorch_is_active,
+    needs_plain,
+    refuse_derivative,
+)
 from .linear_cross_entropy_derivatives import bias_gradient_like
 from .masked_cross_entropy_derivatives import (
     overwriting,
@@ -22,13 +31,26 @@ from .masked_cross_entropy_derivatives import (
 _HEADER = 6  # numbers, of csrc/cross_entropy/shards.h
 
 
-def _refuse_plain(a):
-    name = "vocab_parallel_linear_cross_entropy" if "hidden" in a._fields else NAME
+def _refused(name):
     way = "forward-mode derivatives" if needs_plain() else "vmap and second derivatives"
-    raise NotImplementedError(
+    return NotImplementedError(
         f"{name}: {way} would need further messages between the ranks and do not exist; gather the "
         "logits and call masked_cross_entropy"
     )
+
+
+def _refuse_plain(a):
+    raise _refused("vocab_parallel_linear_cross_entropy" if "hidden" in a._fields else NAME)
+
+
+def refuse_transforms(name: str) -> None:
+    """Before a message: there is none of a batch, and none of tangents."""
+    batched = False
+    if _functorch_is_active():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        batched = any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+    if batched or forward_ad._current_level >= 0:
+        raise _refused(name)
 
 
 def _message_like(a, like) -> Like:

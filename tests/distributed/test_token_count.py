@@ -50,6 +50,41 @@ def test_by_hand(name):
     assert pending.wait() == expected  # again
 
 
+def weights_on_one_rank():
+    """The other has no micro-batch, and no weight of one. In the bits of the usual message, too."""
+    has = dist.get_rank() == 0
+    mask, weight = torch.ones(2 * has, 3), torch.full((2, 3), 0.5) if has else None
+    usual = mask.sum().long() if weight is None else (mask * weight).sum().double()
+    dist.all_reduce(usual)
+    return usual.item(), global_token_count(mask, token_weight=weight, average=False).item()
+
+
+def test_weights_on_some_ranks_alone(ranks):
+    (_, first), (wrong, second) = ranks(2).run(weights_on_one_rank)
+    assert first == second == 3 and wrong == 4613937818241073152  # the bits of 3.0
+
+
+def compiled_with_a_handle():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(mask, values):
+        pending = global_token_count([mask, mask[:1]], async_op=True)
+        total = values.sum()
+        return total / pending.wait()
+
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 3, 5):
+        mask = torch.ones(rows, 4)
+        mask[0, dist.get_rank() :] = 0
+        torch.testing.assert_close(fast(mask, mask + 1), step(mask, mask + 1))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_with_a_handle(ranks):
+    assert ranks(2).run(compiled_with_a_handle) == [1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.uint16])
 def test_masks_of_any_dtype(dtype):
     masks = [MASK.to(dtype), (200 * MASK[:1]).to(dtype)]
@@ -199,7 +234,7 @@ def count_on_ranks():
         assert global_token_count(masks, token_weight=weights, average=False) == expected / 2
         alone = [dist.new_group([r]) for r in range(size)][rank]
         assert global_token_count(masks, group=alone) == masks[0].sum() + masks[1].sum()
-    assert sent == 3 * [(8, torch.int64)] + [(8, torch.float64)]
+    assert sent == 4 * [(8, torch.float64)]
 
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
     of_pair = 2 * (rank // 2 * 2 + 1) + 1 + 10 * (2 if rank > 1 else 1)

@@ -64,10 +64,18 @@ RowTotals sum_of(const std::vector<RowTotals>& totals, int64_t per_group) {
   return all;
 }
 
+int64_t finish_groups(int64_t rows) { return (rows + kRowsPerFinish - 1) / kRowsPerFinish; }
+
+template <class F>
+void for_each_row_of(int64_t group, int64_t rows, const F& f) {
+  const int64_t last = std::min(rows, (group + 1) * kRowsPerFinish);
+  for (int64_t row = group * kRowsPerFinish; row < last; ++row) f(row);
+}
+
 RowTotals run_forward(CrossEntropyProblem q) {
   q.chunks = cut(q.counted, false);
   const bool is_cut = q.chunks.pieces > 1;
-  const int64_t groups = (q.counted.rows + kRowsPerFinish - 1) / kRowsPerFinish;
+  const int64_t groups = finish_groups(q.counted.rows);
   std::vector<RowPart> parts(is_cut ? q.chunks.count : 0);
   std::vector<RowTotals> totals(is_cut ? groups : q.chunks.count);
   q.parts = is_cut ? parts.data() : nullptr;
@@ -129,6 +137,16 @@ void refuse_misfit(const char* op, const Shards& shards) {
   differs("temperature", first.temperature, other.temperature);
   differs("normalizer", first.normalizer, other.normalizer);
   fail(op, ": all keywords must be the same on all ranks, got others on number ", shard, " of the group");
+}
+
+// A row of all shards, in their order.
+RowPart merged(const CrossEntropyProblem& q, const Shards& shards, int64_t row) {
+  const double scale = q.temperature_per_row ? 1 / read_entry<double>(q.temperature, row) : q.scale;
+  RowPart whole = unpack(shards.format, row_of(shards, 0, row), scale);
+  for (int64_t i = 1; i < shards.count; ++i) {
+    merge(whole, unpack(shards.format, row_of(shards, i, row), scale));
+  }
+  return whole;
 }
 
 struct Rows : ShardedRows {
@@ -237,11 +255,13 @@ void ShardedRows::shard(const char* op, const RowProblem& rows, ShardFormat form
   std::vector<RowPart> parts(q.counted.rows * q.chunks.pieces);  // of rows that do not count: of nothing
   q.parts = parts.data();
   for_each_chunk(q.chunks.count, [&](int64_t chunk) { kernels().forward(q, chunk); });
-  for (int64_t row = 0; row < q.counted.rows; ++row) {
+  const auto send = [&](int64_t row) {
     RowPart* pieces = q.parts + row * q.chunks.pieces;
     for (int64_t i = 1; i < q.chunks.pieces; ++i) merge(pieces[0], pieces[i]);
     pack(format, pieces[0], message + place_of(q.counted, row) * numbers_of(format));
-  }
+  };
+  for_each_chunk(finish_groups(q.counted.rows),
+                 [&](int64_t group) { for_each_row_of(group, q.counted.rows, send); });
 }
 
 void ShardedRows::head(const char* op, const RowProblem& q, ShardHeader header, double* place, const Tensor&) {
@@ -255,18 +275,14 @@ void ShardedRows::unite(const char* op, const RowProblem& rows, const Shards& sh
   const double given = given_denominator(op, rows);
   put_class_weights(rows);
   CrossEntropyProblem q = pass_over(rows, read_scale(op, rows));
-  std::vector<RowPart> parts(q.counted.rows * shards.count);
-  for (int64_t row = 0; row < q.counted.rows; ++row) {
-    const double scale = q.temperature_per_row ? 1 / read_entry<double>(q.temperature, row) : q.scale;
-    for (int64_t i = 0; i < shards.count; ++i) {
-      parts[row * shards.count + i] = unpack(shards.format, row_of(shards, i, row), scale);
-    }
-  }
-  q.chunks.pieces = shards.count;
+  std::vector<RowPart> parts(q.counted.rows);
   q.parts = parts.data();
-  std::vector<RowTotals> totals((q.counted.rows + kRowsPerFinish - 1) / kRowsPerFinish);
+  std::vector<RowTotals> totals(finish_groups(q.counted.rows));
   q.chunk_totals = totals.data();
-  for_each_chunk(static_cast<int64_t>(totals.size()), [&](int64_t group) { kernels().finish(q, group); });
+  for_each_chunk(static_cast<int64_t>(totals.size()), [&](int64_t group) {
+    for_each_row_of(group, q.counted.rows, [&](int64_t row) { parts[row] = merged(q, shards, row); });
+    kernels().finish(q, group);
+  });
   const RowTotals all = sum_of(totals, 1);
   refuse_bad_rows(op, rows, like, all);
   put_loss(rows, all, denominator_of(rows, all, given));
