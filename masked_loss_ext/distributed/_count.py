@@ -140,8 +140,10 @@ def global_token_count(
     ranks, work = group_size(group), None
     if ranks > 1:
         # A graph has no handles: in it the message is a node, which the compiler waits for.
-        later = bool(async_op) and not torch.compiler.is_compiling()
-        work = dist.all_reduce(total, group=group, async_op=later)
+        if async_op and not torch.compiler.is_compiling():
+            work = dist.all_reduce(total, group=group, async_op=True)
+        else:
+            dist.all_reduce(total, group=group)
     pending = PendingCount(total, work, ranks if average else 1)
     return pending if async_op else pending.wait()
 
