@@ -323,14 +323,10 @@ def read(module, rows: Rows, needs: Sequence[Needs], argument="targets") -> list
             raise _renamed(error, "cross_entropy_terms", module.function, argument) from None
     ngrams = [need.counts for need in needs if need.counts is not None]
     counts = document_counts(rows, max(ngrams)) if ngrams else None
-    found = terms.class_log_prob.unbind(-1) if classes else ()
-    reads, at = [], 0  # by place, as torch 2.10 compiles no iterator here
-    for need in needs:
-        own = None
-        if need.classes is not None:
-            own, at = found[at], at + 1
-        reads.append(Read(terms, need.classes, own, counts))
-    return reads
+    found = iter(terms.class_log_prob.unbind(-1)) if classes else iter(())
+    return [
+        Read(terms, n.classes, None if n.classes is None else next(found), counts) for n in needs
+    ]
 
 
 def _only(asked):
