@@ -3,17 +3,13 @@
 rows gives in one process, with the messages that the docstring promises.
 """
 
-import datetime
 import itertools
-import math
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accuracy_cross_entropy import evaluate, upstream_for
 from cases_cross_entropy import EMPTY, MASKS, OPTIONS, RANKS, TEMPERATURES, make, options_of
-from ranks import RankError
 
 import masked_loss_ext as mle
 from masked_loss_ext.distributed import (
@@ -229,70 +225,6 @@ def test_ranks_with_other_rows_beside(ranks):
     ranks(4).run(two_dimensions)
 
 
-# --- other programs' silent bugs -----------------------------------------------------------------
-
-
-def smoothing_over_the_shard():
-    """Megatron-LM issue 737: the smoothed classes of one's own shard, by their number."""
-    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0]]).double()
-    target, epsilon = torch.tensor([0]), 0.3
-    right = F.cross_entropy(logits, target, label_smoothing=epsilon)
-    own = logits.chunk(2, -1)[dist.get_rank()]
-    log_p = own - logits.logsumexp(-1, keepdim=True)
-    nll = -logits.log_softmax(-1)[0, 0]
-    wrong = (1 - epsilon) * nll - epsilon * log_p.mean()
-    ours = vocab_parallel_cross_entropy(own, target, label_smoothing=epsilon)
-    return right.item(), wrong.item(), ours.item()
-
-
-def test_label_smoothing_over_the_local_shard(ranks):
-    for i, (right, wrong, ours) in enumerate(ranks(2).run(smoothing_over_the_shard)):
-        assert ours == pytest.approx(right, rel=1e-12)
-        assert right == pytest.approx(0.890, abs=1e-3)  # wrong is another on each rank
-        assert wrong == pytest.approx((0.740, 1.040)[i], abs=1e-3)
-
-
-def a_label_elsewhere():
-    """apple/ml-cross-entropy issue 59: a sentinel in the place of another rank's label."""
-    logits = torch.tensor([[1.0, 2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
-    target = torch.tensor([1, -100])
-    own = logits.chunk(2, -1)[dist.get_rank()]
-    label = target[:1] - 2 * dist.get_rank()
-    found = own[0, label].item() if 0 <= label < 2 else -math.inf
-    total = torch.tensor(found)
-    dist.all_reduce(total)
-    wrong = logits[0].logsumexp(0) - total
-    return wrong.item(), vocab_parallel_cross_entropy(own, target).item()
-
-
-def test_a_label_of_another_rank(ranks):
-    expected = math.log(sum(map(math.exp, (1, 2, 0.5, 0)))) - 2
-    for wrong, ours in ranks(2).run(a_label_elsewhere):
-        assert wrong == math.inf
-        assert ours == pytest.approx(expected, rel=1e-12)
-
-
-def equal_shards_only():
-    """Where a rank takes its place times its own size for its first class: 5 classes, 2 + 3."""
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]).double()
-    target = torch.tensor([2])
-    rank = dist.get_rank()
-    own = logits.split([2, 3], -1)[rank]
-    assumed = rank * own.shape[-1]  # 3, and it is 2: nobody has class 2
-    has = assumed <= target.item() < assumed + own.shape[-1]
-    label = own[0, target.item() - assumed] if has else torch.zeros((), dtype=torch.float64)
-    dist.all_reduce(label)
-    wrong = logits[0].logsumexp(0) - label
-    return wrong.item(), vocab_parallel_cross_entropy(own, target).item()
-
-
-def test_shards_of_other_sizes(ranks):
-    right = math.log(sum(math.exp(i) for i in range(5))) - 2
-    for wrong, ours in ranks(2).run(equal_shards_only):
-        assert ours == pytest.approx(right, rel=1e-12)
-        assert wrong == pytest.approx(right + 2)
-
-
 # --- compiled ------------------------------------------------------------------------------------
 
 
@@ -351,101 +283,3 @@ def compiled_without_a_start():
 
 def test_compiled_needs_to_know_its_classes(ranks):
     ranks(2).run(compiled_without_a_start)
-
-
-# --- what does not fit ---------------------------------------------------------------------------
-
-
-def refused(calls, text, kind):
-    logits, target = torch.randn(2, 3, requires_grad=True), torch.tensor([0, 5])
-    options = calls[dist.get_rank()]
-    with pytest.raises(kind, match=text):
-        vocab_parallel_cross_entropy(logits, target, **options)
-
-
-@pytest.mark.parametrize(
-    "calls, text",
-    [
-        ([{"label_smoothing": 0.1}, {"label_smoothing": 0.2}], "all keywords must be the same"),
-        ([{"temperature": 2.0}, {}], "temperature must be the same on all ranks, got 2 on"),
-        ([{"reduction": "sum"}, {"reduction": "none"}], "all keywords must be the same"),
-        ([{"vocab_start": 0, "vocab_size": 6}] * 2, "vocab_start must be where the shards"),
-        ([{"vocab_start": 0, "vocab_size": 7}, {"vocab_start": 3, "vocab_size": 7}], "got of the"),
-        ([{"vocab_start": 3}, {"vocab_start": 0}], "vocab_start must be where the shards"),
-        ([{"vocab_start": -1}] * 2, "vocab_start must be in"),
-        ([{"vocab_size": 2}] * 2, "vocab_size must be at least vocab_start"),
-    ],
-    ids=str,
-)
-def test_ranks_that_do_not_fit_are_told(ranks, calls, text):
-    ranks(2).run(refused, calls, text, ValueError)
-
-
-def test_a_bad_label_is_told_on_all_ranks(ranks):
-    text = r"vocab_parallel_cross_entropy: target at row \[1\] must be in \[0, 6\)"
-    ranks(2).run(bad_label, text)
-
-
-def bad_label(text):
-    with pytest.raises(IndexError, match=text):
-        vocab_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 6]))
-
-
-def orders_that_do_not_exist():
-    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([0, 5])
-    (grad,) = torch.autograd.grad(
-        vocab_parallel_cross_entropy(logits, target), logits, create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="second derivatives would need further messages"):
-        grad.sum().backward()
-    with pytest.raises(NotImplementedError, match="forward-mode derivatives would need"):
-        torch.func.jvp(lambda x: vocab_parallel_cross_entropy(x, target), (logits,), (logits,))
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.vmap(lambda x: vocab_parallel_cross_entropy(x, target))(logits.expand(2, 2, 3))
-
-
-def test_derivatives_that_would_need_messages(ranks):
-    ranks(2).run(orders_that_do_not_exist)
-
-
-def other_numbers_of_rows():
-    """Messages of other lengths: torch.distributed's business, and no number comes of it."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
-    rows = 2 + dist.get_rank()
-    target = torch.zeros(rows, dtype=torch.int64)
-    at = {"vocab_start": 3 * dist.get_rank(), "vocab_size": 6}
-    loss = vocab_parallel_cross_entropy(torch.randn(rows, 3), target, group=group, **at)
-    return loss.item()
-
-
-def test_other_numbers_of_rows(ranks):
-    with pytest.raises(RankError, match="other_numbers_of_rows failed"):
-        ranks(2).run(other_numbers_of_rows, timeout=60)
-
-
-def dies_in_the_message():
-    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
-    if dist.get_rank() == 1:
-        import os
-
-        os._exit(3)
-    with pytest.raises(RuntimeError):
-        vocab_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), group=group)
-    return "told"
-
-
-def test_a_rank_that_dies(ranks):
-    outcomes = ranks(2).outcomes(dies_in_the_message, timeout=60)
-    assert outcomes[0].value == "told", outcomes[0].error
-    assert "died with exit code 3" in outcomes[1].error
-
-
-def test_a_world_of_one():
-    logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, -100])
-    loss = vocab_parallel_cross_entropy(logits, target)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
-    with pytest.raises(ValueError, match="group must be None where torch.distributed is not"):
-        vocab_parallel_cross_entropy(logits, target, group=3)
-    with pytest.raises(TypeError, match="target must be a torch.Tensor, got NoneType"):
-        vocab_parallel_cross_entropy(logits, None)
