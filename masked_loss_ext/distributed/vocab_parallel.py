@@ -320,9 +320,8 @@ class _Shard:
         if group_size(self.group) > 1:
             found = self._asked(columns, device)
         known = {name: value for name, value in self.given.items() if value is not None}
-        self.given = (
-            found | known
-        )  # not asked again where the call is made anew, with expanded views
+        # Kept, as the call may be made anew with expanded views.
+        self.given = found | known
         return self.given
 
     def _asked(self, columns, device):
