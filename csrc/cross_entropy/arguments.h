@@ -53,6 +53,7 @@ struct CrossEntropyInputs {
 // In the order of the schema.
 struct RowArguments : CrossEntropyInputs {
   static constexpr const char* kBackward = "_masked_cross_entropy_backward";
+  static constexpr const char* kBackwardInPlace = "_masked_cross_entropy_backward_";
 
   int64_t ignore_index;
   CrossEntropyOptions options;
@@ -83,6 +84,7 @@ struct RowArguments : CrossEntropyInputs {
 // The same of logits that are a shard of the vocabulary.
 struct ShardArguments : RowArguments {
   static constexpr const char* kBackward = "_vocab_parallel_cross_entropy_backward";
+  static constexpr const char* kBackwardInPlace = "_vocab_parallel_cross_entropy_backward_";
 
   explicit ShardArguments(Arguments& in) : RowArguments(in) { take_shard(in); }
 };

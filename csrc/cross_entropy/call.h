@@ -267,7 +267,7 @@ struct RowBackward {
         needs_token_weight(arguments.flag()) {}
 
   auto run() const {
-    RowCall call(Inputs::kBackward, in);
+    RowCall call(kInPlace ? Inputs::kBackwardInPlace : Inputs::kBackward, in);
     RowProblem& q = call.problem;
     gradients.put(call, in.like());
     if (kInPlace) check_overwritable(call.op, "logits", in.logits);
