@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from ._checks import check_device, check_floating, check_tensor, refusal, shape_text
+from ._checks import (
+    check_device,
+    check_floating,
+    check_tensor,
+    is_dtensor,
+    placements_text,
+    refusal,
+    shape_text,
+)
 
 Head = torch.nn.Linear | torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
@@ -31,12 +39,12 @@ def weight_and_bias(function: str, name: str, head: Any) -> tuple[torch.Tensor, 
 
 def _of_shards(weight):
     """What to do where the hooks are those of FSDP2 or of tensor parallelism."""
-    placements = getattr(weight, "placements", None)
-    if placements is None:
+    if not is_dtensor(weight):
         return ""
     return (
-        f" beside a weight that is sharded {placements}: fully_shard the module that calls the "
-        "loss, which gathers it, and not the head alone; of a tensor parallel head give the weight"
+        f" beside a weight that is sharded {placements_text(weight)}: fully_shard the module that "
+        "calls the loss, which gathers it, and not the head alone; of a tensor parallel head give "
+        "the weight"
     )
 
 

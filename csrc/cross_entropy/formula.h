@@ -131,7 +131,7 @@ struct RowPart {
   double highest = -INFINITY;  // of s, z = s scale, but for the label's; sums.max is its multiple
   double label = 0;            // s at the label, where the part holds it; else 0
   double weights = 0;          // sum of w, for label smoothing
-  int64_t argmax = 0;          // of s but for the label's, a class of all; see merged_argmax(); with statistics alone
+  int64_t argmax = 0;          // class of s but for the label's, see merged_argmax(); with statistics alone
 };
 
 MASKED_LOSS_EXT_INLINE void merge(RowPart& a, const RowPart& b) {

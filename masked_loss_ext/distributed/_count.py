@@ -20,7 +20,7 @@ from .._checks import (
     check_integers,
     check_length,
     check_like,
-    check_tensor,
+    check_whole,
     refusal,
 )
 from ..reference.cross_entropy import counted_rows, shifted
@@ -174,10 +174,7 @@ def _as_list(name, value):
         raise refusal(_NAME, name, "hold a tensor", got)
     for i, tensor in enumerate(tensors):
         one = f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
-        check_tensor(_NAME, one, tensor)
-        if hasattr(tensor, "to_local"):
-            rule = "be a plain tensor, the part of this rank: to_local()"
-            raise refusal(_NAME, one, rule, type(tensor).__name__)
+        check_whole(_NAME, one, tensor, "give the part of this rank, to_local()")
         if tensor.dim() == 0:
             raise refusal(_NAME, one, "be [..., S]", "[]")
     return tensors

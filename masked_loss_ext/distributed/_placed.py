@@ -132,26 +132,22 @@ class Placed:
 
     # --- out --------------------------------------------------------------------------------------
 
-    def spread(self, local: torch.Tensor | None, dims: int | None = None, columns: bool = False):
+    def spread(self, local: torch.Tensor | None, dims: int | None = None):
         """What is one per row (of the first ``dims`` dimensions of the rows) as a DTensor that lies
-        as they do; columns: of the whole tensor's shape and placements."""
+        as they do."""
         if local is None:
             return None
-        shape = self.tensor.shape if columns else self.rows_shape[:dims]
-        placements = self.tensor.placements if columns else self.rows
+        shape = self.rows_shape[:dims]
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=shape, stride=stride
+            local, self.mesh, self.rows, run_check=False, shape=shape, stride=stride
         )
 
-    def total(self, local: torch.Tensor, columns: bool = False) -> DTensor:
+    def total(self, local: torch.Tensor) -> DTensor:
         """The sum of each rank's share, on all of them: an all-reduce of one number where the rows
-        (columns: or the last dimension) are sharded. Not left Partial, of which item() gives each
-        rank its own share for the loss, without a word."""
-        parts: list[Any] = [
-            Partial() if isinstance(p, Shard) or (columns and n in self.columns) else p
-            for n, p in enumerate(self.rows)
-        ]
+        are sharded. Not left Partial, of which item() gives each rank its own share for the loss,
+        without a word."""
+        parts: list[Any] = [Partial() if isinstance(p, Shard) else p for p in self.rows]
         total = DTensor.from_local(local, self.mesh, parts, run_check=False)
         return total.redistribute(placements=[Replicate()] * len(parts))
 

@@ -128,8 +128,8 @@ class Signature:
         def fake(*args, **kwargs):
             a = self.arguments(*args, **kwargs)
             # A schedule lies on the CPU, wherever the others are.
-            found = [getattr(a, self.names[i]) for i in self.tensors if self.names[i] != "schedule"]
-            tensors = [t for t in found if t is not None]
+            names = [self.names[i] for i in self.tensors if self.names[i] != "schedule"]
+            tensors = [t for t in (getattr(a, name) for name in names) if t is not None]
             refuse_two_devices(name, *tensors)
             found = tuple([_blank(tensors[0], like) for like in likes(a)])
             if len(found) > 1:

@@ -186,9 +186,8 @@ def masked_cross_entropy(
         "statistics": return_stats,
         "schedule": None,
     }
-    how = {"inplace_backward": False, "gradient_in_forward": False}
+    how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
     if inplace_backward or gradient_in_forward:
-        how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
         check_flags(name, how)
     if gradient_in_forward:
         checks.check_sweep(name, reduction, return_stats)

@@ -203,7 +203,7 @@ def head_alone():
 def test_a_head_that_is_sharded_alone_is_refused(ranks):
     text = (
         "UnifiedLoss: projections[0] must have no forward hooks: it is not called, got some beside "
-        "a weight that is sharded (Shard(dim=0),): fully_shard the module that calls the loss, "
+        "a weight that is sharded Shard(dim=0) over 0: fully_shard the module that calls the loss, "
         "which gathers it, and not the head alone; of a tensor parallel head give the weight"
     )
     assert ranks(2).run(head_alone) == [text] * 2

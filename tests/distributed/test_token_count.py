@@ -253,7 +253,9 @@ def refused_on_ranks():
     from torch.distributed.tensor import Shard, distribute_tensor
 
     spread = distribute_tensor(MASK, init_device_mesh("cpu", (2,)), [Shard(0)])
-    with pytest.raises(ValueError, match=r"part of this rank: to_local\(\), got DTensor"):
+    with pytest.raises(
+        ValueError, match=r"got a DTensor placed .*: give the part of this rank, to_local\(\)"
+    ):
         global_token_count(spread)
     return global_token_count(spread.to_local(), average=False).item()
 

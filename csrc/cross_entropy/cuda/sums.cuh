@@ -20,7 +20,8 @@ struct RowShare {
 // In z, as RowPart is on every device; the columns from class `first` on, `label` s at the label, if that is
 // one of them.
 template <class A>
-__device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scale, int64_t first, double label) {
+__device__ __forceinline__ RowPart part_of(const RowShare<A>& share, double scale, int64_t first,
+                                           double label) {
   RowPart part;
   part.label = label;
   part.highest = share.sums.max;
