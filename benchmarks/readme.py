@@ -8,18 +8,16 @@ so.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tools import documents
 
 from .report import number_text, read_csv, size_text, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-SPAN = re.compile(
-    r"(?P<open><!-- benchmark (?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /benchmark -->)", re.S
-)
 NO_FIGURES = "No figures yet.\n"
 Rows = Sequence[Mapping[str, str]]
 
@@ -108,16 +106,13 @@ def markdown_table(rows: Rows, command: str = "") -> str:
     first = rows[0]
     lines = [case_cells(group) for group in by_case(rows).values()]
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
-    table = [heads, ["---"] * len(heads), *([line[head] for head in heads] for line in lines)]
-    text = ["| " + " | ".join(cells) + " |" for cells in table]
-    text[1] = text[1].replace(" ", "")
-    text += [
-        "",
-        f"Median of {rounds_text(rows)} rounds on {first['processor']} ({first['capability']}), "
-        f"{first['threads']} threads, PyTorch {first['torch']}, {first['date']}. "
-        f"Reprint with `{command or 'python -m benchmarks ' + first['benchmark']}`.",
-    ]
-    return "\n".join(text) + "\n"
+    table = documents.markdown([heads, *([line[head] for head in heads] for line in lines)])
+    return (
+        f"{table}\nMedian of {rounds_text(rows)} rounds on {first['processor']} "
+        f"({first['capability']}), {first['threads']} threads, PyTorch {first['torch']}, "
+        f"{first['date']}. Reprint with "
+        f"`{command or 'python -m benchmarks ' + first['benchmark']}`.\n"
+    )
 
 
 def tables_of(name: str, results: Path) -> list[str]:
@@ -130,23 +125,12 @@ def tables_of(name: str, results: Path) -> list[str]:
 
 def regenerate(text: str, results: Path = RESULTS) -> str:
     """``text`` with every table made anew from its CSV."""
-    if SPAN.search(text) is None:
-        raise ValueError("no '<!-- benchmark NAME -->' ... '<!-- /benchmark -->' found")
-
-    def fresh(span: re.Match) -> str:
-        tables = tables_of(span["name"], results)
-        return span["open"] + ("\n".join(tables) or NO_FIGURES) + span["close"]
-
-    return SPAN.sub(fresh, text)
+    return documents.regenerate(
+        text, "benchmark", lambda name: "\n".join(tables_of(name, results)) or NO_FIGURES
+    )
 
 
 def update(readme: Path = README, results: Path = RESULTS, check: bool = False) -> str:
     """Write the tables, or with ``check`` only compare. Returns what is wrong, or nothing."""
-    text = readme.read_text()
-    fresh = regenerate(text, results)
-    if fresh == text:
-        return ""
-    if check:
-        return f"{readme.name} differs from the CSV files; run `python -m benchmarks readme`"
-    readme.write_text(fresh)
-    return ""
+    fresh = regenerate(readme.read_text(), results)
+    return documents.update(readme, fresh, "python -m benchmarks readme", check)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from tools import documents
 from tools.scale import __main__ as command
 from tools.scale import machines, messages, tables
 from tools.scale.machines import NVLINK, Group, Link
@@ -17,22 +18,22 @@ START = machines.START_US
 
 def test_the_document_shows_what_is_computed():
     command.main(["--check"])  # exits with a sentence where it does not
-    shown = tables.SPAN.findall(command.DOCUMENT.read_text())
-    assert sorted(name for _, name, _, _ in shown) == sorted(tables.TABLES)
+    shown = documents.names(command.DOCUMENT.read_text(), "table")
+    assert sorted(shown) == sorted(tables.TABLES)
 
 
 def test_a_stale_table_is_found_and_written_anew(tmp_path, monkeypatch):
     path = tmp_path / "scale.md"
     path.write_text("before\n<!-- table ours -->\nold\n<!-- /table -->\nafter\n")
     monkeypatch.setattr(command, "DOCUMENT", path)
-    with pytest.raises(SystemExit, match="scale.md differs from the formulas"):
+    with pytest.raises(SystemExit, match="scale.md is not what its tables"):
         command.main(["--check"])
     command.main(["--write"])
     command.main(["--check"])
     text = path.read_text()
     assert text.startswith("before\n<!-- table ours -->\n| what |") and "old" not in text
     with pytest.raises(ValueError, match="no '<!-- table NAME -->'"):
-        tables.regenerate("no table here")
+        documents.regenerate("no table here", "table", tables.table)
 
 
 def test_all_tables_are_printed(capsys):

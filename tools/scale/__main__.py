@@ -3,31 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from .. import documents
 from . import tables
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.scale", description=tables.__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
-    what.add_argument("--check", action="store_true", help="compare them with docs/scale.md")
-    options = parser.parse_args(arguments)
-    if not (options.write or options.check):
-        print("\n".join(f"{name}\n{tables.table(name)}" for name in tables.TABLES))
-        return
-    text = DOCUMENT.read_text()
-    fresh = tables.regenerate(text)
-    if options.write:
-        DOCUMENT.write_text(fresh)
-    elif fresh != text:
-        sys.exit(f"{DOCUMENT.name} differs from the formulas; run `python -m tools.scale --write`")
+    made = {name: partial(tables.table, name) for name in tables.TABLES}
+    documents.run("python -m tools.scale", DOCUMENT, made, arguments, tables.__doc__)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from .. import documents
 from .machines import ETHERNET, PCIE, Group, ring_us, time_us, tree_us, whole
 from .messages import (
     COUNT,
@@ -24,10 +24,6 @@ from .messages import (
     Sent,
     messages,
     value,
-)
-
-SPAN = re.compile(
-    r"(?P<open><!-- table (?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.S
 )
 
 # --- the example that is carried to many GPUs ----------------------------------------------------
@@ -192,15 +188,4 @@ def share_text(share: float) -> str:
 
 
 def table(name: str) -> str:
-    head, *lines = TABLES[name]()
-    cells = [head, ["---"] * len(head), *lines]
-    text = ["| " + " | ".join(row) + " |" for row in cells]
-    text[1] = text[1].replace(" ", "")
-    return "\n".join(text) + "\n"
-
-
-def regenerate(text: str) -> str:
-    """``text`` with every table made anew."""
-    if SPAN.search(text) is None:
-        raise ValueError("no '<!-- table NAME -->' ... '<!-- /table -->' found")
-    return SPAN.sub(lambda span: span["open"] + table(span["name"]) + span["close"], text)
+    return documents.markdown(TABLES[name]())
