@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._aggregate import AGGREGATIONS, as_divisor, check_normalizer, reduce_tokens
 from .._checks import (
+    REFUSALS,
     as_weighting,
     check_choice,
     check_constant,
@@ -102,7 +103,7 @@ def _token_loss(
         if not apart:
             return result
         return aggregated(function, result, attention_mask, reduction, normalizer)
-    except Exception as error:  # a list has no .dim(), and what else there is
+    except REFUSALS as error:  # a list has no .dim(), and what else there is
         failure = error
     try:
         _check(function, reduction, mask_label, *tensors)

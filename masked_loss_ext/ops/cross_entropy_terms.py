@@ -11,6 +11,7 @@ import torch
 
 from .. import reference
 from .._checks import (
+    REFUSALS,
     as_integers,
     as_mask,
     check_integers,
@@ -107,7 +108,7 @@ def cross_entropy_terms(
         if is_transformed():
             _check_traced(operator.forward.arguments(*args))
         results = operator.call(args, 7)
-    except Exception as error:  # a list has no .stride(), and what else there is
+    except REFUSALS as error:  # a list has no .stride(), and what else there is
         failure = error
     else:
         asked = (True, True, unscaled, unscaled, classes is not None, *(links is not None,) * 2)

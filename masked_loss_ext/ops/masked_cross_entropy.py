@@ -20,6 +20,7 @@ from .._aggregate import (
     reduce_tokens,
 )
 from .._checks import (
+    REFUSALS,
     as_integers,
     as_mask,
     as_number,
@@ -333,7 +334,7 @@ def _call(name, given, run):
         if transformed:
             checks.check_traced(name, a)
         return run(a)
-    except Exception as error:  # a list has no .stride(), and what else there is
+    except REFUSALS as error:  # a list has no .stride(), and what else there is
         failure = error
     try:
         checks.check_tensors(name, given)

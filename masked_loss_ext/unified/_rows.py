@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    REFUSALS,
     broadcasts,
     check_device,
     check_flags,
@@ -338,7 +339,7 @@ def cross_entropy(function, arguments, logits, targets, attention_mask=None, **o
     names in ``arguments``."""
     try:
         return masked_cross_entropy(logits, targets, attention_mask, **options)
-    except Exception as error:
+    except REFUSALS as error:
         check_tokens(function, arguments, logits, targets, attention_mask)
         if not isinstance(error, (ValueError, TypeError, IndexError)):
             raise
