@@ -103,13 +103,14 @@ def borrow(module, names, like):
     """The module's own buffers of these names, by name, to compute with beside ``like``.
 
     They stay where they are. Where that is not the device of ``like`` these are copies, without
-    data where ``like`` has none (a dry run on meta or fake tensors); ``give_back`` takes them.
+    data where ``like`` has none (a dry run on meta or fake tensors). What they become is not
+    written into them: ``give_back`` takes it.
     """
     return {name: _beside(module, name, getattr(module, name), like) for name in names}
 
 
 def give_back(module, state):
-    """What was changed in borrowed copies; of a dry run nothing is known."""
+    """What borrowed buffers have become, by name; of a dry run nothing is known."""
     if torch.compiler.is_compiling():
         own = _all_is_own()
     else:
@@ -119,10 +120,19 @@ def give_back(module, state):
         rule += "masked_loss_ext.distributed.keep_state_local(model)"
         got = "DistributedDataParallel that replaces it by that of rank 0 in each forward"
         raise refusal(module.function, "state", rule, got, RuntimeError)
-    for name, tensor in state.items():
-        buffer = getattr(module, name)
-        if tensor is not buffer and has_data(tensor):
-            buffer.copy_(tensor)
+    store(module, {name: tensor for name, tensor in state.items() if has_data(tensor)})
+
+
+def store(module, state):
+    """Buffers by name, all in one operation: a KeyboardInterrupt comes between operations, and
+    would leave a step that is counted by halves."""
+    if state:
+        torch._foreach_copy_([getattr(module, name) for name in state], list(state.values()))
+
+
+def clear(module, names):
+    """Zeros, in one operation as well."""
+    torch._foreach_zero_([getattr(module, name) for name in names])
 
 
 def _sent_by_ddp(*parts):

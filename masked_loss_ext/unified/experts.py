@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_device, check_flags, check_integers, is_readable, refusal, shape_text
 from ._options import Flag, LossModule, Number, Rule, Share, check_size, one_of, part_of
 from ._rows import attached_zero, check_features, cleaned, distances, masked_mean, row_mask
-from ._state import KeepsState, advances, borrow, give_back, snapshot
+from ._state import KeepsState, advances, borrow, clear, give_back, snapshot, store
 
 MOST_EXPERTS = 2**24  # 64 MB for each of a balancer's counts
 Experts = Annotated[int, Rule("1 to 2^24", check_size, most=MOST_EXPERTS)]
@@ -252,14 +252,15 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         counts, means = choice_counts(indices, valid, self.num_experts), scores.sum(0)
         new = (counts, means / tokens.clamp(min=1), tokens, 1)
         for name, added in zip((*_ACCUMULATED, "_accumulation_steps"), new, strict=True):
-            state[name].add_(added)
+            state[name] = (state[name] + added).to(state[name].dtype)
         if is_optimizer_step:
             steps = state["_accumulation_steps"]
             for name, sum_name in zip(_STATISTICS, _ACCUMULATED, strict=True):
                 average = state[sum_name] / steps
-                state[name].mul_(self.momentum).add_(average, alpha=1 - self.momentum)
-                state[sum_name].zero_()
-            steps.zero_()
+                kept = state[name] * self.momentum
+                state[name] = kept.add(average, alpha=1 - self.momentum)
+                state[sum_name] = torch.zeros_like(average)
+            state["_accumulation_steps"] = torch.zeros_like(steps)
         give_back(self, state)
 
     def forward(
@@ -337,8 +338,7 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Forget all counts, those of a step that is under way among them."""
-        for name in _STATE:
-            getattr(self, name).zero_()
+        clear(self, _STATE)
 
     def _shares(self):
         counts, scores, tokens = (getattr(self, name) for name in _STATISTICS)
@@ -349,9 +349,7 @@ class AuxiliaryFreeMoEBalancer(KeepsState):
         counts, scores, tokens, *pending, steps = sums
         scores = scores / torch.where(tokens > 0, tokens, 1)
         means = (counts / ranks, scores, tokens / ranks, *(sum_ / ranks for sum_ in pending))
-        for name, mean in zip((*_STATISTICS, *_ACCUMULATED), means, strict=True):
-            getattr(self, name).copy_(mean)
-        self._accumulation_steps.copy_((steps / ranks).ceil())
+        store(self, dict(zip(_STATE, (*means, (steps / ranks).ceil()), strict=True)))
 
 
 @dataclass(eq=False, repr=False)

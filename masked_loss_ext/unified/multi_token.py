@@ -22,7 +22,7 @@ from ._rows import (
     torch_smoothing,
     widened,
 )
-from ._state import KeepsState, advances, borrow, give_back
+from ._state import KeepsState, advances, borrow, clear, give_back, store
 
 _SMALLEST = 1e-7
 _TOTALS = ("primary_loss", "additional_loss", "confidence_reg")
@@ -240,8 +240,9 @@ class AdaptiveMTPLoss(KeepsState):
         counts = loss.isfinite()  # one NaN would spoil the sums for good
         for name in _TOTALS:
             total = state[f"total_{name}"]
-            total.add_(torch.where(counts, parts[name].detach(), 0).to(total.dtype))
-        state["loss_count"].add_(counts)
+            added = torch.where(counts, parts[name].detach(), 0).to(total.dtype)
+            state[f"total_{name}"] = total + added
+        state["loss_count"] = state["loss_count"] + counts
         give_back(self, state)
 
     def _shares(self):
@@ -250,9 +251,8 @@ class AdaptiveMTPLoss(KeepsState):
     def _take(self, sums, ranks):
         *totals, count = sums
         calls = (count / ranks).ceil()
-        for name, total in zip(_SUMS, totals, strict=True):
-            getattr(self, name).copy_(total / count.clamp(min=1) * calls)
-        self.loss_count.copy_(calls)
+        means = [total / count.clamp(min=1) * calls for total in totals]
+        store(self, dict(zip((*_SUMS, "loss_count"), (*means, calls), strict=True)))
 
     def get_statistics(self) -> dict[str, Any]:
         """Averages over the recorded calls, as numbers: it waits for the device."""
@@ -265,5 +265,4 @@ class AdaptiveMTPLoss(KeepsState):
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Forget the recorded calls."""
-        for name in (*_SUMS, "loss_count"):
-            getattr(self, name).zero_()
+        clear(self, (*_SUMS, "loss_count"))

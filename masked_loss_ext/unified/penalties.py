@@ -30,7 +30,7 @@ from ._rows import (
     reduced,
     rows_of,
 )
-from ._state import KeepsState, borrow
+from ._state import KeepsState, borrow, store
 
 _HALF = -math.log(2)
 
@@ -495,8 +495,11 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss, KeepsState):
         """Set the weights for this step of training, a finite number counted from 0 (below: 0)."""
         check_number(self.function, "step", step)
         share = min(max(step, 0) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
-        for buffer, (initial, final) in self._schedules():
-            getattr(self, buffer).fill_(initial + (final - initial) * share)
+        new = {}
+        for name, (initial, final) in self._schedules():
+            weight = initial + (final - initial) * share
+            new[name] = torch.full_like(getattr(self, name), weight)
+        store(self, new)
 
     def _weights(self, like):
         return borrow(self, _SCHEDULED, like).values()
@@ -505,5 +508,5 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss, KeepsState):
         return [getattr(self, name) for name in _SCHEDULED]
 
     def _take(self, sums, ranks):
-        for name, total in zip(_SCHEDULED, sums, strict=True):
-            getattr(self, name).copy_(total / ranks)
+        means = [total / ranks for total in sums]
+        store(self, dict(zip(_SCHEDULED, means, strict=True)))

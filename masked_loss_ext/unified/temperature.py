@@ -25,11 +25,13 @@ from ._state import (
     KeepsState,
     advances,
     borrow,
+    clear,
     give_back,
     has_data,
     is_recomputing,
     is_transformed,
     snapshot,
+    store,
 )
 from .penalties import PenalisesEnds
 
@@ -198,13 +200,13 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
         loss = loss.detach().to(history.dtype)
         counts = loss.isfinite() & valid.any()
         slot = torch.arange(_SLOTS, device=loss.device)
-        history.copy_(torch.where((slot == pointer) & counts, loss, history))
-        size.copy_((size + counts).clamp(max=_SLOTS))
-        pointer.copy_((pointer + counts) % _SLOTS)
+        history = torch.where((slot == pointer) & counts, loss, history)
+        size = (size + counts).clamp(max=_SLOTS)
+        pointer = (pointer + counts) % _SLOTS
         step = torch.where(counts & (size >= _ENOUGH), self._step(history, slot < size), 0.0)
         moved = (temperature + step).clamp(*self.temperature_bounds)
-        temperature.copy_(torch.where(step == 0, temperature, moved))
-        give_back(self, state)
+        temperature = torch.where(step == 0, temperature, moved)
+        give_back(self, dict(zip(state, (temperature, history, pointer, size), strict=True)))
 
     def _step(self, history, used):
         count = used.sum()
@@ -218,8 +220,7 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
     @torch.no_grad()
     def reset_history(self):
         """Forget the losses; the temperature stays."""
-        for name in _HISTORY:
-            getattr(self, name).zero_()
+        clear(self, _HISTORY)
 
     def _shares(self):
         age = torch.arange(_SLOTS, device=self.loss_history.device)
@@ -232,7 +233,6 @@ class TemperatureScaledCrossEntropy(PenalisesEnds, KeepsState):
         slot = torch.arange(_SLOTS, device=losses.device)
         size = (having > 0).sum()
         oldest_first = (losses / having.clamp(min=1))[(size - 1 - slot) % _SLOTS]
-        self.temperature.copy_(temperature / ranks)
-        self.loss_history.copy_(torch.where(slot < size, oldest_first, 0))
-        self.history_ptr.copy_(size % _SLOTS)
-        self.history_size.copy_(size)
+        history = torch.where(slot < size, oldest_first, 0)
+        new = (temperature / ranks, history, size % _SLOTS, size)
+        store(self, dict(zip(("temperature", *_HISTORY), new, strict=True)))
