@@ -50,7 +50,7 @@ class SyncsState(LossModule):
 
 class KeepsState(SyncsState):
     """A module whose own buffers keep their dtype under ``.half()``, ``.to(dtype)`` and the like,
-    and under any default dtype.
+    under any default dtype and that of a checkpoint.
 
     They are counts and sums over many steps: in half precision 4097 tokens are 4096, and a step of
     the temperature is lost.
@@ -76,6 +76,21 @@ class KeepsState(SyncsState):
             if moved.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device))
         return self
+
+    def _load_from_state_dict(self, *args):
+        """With ``assign=True`` buffers are those of the checkpoint: of its dtype, and what is in
+        no checkpoint stays where a module that was made on meta has it, without data."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._load_from_state_dict(*args)
+        for name, buffer in before.items():
+            loaded = getattr(self, name)
+            if loaded.dtype != buffer.dtype:
+                setattr(self, name, loaded.to(buffer.dtype))
+        placed = [b.device for b in self.buffers(recurse=False) if b.device.type != "meta"]
+        for name in self._non_persistent_buffers_set if placed else ():
+            buffer = getattr(self, name)
+            if buffer.device.type == "meta":
+                setattr(self, name, torch.zeros_like(buffer, device=placed[0]))
 
 
 @torch.no_grad()
