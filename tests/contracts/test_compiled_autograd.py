@@ -10,8 +10,10 @@ from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
 generator = torch.Generator().manual_seed(6)
 X = torch.randn(3, 5, 7, generator=generator)
+HEAD = torch.randn(7, 7, generator=generator)
 TARGET = torch.randint(0, 7, (3, 5), generator=generator)
 MASK = torch.rand(3, 5, generator=generator) < 0.7
+UNIFIED = mle.UnifiedLoss(7)
 f = mle.masked_cross_entropy
 LOSSES = {
     "cross entropy": lambda x: f(x, TARGET, MASK, token_weight=x[..., 0] * 1.0, z_loss=0.1),
@@ -22,6 +24,11 @@ LOSSES = {
         f(x * 1, TARGET, MASK, gradient_in_forward=True, inplace_backward=True) * 3
     ),
     "terms": lambda x: cross_entropy_terms(x, TARGET, MASK).log_prob.sum(),
+    "linear": lambda x: mle.masked_linear_cross_entropy(x, HEAD, TARGET, MASK) * 3,
+    "linear none": lambda x: (
+        mle.masked_linear_cross_entropy(x, HEAD, TARGET, MASK, reduction="none").square().sum()
+    ),
+    "unified": lambda x: UNIFIED(x, TARGET, MASK, update_state=False),
     "squared": lambda x: mle.masked_edit_token_mean_loss(x, X + 1, MASK, None, x * 0.5),
 }
 
