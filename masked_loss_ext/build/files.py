@@ -168,9 +168,11 @@ def distrust(path):
 
 
 def distrust_around(root):
-    """As distrust, of a folder whose entries are looked at one by one: links and groups will do.
-    Where everyone may rename the entries, no look is worth anything."""
-    mode = os.stat(root).st_mode
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        return f"{root} can be written to by others (mode {stat.S_IMODE(mode):o})"
+    """As distrust, of a folder whose entries are looked at one by one, and of those above it: links
+    and groups will do. Where everyone may rename the entries, no look is worth anything."""
+    real = Path(os.path.realpath(root))
+    for place in dict.fromkeys((root, *root.parents, real, *real.parents)):
+        mode = os.stat(place).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"{place} can be written to by others (mode {stat.S_IMODE(mode):o})"
     return None

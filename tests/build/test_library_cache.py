@@ -161,6 +161,24 @@ def test_a_root_where_everyone_may_rename_is_not_trusted(cache):
         assert loading.compile_at_import().parent.parent == cache
 
 
+def test_a_folder_above_where_everyone_may_rename_is_not_trusted(cache, monkeypatch, tmp_path):
+    """Who may rename the cache puts another in its place, after it was looked at."""
+    for above in (tmp_path / "open", tmp_path / "open" / "disk"):
+        (tmp_path / "open" / "disk" / "cache").mkdir(parents=True, exist_ok=True)
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "open" / "disk" / "cache")
+        for named in (tmp_path / "open" / "disk" / "cache", link):
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(named))
+            above.chmod(0o777)
+            assert refusal().startswith(f"{above} can be written to by others (mode 777)")
+            assert list(named.iterdir()) == []
+            above.chmod(0o1777)
+            assert loading.compile_at_import().parent.parent == named
+            shutil.rmtree(loading.compile_at_import().parent)
+        above.chmod(0o755)
+
+
 def test_links_in_the_cache_are_not_followed(cache, tmp_path):
     library = loading.compile_at_import()
     shutil.move(library, tmp_path / "elsewhere.so")
