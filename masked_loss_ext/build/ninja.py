@@ -7,6 +7,7 @@ kernels against a CPU-only torch and has no flags per source.
 """
 
 import filecmp
+import itertools
 import os
 import re
 import shlex
@@ -30,7 +31,12 @@ from .toolchain import BuildError, Toolchain, answer_of, say, setting, show
 
 LINKED = "linked.so"  # what ninja makes, and what becomes the library once it is found whole
 SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 3, 70  # rough, for the progress message alone
-CANNOT_WRITE = re.compile("No space left on device|Disk quota exceeded|Read-only file system")
+CANNOT_WRITE = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|"
+    "File too large|File size limit exceeded"
+)
+# By the shell of a compiler that was killed, or by the compiler of a program of its own.
+KILLED = re.compile("^Killed$|Killed signal terminated program", re.M)
 
 
 def _shell(words):
@@ -47,9 +53,12 @@ def _path(path):
 def ninja_file(tools, output):
     root = sources.csrc_dir()
     common = [f"-D{define}" for define in sources.DEFINES]
-    common += [f"-I{root}", "-isystem", tools.torch_root / "include"]
+    include = tools.torch_root / "include"
+    common += [f"-I{root}", "-isystem", include]
+    # The library names its sources as in an installed package, and no folder of this machine.
+    unnamed = [f"-fmacro-prefix-map={root}/=csrc/", f"-fmacro-prefix-map={include}/="]
     files = ["-MF", "$out.d", "-c", "$in", "-o", "$out"]
-    cxx = [*tools.cxx, *sources.CXX_FLAGS, "$flags", "-fPIC", *common, "-MMD", *files]
+    cxx = [*tools.cxx, *sources.CXX_FLAGS, "$flags", "-fPIC", *common, *unnamed, "-MMD", *files]
     libraries = [f"-L{tools.torch_root / 'lib'}", "-ltorch_cpu"]
     rules = {"cxx": _shell(cxx)}
     steps = [(unit.object, "cxx", root / unit.source, unit.flags) for unit in sources.units()]
@@ -57,6 +66,7 @@ def ninja_file(tools, output):
     if tools.cuda_home:
         nvcc = [tools.cuda_home / "bin/nvcc", *sources.NVCC_FLAGS, *tools.cuda_flags, *common]
         nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-MD", *files]
+        nvcc += [f"-Xcompiler={flag}" for flag in unnamed]
         # What it says is kept, and said.
         keep = " > $out.log 2>&1; status=$$?; cat $out.log; exit $$status"
         rules["nvcc"] = _shell(nvcc) + keep
@@ -151,10 +161,16 @@ class Ninja:
         if _is_terminal():
             show("\r\033[K", end="")
         if ninja.returncode:
-            raise BuildError(self._disk_trouble(output) or failure(output, self.folder))
+            raise BuildError(self._trouble("".join(output)) or failure(output, self.folder))
 
-    def _disk_trouble(self, output):
-        found = CANNOT_WRITE.search("".join(output))
+    def _trouble(self, said):
+        """What is not the sources' fault, in a sentence."""
+        if KILLED.search(said):
+            return (
+                f"the compiler was killed in {self.folder}, as systems do that run out of memory; "
+                "MAX_JOBS=1 compiles one file at a time"
+            )
+        found = CANNOT_WRITE.search(said)
         if found is None:
             return None
         scratch = os.environ.get("TMPDIR") or tempfile.gettempdir()
@@ -205,5 +221,7 @@ def failure(output, folder):
     if start is None:
         return f"ninja failed in {folder}: " + "".join(output[-3:]).strip()
     step = re.sub(r"^FAILED:\s*(\[code=\d+\])?", "", output[start]).strip()
-    words = [line for line in output[start + 2 :] if not line.startswith("ninja:")]
-    return f"the compiler failed at {step}:\n" + "".join(words[:30])
+    words = itertools.takewhile(
+        lambda line: not re.match(r"ninja:|FAILED:|\[\d+/\d+\]", line), output[start + 2 :]
+    )
+    return f"the compiler failed at {step}:\n" + "".join(itertools.islice(words, 30))

@@ -198,6 +198,10 @@ def test_compiler_errors_are_shown_without_the_command(tmp_path):
         "FAILED: cpu/bad.cpp.o \n",
         "/usr/bin/c++ -O3 very long\n",
         "bad.cpp:1:1: error: 'x' does not name a type\n",
+        "[2/3] /usr/bin/c++ -O3 very long\n",  # that ran beside it
+        "FAILED: cpu/worse.cpp.o \n",
+        "/usr/bin/c++ -O3 very long\n",
+        "worse.cpp:1:1: error: no\n",
         "ninja: build stopped: subcommand failed.\n",
     ]
     text = ninja.failure(output, tmp_path)

@@ -124,13 +124,16 @@ def test_a_file_system_without_room(tree, options, reason):
     assert str(folder) in text and reason in text and tiny_build.ADVICE in text
 
 
-def test_import_on_a_full_file_system(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "reason"), [("size=4k", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_import_with_a_cache_that_takes_nothing(tmp_path, options, reason):
     command = ["env", "MASKED_LOSS_EXT_JIT=1", f"TORCH_EXTENSIONS_DIR={tmp_path / 'cache'}"]
     command += [f"PYTHONPATH={sources.PACKAGE.parent}", sys.executable, "-c"]
-    done = on_tmpfs(tmp_path / "cache", "size=4k", [*command, "import masked_loss_ext"])
+    done = on_tmpfs(tmp_path / "cache", options, [*command, "import masked_loss_ext"])
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: masked_loss_ext: the kernels cannot be compiled")
-    assert str(tmp_path / "cache") in last and "No space left on device" in last
+    assert str(tmp_path / "cache") in last and reason in last
     assert "set TORCH_EXTENSIONS_DIR to a folder" in last
     assert len(done.stderr.splitlines()) < 15, done.stderr
 

@@ -135,6 +135,8 @@ def test_ahead_of_time_wheel(aot_wheel):
         names = content.namelist()
         (metadata,) = (content.read(n).decode() for n in names if n.endswith("METADATA"))
     assert [n for n in names if n.endswith(".so")] == ["masked_loss_ext/_C.abi3.so"]
+    assert {n.partition("/")[0].partition("-")[0] for n in names} == {"masked_loss_ext"}
+    assert not [n for n in names if ".." in n or re.search(r"(^|/)(test_|tests/|__pycache__)", n)]
     assert "masked_loss_ext/csrc/schemas.cpp" in names  # for MASKED_LOSS_EXT_JIT=1
     required = re.findall(r"^Requires-Dist: (.*)", metadata, re.M)
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.10"]
