@@ -79,6 +79,11 @@ def test_a_mutant_that_no_test_sees_survives(tree):
     assert (row["outcome"], row["caught_by"]) == ("survived", "")
 
 
+def test_a_mutant_that_ends_the_process_is_caught(tree):
+    row = outcome_of(tree, SURE._replace(wrong="import os; os.abort()"), 60)
+    assert (row["outcome"], row["caught_by"]) == ("caught", "test_adding.py::test_add")
+
+
 def test_a_mutant_that_never_ends_is_stopped(tree):
     row = outcome_of(tree, SURE._replace(wrong="\n    while True: pass"), 3)
     assert (row["outcome"], row["caught_by"]) == ("timed out", "")

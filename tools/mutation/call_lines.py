@@ -56,9 +56,9 @@ MUTANTS = [
     Mutant(
         "csrc/cross_entropy/call.h",
         "cross entropy",
-        "without a target gradients that smoothing would have are taken",
-        "    problem.options.label_smoothing = 0;\n",
-        "",
+        "a shift near 2^63 overflows, and labels before the first are read",
+        "q.shift = std::min(shift, q.row_length);",
+        "q.shift = shift;",
     ),
     Mutant(
         "csrc/linear_cross_entropy/call.h",

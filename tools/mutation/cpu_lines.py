@@ -117,11 +117,11 @@ MUTANTS = [
         "if (count < 0) row.plain += double(count) * (base_of<double>(row.highest) - highest);",
     ),
     Mutant(
-        "csrc/linear_cross_entropy/cpu/ops.cpp",
-        "linear",
-        "the second chunk reads the results of the first",
-        "chunk.log_prob = saved_.log_prob;",
-        "chunk.log_prob = saved_.row_sums;",
+        "csrc/cross_entropy/cpu/ops.cpp",
+        "cross entropy",
+        "of a sweep's buffer the log-probabilities lie over the rows' sums",
+        "q.log_prob = part(kRowSums);",
+        "q.log_prob = part(kRowSums - 1);",
     ),
     Mutant(
         "csrc/linear_cross_entropy/cpu/ops.cpp",

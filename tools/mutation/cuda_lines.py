@@ -28,7 +28,7 @@ MUTANTS = [
     Mutant(
         "csrc/elementwise/cuda/kernels.cuh",
         "elementwise, simulated",
-        "every lane writes the row's loss, of its own share",
+        "the row's loss is that of its first lane's share",
         "    sum = group_sum(sum, q.lanes);\n"
         "    if (item.exists && lane == 0) loss[item.offset[kLoss]]",
         "    if (item.exists && lane == 0) loss[item.offset[kLoss]]",

@@ -18,6 +18,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/cross_entropy/test_aggregate.py",
     ),
     "aggregates": (
+        "tests/cross_entropy/test_zero_denominator.py",
         "tests/cross_entropy/test_hand_worked.py",
         "tests/cross_entropy/test_aggregate.py",
     ),

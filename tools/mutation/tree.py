@@ -18,6 +18,7 @@ from .mutant import Mutant
 
 HOME = Path(__file__).resolve().parents[2]
 PLUGIN = "tools.mutation.first_failure"
+TESTS_FAILED = (1, 2)  # pytest's codes; 2 where a file of tests cannot be read
 TAIL = 4000  # characters of what a program said
 
 
@@ -81,14 +82,18 @@ class Tree:
         return ended
 
     def test(self, tests: Sequence[str], seconds: float) -> tuple[Ended, str]:
-        """Of the tests, until one fails: how that ended, and the name of the one that failed."""
+        """Of the tests, until one fails: how that ended, and the name of the one that failed or
+        ended the process."""
         self.failure.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         # Each test name is one argument, however many there are.
         arguments = self.place.parent / "arguments"
         arguments.write_text("\n".join(tests))
         ended = self._run([*command, "-p", PLUGIN, f"@{arguments}"], seconds, compiler=1)
-        return ended, self.failure.read_text() if self.failure.is_file() else ""
+        failed = ended.code is not None and (ended.code < 0 or ended.code in TESTS_FAILED)
+        if ended.code not in (0, None) and not (failed and self.failure.is_file()):
+            raise RuntimeError(f"pytest could not run ({ended.code}):\n{ended.said}")
+        return ended, self.failure.read_text() if failed else ""
 
     def _run(self, command, seconds, compiler=None):
         # Inductor knows operators by name alone: what it made of others is not for these.
