@@ -29,6 +29,8 @@ def test_sources_by_hand():
     assert rows(I.from_cu_seqlens([0, 1, 3], 4)) == ["#...", ".##.", ".##.", "...."]
     assert rows(I.cross([1, 2], [2, 2], [1, 5])) == ["#...", "..##", "..##"]
     assert rows(I.shared_prefix(1, [2, 1])) == ["#...", "##..", "###.", "#..#"]
+    padded = rows(I.shared_prefix(1, [1, 1], seq_len=4))
+    assert padded == ["#...", "##..", "#.#.", "...."]
     assert rows(I.block_diffusion(2, 1)) == ["#...", ".##.", "..#.", "..##"]
 
 

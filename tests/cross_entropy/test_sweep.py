@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """gradient_in_forward: the gradient is made with the loss, and the backward hands it over once."""
 
+import math
+
 import pytest
 import torch
 from accuracy import assert_same_bits
@@ -154,6 +156,16 @@ def test_one_backward(inplace):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gradient_in_forward=True has one backward"):
         loss.backward()
+
+
+def test_a_batch_of_gradients_reaches_no_excluded_row():
+    x = torch.randn(3, 50, requires_grad=True)
+    mask, factors = torch.tensor([True, False, True]), torch.tensor([math.inf, 0.5])
+    loss = fused(x, torch.arange(3), mask)
+    (found,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    assert torch.equal(found[:, 1], torch.zeros(2, 50))
+    (expected,) = torch.autograd.grad(fused(x, torch.arange(3), mask) * 0.5, x)
+    torch.testing.assert_close(found[1], expected)
 
 
 @in_both

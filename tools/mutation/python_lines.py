@@ -98,9 +98,9 @@ MUTANTS = [
     Mutant(
         "masked_loss_ext/ops/masked_cross_entropy.py",
         "cross entropy in Python",
-        "logits whose classes are not adjacent are handed on as they are",
-        'a["logits"] = logits = with_adjacent_classes(logits)',
-        "pass",
+        "class weights of rows that do not count are in the denominator",
+        "share = select(on, at_labels(weight, labels.clamp(0, weight.shape[0] - 1)))",
+        "share = at_labels(weight, labels.clamp(0, weight.shape[0] - 1))",
     ),
     Mutant(
         "masked_loss_ext/ops/masked_cross_entropy.py",

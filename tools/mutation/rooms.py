@@ -61,7 +61,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "unified": (
         "tests/unified/test_on_paper.py",
         "tests/unified/test_state.py",
-        "tests/unified/test_document.py",
+        "tests/unified/test_packed.py",
         "tests/unified/test_anti_repetition.py",
         "tests/unified/test_diversity.py",
         "tests/unified/test_loss.py",
@@ -116,6 +116,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/cross_entropy/test_sweep.py",
         "tests/cross_entropy/test_layouts.py",
         "tests/cross_entropy/test_laws.py",
+        "tests/cross_entropy/test_saved.py",
         "tests/cross_entropy/test_errors.py",
     ),
     "shards": (
