@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -273,3 +274,14 @@ def test_a_strict_umask_is_kept(tree):
         os.umask(before)
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(library.stat().st_mode) == 0o700
+
+
+def test_a_cut_file_without_sections(tmp_path):
+    """Tools that shrink libraries take the table of sections away, which ends a linker's file."""
+    file, size = tmp_path / "file", 120 + 40  # a header, one segment's entry, what is loaded
+    head = b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HHIQQQI", 3, 62, 1, 0, 64, 0, 0)
+    head += struct.pack("<6H", 64, 56, 1, 64, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0, 0, 40, 40, 4096)
+    for length in (size - 1, size):
+        file.write_bytes((head + segment + bytes(40))[:length])
+        assert files.is_whole(file) == (length == size)
