@@ -234,10 +234,13 @@ def check_like(function, name, tensor, like_name, like, *, broadcast=False, labe
     check_device(function, name, tensor, like_name, like)
 
 
-def check_mask(function, name, mask, like_name, like, dims, label=None, broadcast=False):
+def check_mask(
+    function, name, mask, like_name, like, dims, label=None, broadcast=False, selects=True
+):
     """A mask of the first ``dims`` dimensions of ``like``; None passes.
 
-    broadcast: a size of 1 stands for any.
+    broadcast: a size of 1 stands for any. selects: by not being 0; an edit mask's values weigh,
+    and those of what another mask excludes are not looked at.
     """
     if mask is None:
         return
@@ -249,7 +252,8 @@ def check_mask(function, name, mask, like_name, like, dims, label=None, broadcas
         raise refusal(function, label or f"{name} shape", rule, got)
     check_mask_dtype(function, name, mask)
     check_device(function, name, mask, like_name, like)
-    check_not_additive(function, name, mask)
+    if selects:
+        check_not_additive(function, name, mask)
 
 
 def check_label_rows(function, name, labels, mask, segment_ids, *, broadcast=False):
@@ -269,11 +273,11 @@ def check_label_rows(function, name, labels, mask, segment_ids, *, broadcast=Fal
         check_like(function, "segment_ids", segment_ids, name, labels, broadcast=broadcast)
 
 
-def check_leading_mask(function, name, mask, like_name, like):
+def check_leading_mask(function, name, mask, like_name, like, selects=True):
     """A mask of any of the leading dimensions of ``like``; a size of 1 stands for any."""
     check_tensor(function, name, mask)
     dims = mask.dim() if 1 <= mask.dim() <= like.dim() else like.dim()
-    check_mask(function, name, mask, like_name, like, dims, broadcast=True)
+    check_mask(function, name, mask, like_name, like, dims, broadcast=True, selects=selects)
 
 
 def broadcasts(shape, sizes):

@@ -117,7 +117,8 @@ class MaskEditLoss(torch.nn.Module):
         check_mask(
             name, "attention_mask", attention_mask, "model_pred", model_pred, 2, broadcast=True
         )
-        check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2, broadcast=True)
+        how = {"broadcast": True, "selects": False}
+        check_mask(name, "edit_mask", edit_mask, "model_pred", model_pred, 2, **how)
         check_constant(name, "edit_mask", edit_mask)
         weights = as_weighting(name, weighting, model_pred)
         check_weighting(name, weights, "model_pred", model_pred)
@@ -208,7 +209,8 @@ class MseLoss(torch.nn.Module):
         check_prediction(name, "model_pred", model_pred, "target", target)
         for argument, mask in (("attention_mask", attention_mask), ("edit_mask", edit_mask)):
             if mask is not None:
-                check_leading_mask(name, argument, mask, "model_pred", model_pred)
+                selects = argument == "attention_mask"
+                check_leading_mask(name, argument, mask, "model_pred", model_pred, selects)
         weights = as_weighting(name, weighting, model_pred)
         check_weighting(name, weights, "model_pred", model_pred)
         check_element_loss(name, self.loss, self.delta)

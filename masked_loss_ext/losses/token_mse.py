@@ -38,11 +38,12 @@ def _check(
     check_choice(function, "reduction", reduction, TOKEN_REDUCTIONS, "Invalid reduction: ")
     check_prediction(function, "model_pred", model_pred, "target", target)
     check_rank(function, "model_pred", model_pred, 3, "[B, T, C]")
-    for name, mask, label in (
-        ("attention_mask", attention_mask, mask_label),
-        ("edit_mask", edit_mask, None),
+    for name, mask, label, selects in (
+        ("attention_mask", attention_mask, mask_label, True),
+        ("edit_mask", edit_mask, None, False),
     ):
-        check_mask(function, name, mask, "model_pred", model_pred, 2, label, broadcast=True)
+        how = {"broadcast": True, "selects": selects}
+        check_mask(function, name, mask, "model_pred", model_pred, 2, label, **how)
     check_constant(function, "edit_mask", edit_mask)
     weighting = as_weighting(function, weighting, model_pred)
     check_weighting(function, weighting, "model_pred", model_pred)

@@ -272,6 +272,19 @@ def test_additive_masks_are_refused():
         mle.masked_mse(torch.ones(2, 3), torch.zeros(2, 3), mask)
 
 
+@pytest.mark.parametrize("loss", [mle.AttentionMaskMseLoss(), mle.MaskEditLoss(), mle.MseLoss()])
+def test_edit_masks_are_not_looked_at_where_nothing_counts(loss):
+    """An edit mask weighs: what of it belongs to padding may be anything, NaN or negative too."""
+    prediction, target = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    mask = torch.tensor([[True, True, False]] * 2)
+    clean = torch.tensor([[0.25, 1.0, 0.0]] * 2)
+    expected = loss(prediction, target, attention_mask=mask, edit_mask=clean)
+    for value in (torch.nan, -torch.inf, -1.0):
+        edit_mask = clean.masked_fill(~mask, value)
+        found = loss(prediction, target, attention_mask=mask, edit_mask=edit_mask)
+        assert torch.equal(found, expected)
+
+
 def test_a_reduction_that_was_changed_to_a_wrong_word():
     loss = mle.AttentionMaskMseLoss()
     loss.reduction = "average"
