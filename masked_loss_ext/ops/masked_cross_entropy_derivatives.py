@@ -156,6 +156,8 @@ def _sweep_beside(args):
 
 def scale_gradient(gradient: torch.Tensor, grad_loss: torch.Tensor) -> None:
     """gradient *= grad_loss []; where that is 1 nothing is read."""
+    if gradient.dim() == 0:  # the weight of the one token of hidden states [D]
+        gradient = gradient.view(1)
     _scale.op(gradient, grad_loss)
 
 

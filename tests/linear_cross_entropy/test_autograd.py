@@ -52,6 +52,17 @@ def leaves(dtype=torch.float64):
     return tuple(tensor.to(dtype).requires_grad_() for tensor in tensors)
 
 
+def test_a_single_token_and_its_weight():
+    """Hidden states [D]: all that is per row is a number, and so is the gradient of its weight."""
+    hidden, head = torch.tensor([1.0, 2.0]), torch.eye(2)
+    weight = torch.tensor(0.5, requires_grad=True)
+    target = torch.tensor(1)
+    loss = mle.masked_linear_cross_entropy(hidden, head, target, token_weight=weight)
+    (3 * loss).backward()
+    expected = 3 * torch.nn.functional.cross_entropy(hidden, target)
+    torch.testing.assert_close(weight.grad, expected)
+
+
 def loss_of(module=mle, name="plain", **more):
     def loss(h, w, b=None, t=None):
         options = {**OPTIONS[name], **more}
