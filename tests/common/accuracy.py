@@ -17,6 +17,7 @@ import torch
 from masked_loss_ext import reference
 
 INPUTS = ("prediction", "target", "weighting")  # what has a gradient
+WEIGHTS = ("foreground_weight", "background_weight")
 ROUNDINGS_OF_A_TERM = 8  # difference, square, edit weight (3), weighting, scale (2)
 
 
@@ -42,7 +43,8 @@ def evaluate(function, inputs, grad_loss=None, **options):
 class Expected:
     """What the reference says: in the inputs' dtypes, in truth, and how exact that is.
 
-    ``size`` is the sum of what is summed without its signs: grad_loss may make terms cancel.
+    ``size`` is the sum of what is summed without its signs: grad_loss and weights may make terms
+    cancel.
     ``relative_error`` is the reference's largest, and at least the bound of a pairwise sum: one sum
     may be exact by luck. In float64 the truth is the reference itself, so the roundings of a term
     count too.
@@ -55,8 +57,13 @@ class Expected:
         self.in_dtype = evaluate(function, inputs, grad_loss, **options)
         self.truth = evaluate(function, wide, grad_loss, **options)
         self.size = self.truth
-        if grad_loss is not None:
-            self.size = evaluate(function, wide, grad_loss.abs(), **options)
+        signs = _negative(inputs["weighting"]) or any(options.get(w, 1.0) < 0 for w in WEIGHTS)
+        if grad_loss is not None or signs:
+            grad_loss = None if grad_loss is None else grad_loss.abs()
+            if wide["weighting"] is not None:
+                wide["weighting"] = wide["weighting"].abs()
+            unsigned = options | {w: abs(options[w]) for w in WEIGHTS if w in options}
+            self.size = evaluate(function, wide, grad_loss, **unsigned)
         self.relative_error = {
             name: _relative_error(self.in_dtype[name], self.truth[name], self.size[name])
             for name in self.truth
@@ -71,6 +78,10 @@ class Expected:
         in_a_term = ROUNDINGS_OF_A_TERM if dtype == torch.float64 else 0
         roundings = math.log2(max(terms / max(results, 1), 1)) + in_a_term
         return roundings * torch.finfo(dtype).eps / 2
+
+
+def _negative(tensor):
+    return tensor is not None and bool((tensor < 0).any())
 
 
 def _relative_error(result, truth, size):

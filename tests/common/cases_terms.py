@@ -176,8 +176,9 @@ def assert_agrees(results, arguments, what, upstream=None):
         for kind in (wide, torch.float64)
     )
     assert results.keys() == truth.keys()
-    finite = truth["scaled_mean_log_prob"].abs().nan_to_num(0, 0, 0)
-    size = finite.max().item() if finite.numel() else 0.0
+    log_p = arguments["logits"].double().log_softmax(-1)
+    means = (truth["scaled_mean_log_prob"].abs(), log_p.abs().nan_to_num(0, 0, 0).mean(-1))
+    size = max((x.nan_to_num(0, 0, 0).max().item() for x in means if x.numel()), default=0.0)
     for name, result in results.items():
         is_gradient = name == "grad logits"
         assert result.dtype == (dtype if is_gradient else wide), name

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m tools.fuzz``: until Ctrl-C, or as long as told; exit 1 where something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "common")]
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from tests.fuzz.engine import LENGTH, Mismatch, run_code, run_seed  # noqa: E402
+from tests.fuzz.properties import BY_NAME, PROPERTIES  # noqa: E402
+from tools.fuzz import counts  # noqa: E402
+
+BATCH = 500  # cases of one seed; hypothesis remembers them all
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=list(BY_NAME), metavar="NAME", help="these properties alone")
+    add("--seconds", type=float, help="stop after so many")
+    add("--cases", type=int, help="stop when every property has so many, or its share of them")
+    add("--seed", type=int, help="the first seed, which is otherwise drawn and printed")
+    add("--code", help="one case again, as printed with a mismatch; with --only NAME")
+    add("--record", action="store_true", help="add what was counted to docs/trust/fuzz.csv")
+    add("--list", action="store_true", help="the properties and their operators")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = arguments(given)
+    chosen = [BY_NAME[name] for name in options.only] if options.only else list(PROPERTIES)
+    if options.list:
+        for prop in chosen:
+            print(f"{prop.name:24}{' '.join(prop.operators)}")
+        return 0
+    torch.set_num_threads(1)
+    if options.code is not None:
+        return again(chosen, options.code)
+    faulthandler.enable()
+    gc.freeze()
+    first = secrets.randbelow(10**9) if options.seed is None else options.seed
+    print(f"seeds from {first} on; {len(chosen)} properties; Ctrl-C ends it")
+    found = counts.Counts(first, chosen)
+    failures = run(chosen, found, first, options)
+    found.show()
+    if options.record:
+        print(f"added to {counts.add(found)}")
+    for failure in failures:
+        print(f"\n{failure}")
+    return 1 if failures else 0
+
+
+def again(chosen, code: str) -> int:
+    """A case that was printed; what it raises is shown whole."""
+    for prop in chosen:
+        try:
+            run_code(prop, bytes.fromhex(code).ljust(LENGTH, b"\0"))
+        except Mismatch as error:
+            raise error.__cause__ from None
+        print(f"{prop.name}: right")
+    return 0
+
+
+def run(chosen, found, first, options) -> list[str]:
+    """One seed after another, of the property that is furthest behind; what went wrong, in words."""
+    failures, stop = [], time.monotonic() + (options.seconds or float("inf"))
+    wanted = None if options.cases is None else sum(options.cases * p.share for p in chosen)
+    number, broken = first, set()
+    with tqdm(total=wanted and int(wanted), unit=" cases", smoothing=0.05) as bar:
+        try:
+            while time.monotonic() < stop:
+                left = [p for p in chosen if p.name not in broken]
+                if not left:
+                    break
+                prop = min(left, key=lambda p: found.cases[p.name] / p.share)
+                behind = (options.cases or float("inf")) * prop.share - found.cases[prop.name]
+                if behind < 1:
+                    break
+                bar.set_description(f"{prop.name}, seed {number}")
+                examples = int(min(BATCH * max(prop.share, 0.1), behind))
+                outcome = run_seed(prop, number, examples)
+                found.add(prop, outcome)
+                bar.update(outcome.cases)
+                if outcome.failure:
+                    broken.add(prop.name)
+                    failures.append(outcome.failure)
+                    seeded = f"python -m tools.fuzz --only {prop.name} --seed {number}"
+                    bar.write(f"{outcome.failure}\n  whole seed: {seeded} --cases {examples}\n")
+                number += 1
+        except KeyboardInterrupt:
+            bar.write("stopped")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How many cases of what, and docs/trust/fuzz.csv, to which a run adds its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools import records
+
+NAME = "fuzz"
+COLUMNS = ("kind", "name", "cases", "mismatches", "seconds", "seeds")
+
+
+class Counts:
+    """Of one run, whose seeds begin at ``first``."""
+
+    def __init__(self, first: int, properties: Sequence) -> None:
+        self.first = first
+        self.cases: Counter = Counter({prop.name: 0 for prop in properties})
+        self.seconds: Counter = Counter()
+        self.reached: Counter = Counter()
+        self.wrong: Counter = Counter()  # by property and by operator
+
+    def add(self, prop, outcome) -> None:
+        self.cases[prop.name] += outcome.cases
+        self.seconds[prop.name] += outcome.seconds
+        self.reached.update(outcome.reached)
+        if outcome.failure:
+            self.wrong.update([prop.name, *prop.operators])
+
+    def rows(self) -> list[dict]:
+        """Of each operator and each property that had a case."""
+        found = []
+        for kind, cases in (("operator", self.reached), ("property", self.cases)):
+            for name in sorted(cases):
+                seconds = round(self.seconds[name]) if kind == "property" else ""
+                row = (kind, name, cases[name], self.wrong[name], seconds, self.first)
+                found.append(dict(zip(COLUMNS, row, strict=True)))
+        return [row for row in found if row["cases"] or row["mismatches"]]
+
+    def show(self) -> None:
+        for row in self.rows():
+            line = f"{row['kind']:10}{row['name']:48}{row['cases']:>10} cases"
+            print(line + f"{row['mismatches']:>4} mismatches")
+
+
+def add(found: Counts, folder: Path = records.FOLDER) -> Path:
+    """What is there, and this run."""
+    path = folder / f"{NAME}.csv"
+    rows = {(r["kind"], r["name"]): dict(r) for r in records.read(NAME, folder)} if path.exists() else {}
+    for row in found.rows():
+        old = rows.get((row["kind"], row["name"]))
+        if old is None:
+            rows[row["kind"], row["name"]] = row
+            continue
+        for column in ("cases", "mismatches", "seconds"):
+            old[column] = int(old[column] or 0) + int(row[column] or 0) if row[column] != "" else ""
+        old["seeds"] = f"{old['seeds']} {row['seeds']}"
+    return records.write(NAME, [rows[key] for key in sorted(rows)], folder)
