@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "common/checks.h"
 #include "common/cpu/capability.h"
 
 #ifndef MASKED_LOSS_EXT_VERSION
@@ -234,6 +235,7 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
 
 static std::string version() { return MASKED_LOSS_EXT_VERSION; }
 static torch::stable::Tensor snapshot(const torch::stable::Tensor& tensor) {
+  masked_loss_ext::type_of("_snapshot", "tensor", tensor);  // refuses what cannot be copied
   return torch::stable::clone(tensor);
 }
 static std::string cpu_capability() {

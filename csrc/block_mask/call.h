@@ -18,9 +18,10 @@ constexpr int64_t kMaxLength = 2147483647;  // positions are int32 in the result
 
 inline void check_tensor_kind(const char* op, const char* name, const Tensor& tensor, ScalarType type,
                               int64_t dims, const char* layout) {
-  if (tensor.scalar_type() == type && tensor.dim() == dims) return;
+  const ScalarType got = type_of(op, name, tensor);
+  if (got == type && tensor.dim() == dims) return;
   fail(op, ": ", name, " must be ", type == ScalarType::Int ? "int32 " : "int64 ", layout, ", got ",
-       torch::headeronly::toString(tensor.scalar_type()), " ", shape_text(tensor));
+       torch::headeronly::toString(got), " ", shape_text(tensor));
 }
 
 // --- block lists

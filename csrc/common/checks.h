@@ -130,11 +130,12 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& ten
 }
 
 inline void check_integer(const char* op, const char* name, const Tensor& tensor, const char* why) {
-  switch (tensor.scalar_type()) {
+  const ScalarType type = type_of(op, name, tensor);
+  switch (type) {
     case ScalarType::Byte: case ScalarType::Char: case ScalarType::Short: case ScalarType::Int:
     case ScalarType::Long: return;
     default: fail(op, ": ", name, " must be uint8, int8, int16, int32 or int64", why, ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
+                  torch::headeronly::toString(type));
   }
 }
 

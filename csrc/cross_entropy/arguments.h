@@ -206,10 +206,10 @@ inline void check_temperature(const char* op, const std::optional<Tensor>& tempe
 
 inline void check_loss_type(const char* op, const char* name, const Tensor& tensor,
                             const Tensor& logits) {
-  if (tensor.scalar_type() == accumulate_type(logits)) return;
+  const ScalarType type = type_of(op, name, tensor);
+  if (type == accumulate_type(logits)) return;
   fail(op, ": ", name, " must have the dtype of the loss, ",
-       torch::headeronly::toString(accumulate_type(logits)), ", got ",
-       torch::headeronly::toString(tensor.scalar_type()));
+       torch::headeronly::toString(accumulate_type(logits)), ", got ", torch::headeronly::toString(type));
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const RowLike& rows) {
@@ -264,11 +264,12 @@ inline void check_row_values(const char* op, const char* name, const Tensor& ten
 inline void check_saved(const char* op, const char* name, const Tensor& tensor,
                         const std::vector<int64_t>& sizes, ScalarType type, const char* shape,
                         const RowLike& rows) {
-  bool same = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(sizes.size());
+  const ScalarType got = type_of(op, name, tensor);
+  bool same = got == type && tensor.dim() == static_cast<int64_t>(sizes.size());
   for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == sizes[d];
   if (!same) {
     fail(op, ": ", name, " must be what the forward returned, ", torch::headeronly::toString(type), " ",
-         shape, ", got ", torch::headeronly::toString(tensor.scalar_type()), " ", shape_text(tensor));
+         shape, ", got ", torch::headeronly::toString(got), " ", shape_text(tensor));
   }
   check_same_device(op, name, tensor, rows.like, rows.name);
 }

@@ -74,7 +74,7 @@ inline void check_rows(const char* op, const RowArguments& in, const RowLike& ro
   parse_row_reduction(op, in.reduction);
   if (in.schedule) {
     const Tensor& numbers = *in.schedule;
-    const bool fits = numbers.scalar_type() == ScalarType::Double && numbers.dim() == 1 &&
+    const bool fits = type_of(op, "schedule", numbers) == ScalarType::Double && numbers.dim() == 1 &&
                       numbers.size(0) == 4 && numbers.is_cpu();
     if (!fits) fail(op, ": schedule must be float64 [4] on the CPU, got ", shape_text(numbers));
   }

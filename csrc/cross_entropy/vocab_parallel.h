@@ -91,12 +91,13 @@ inline Shards gathered(const char* op, const RowArguments& in, const std::option
   Shards shards;
   shards.format = format_of(in);
   shards.rows = row_count(rows.like);
-  const bool fits = messages->scalar_type() == ScalarType::Double && messages->dim() == 2 &&
+  const ScalarType type = type_of(op, "messages", *messages);
+  const bool fits = type == ScalarType::Double && messages->dim() == 2 &&
                     messages->size(0) > 0 && messages->size(1) == stride_of(shards) &&
                     messages->is_contiguous();
   if (!fits) {
     fail(op, ": messages must be what all ranks have made, float64 [ranks, ", stride_of(shards), "], got ",
-         torch::headeronly::toString(messages->scalar_type()), " ", shape_text(*messages));
+         torch::headeronly::toString(type), " ", shape_text(*messages));
   }
   check_same_device(op, "messages", *messages, rows.like, rows.name);
   shards.messages = static_cast<const double*>(messages->const_data_ptr());

@@ -54,8 +54,9 @@ struct TermArguments : CrossEntropyInputs {
   }
 
   void check_links(const char* op, const char* name, const Tensor& links) const {
-    if (links.scalar_type() != ScalarType::Int) {
-      fail(op, ": ", name, " must be int32, got ", torch::headeronly::toString(links.scalar_type()));
+    const ScalarType type = type_of(op, name, links);
+    if (type != ScalarType::Int) {
+      fail(op, ": ", name, " must be int32, got ", torch::headeronly::toString(type));
     }
     if (logits.dim() < 2) {
       fail(op, ": logits must be [..., S, V] where links are given, got ", shape_text(logits));

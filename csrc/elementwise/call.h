@@ -139,18 +139,20 @@ inline void check_grad_loss(const char* op, const Tensor& grad_loss, const Error
   const int64_t dims = reduction == Reduction::kNone    ? in.prediction.dim()
                        : reduction == Reduction::kToken ? in.prediction.dim() - 1
                                                         : 0;
-  if (grad_loss.scalar_type() != accumulate_type(in) || grad_loss.dim() != dims) {
+  const ScalarType type = type_of(op, "grad_loss", grad_loss);
+  if (type != accumulate_type(in) || grad_loss.dim() != dims) {
     fail(op, ": grad_loss must have the dtype and shape of the loss, got ",
-         torch::headeronly::toString(grad_loss.scalar_type()), " ", shape_text(grad_loss));
+         torch::headeronly::toString(type), " ", shape_text(grad_loss));
   }
   check_leading_shape(op, "grad_loss", grad_loss, in.prediction);
   check_same_device(op, "grad_loss", grad_loss, in.prediction);
 }
 
 inline void check_count(const char* op, const Tensor& count, const Tensor& prediction) {
-  if (count.scalar_type() != ScalarType::Long || count.dim() != 0) {
+  const ScalarType type = type_of(op, "count", count);
+  if (type != ScalarType::Long || count.dim() != 0) {
     fail(op, ": count must be an int64 number [], got ",
-         torch::headeronly::toString(count.scalar_type()), " ", shape_text(count));
+         torch::headeronly::toString(type), " ", shape_text(count));
   }
   check_same_device(op, "count", count, prediction);
 }

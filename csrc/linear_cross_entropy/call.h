@@ -44,7 +44,8 @@ struct LinearArguments {
         fp32_logits(in.flag()) {}
 
   int64_t width() const { return hidden.size(hidden.dim() - 1); }
-  int64_t classes() const { return linear_weight.size(0); }  // at hand: a shard's own
+  // At hand: a shard's own. Asked for while the checks run, as a call's arguments are evaluated in any order.
+  int64_t classes() const { return linear_weight.dim() > 0 ? linear_weight.size(0) : 0; }
   RowLike like() const { return {hidden, classes(), rows.shard}; }
 
   const LinearArguments& checked(const char* op) const {
