@@ -141,9 +141,19 @@ struct LinearCpu : ShardedRows {
                  [&](int64_t row, int64_t i) { std::memcpy(place + row * bytes, source + i * bytes, bytes); });
   }
 
+  // Pages that nobody has touched are zero, and take no memory.
   static void zero(const Tensor& tensor) {
     if (tensor.numel() == 0) return;
-    std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+    auto* data = static_cast<char*>(tensor.mutable_data_ptr());
+    const size_t bytes = tensor.numel() * tensor.element_size();
+    const ByteRange fresh = untouched_pages(data, bytes);
+    if (fresh.begin == fresh.end) {
+      std::memset(data, 0, bytes);
+      return;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    std::memset(data, 0, fresh.begin - address);
+    std::memset(reinterpret_cast<void*>(fresh.end), 0, address + bytes - fresh.end);
   }
 
   static void backward(const char* op, RowProblem q, const Tensor&) {
