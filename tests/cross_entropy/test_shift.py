@@ -5,19 +5,11 @@ import pytest
 import torch
 from accuracy import assert_same_bits
 from accuracy_cross_entropy import evaluate
+from allocations import allocated_bytes
 from cases_cross_entropy import BY_NAME, make, options_of
 
 import masked_loss_ext as mle
 from tests.cross_entropy.test_laws import counted
-
-
-def allocated_bytes(step):
-    """All that PyTorch's allocator hands out meanwhile, freed again or not."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
 
 
 def test_allocations_are_seen():

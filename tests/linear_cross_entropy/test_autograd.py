@@ -9,7 +9,6 @@ import torch
 from accuracy import assert_same_bits
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 import masked_loss_ext as mle
 from masked_loss_ext import reference
@@ -314,31 +313,6 @@ def test_a_head_tied_to_what_made_the_hidden_states():
 
 
 # --- around a training step ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["plain", "none"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant, name):
-    layer, head = torch.nn.Linear(6, 3), torch.randn(5, 3, requires_grad=True)
-    x = torch.randn(2, 5, 6, requires_grad=True)
-
-    def step(x):
-        return loss_of(name=name)(layer(x), head).sum()
-
-    plain = torch.autograd.grad(step(x), (x, layer.weight, head))
-    checkpoint(step, x, use_reentrant=use_reentrant).backward()
-    for leaf, gradient in zip((x, layer.weight, head), plain, strict=True):
-        assert_same_bits(leaf.grad, gradient)
-
-
-@pytest.mark.parametrize("name", ["plain", "none"])
-def test_anomaly_mode(name):
-    x = leaves(torch.float32)
-    expected = torch.autograd.grad(loss_of(name=name)(*x).sum(), x)
-    with torch.autograd.detect_anomaly(check_nan=True):
-        found = torch.autograd.grad(loss_of(name=name)(*x).sum(), x)
-    for a, b in zip(found, expected, strict=True):
-        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("name", ["plain", "sum", "none", "everything"])

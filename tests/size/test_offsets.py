@@ -5,12 +5,12 @@ Rows that do not count take no memory, neither as inputs nor as their gradient, 
 into a small machine. ``make test ARGS='-m huge'`` has tensors of which every element counts.
 """
 
-import mmap
 import resource
 
 import pytest
 import torch
 from accuracy import assert_same_bits
+from untouched import untouched
 
 import masked_loss_ext as mle
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
@@ -18,13 +18,6 @@ from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 ROWS, COLUMNS = 65_600, 65_536  # 2^32 + 2^22 elements of bfloat16, 8.6 GB of address space
 COUNTED = (0, 32_790, 65_599)  # below 2^31, above it, above 2^32
 HEAD = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
-
-
-def untouched(rows, columns):
-    """A tensor in memory that is mapped, and that nobody has touched."""
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.13
-    storage = mmap.mmap(-1, rows * columns * 2, flags=mmap.MAP_PRIVATE | no_reserve)
-    return torch.frombuffer(storage, dtype=torch.bfloat16).view(rows, columns)
 
 
 def peak_kib():
