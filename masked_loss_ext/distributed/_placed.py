@@ -18,8 +18,8 @@ from .._checks import check_tensor, is_dtensor, placements_text, refusal, shape_
 
 
 def is_supported(placement: Any) -> bool:
-    """Shard or Replicate; not the strided Shard, which some versions derive from Shard."""
-    return isinstance(placement, (Shard, Replicate)) and not hasattr(placement, "split_factor")
+    """The strided Shard is derived from neither."""
+    return isinstance(placement, (Shard, Replicate))
 
 
 class Placed:

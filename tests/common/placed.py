@@ -94,5 +94,19 @@ def check(call, tensors, placements, rows_dtensor):
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             torch.testing.assert_close(whole(sharded[name].grad), tensor.grad)
             if name in placements:
-                lies = zip(sharded[name].grad.placements, placements[name], strict=True)
-                assert all(x == p or (x.is_partial() and p.is_replicate()) for x, p in lies)
+                check_placements(sharded[name].grad, placements[name], mesh)
+
+
+# Of an uneven shard PyTorch 2.10's own to_local() gives back a gradient that all ranks have whole.
+WHOLE_WHERE_UNEVEN = torch.__version__ < (2, 11)
+
+
+def check_placements(gradient, expected, mesh):
+    """Where it is cut; what is whole may come as shares that are still to be added up."""
+    uneven = any(
+        p.is_shard() and gradient.shape[p.dim] % mesh.size(i) for i, p in enumerate(expected)
+    )
+    for found, wanted in zip(gradient.placements, expected, strict=True):
+        shares = found.is_partial() and wanted.is_replicate()
+        whole = WHOLE_WHERE_UNEVEN and uneven and found.is_replicate()
+        assert found == wanted or shares or whole, (gradient.placements, expected)

@@ -131,4 +131,9 @@ def causal(placements):
 @pytest.mark.parametrize("placements", [[Shard(0)], [Shard(2)], [R]], ids=str)
 def test_losses_of_language_models(ranks, placements):
     ranks(2).run(heads, placements)
+
+
+@pytest.mark.parametrize("placements", [[Shard(0)], [Shard(2)], [R]], ids=str)
+def test_the_loss_of_the_trainer(ranks, placements):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install .[hf]")
     ranks(2).run(causal, placements)
