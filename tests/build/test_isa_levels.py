@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numbers_tests import pytest_words
 
 from masked_loss_ext.build import sources
 
@@ -21,26 +22,6 @@ TESTS = Path(__file__).resolve().parents[1]
 LEVELS = ("default", "avx2", "avx512")  # an upper bound, each contains the one before
 VARIABLE = "MASKED_LOSS_EXT_CPU_CAPABILITY"
 QUESTION = "import masked_loss_ext, torch; print(torch.ops.masked_loss_ext.cpu_capability())"
-NUMBERS = [
-    "elementwise/test_values.py::test_agrees_with_reference",
-    "elementwise/test_values.py::test_every_float16_number",
-    "elementwise/test_values.py::test_gradients_round_to_nearest_even",
-    "elementwise/test_values.py::test_squares_that_overflow_float16",
-    "elementwise/test_mask_laws.py::test_poison_in_every_dtype",
-    "cross_entropy/test_values.py::test_agrees_with_reference",
-    "cross_entropy/test_laws.py::test_poison_in_every_dtype",
-    "cross_entropy/test_laws.py::test_a_row_does_not_depend_on_the_others",
-    "cross_entropy/test_numbers.py",
-    "cross_entropy_terms/test_values.py::test_agrees_with_reference",
-]
-# Masks, labels, strides, shapes and weights are read alike at every level; float64 needs no
-# conversion, and the reductions no kernel. Of the numbers of classes, those around one register.
-SELECTION = (
-    "not mask_ and not float64 and not long_row and not any_ignore_index and not v50257 "
-    "and not v128256 and not (test_agrees_with_reference and (_mean- or _sum- or rows_ or rank_ "
-    "or no_ or nothing or weight_ or edit_ or all_ or ignored or sparse or target_ or pixels "
-    "or v2- or v2_ or v3- or v3_ or v8 or v9 or v31 or v32 or v63 or v64 or v127 or v128))"
-)
 
 
 def run(level, *command):
@@ -69,8 +50,7 @@ def test_numbers_at_level(level):
         pytest.skip(f"this machine has no {level}; its best is {got}")
     if level == torch.ops.masked_loss_ext.cpu_capability():
         pytest.skip(f"{level} is what the other tests of this process run with")
-    files = [str(TESTS / name) for name in NUMBERS]
-    done = run(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *files)
+    done = run(level, "-m", "pytest", *pytest_words(TESTS))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
