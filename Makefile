@@ -11,13 +11,16 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test mutate bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
 	@echo "make ranks   train on two processes, beside one; ARGS='--steps 20', RANKS=4       ~ 20 s"
 	@echo "make test    the whole test suite; ARGS='-k padding' picks some                    ~ 15 min"
 	@echo "make mutate  wrong lines, one at a time: which test says so; ARGS='--only 7' one    ~ 2 h"
+	@echo "make matrix  one wheel under each Python and each PyTorch; ARGS='--only NAME' one      ~ 1 h"
+	@echo "make compilers  the library by every gcc and clang here, and the numbers with each    ~ 20 min"
+	@echo "make aarch64 the numbers on an aarch64 that qemu imitates; ARGS=--short               ~ 15 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 26 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
@@ -65,6 +68,16 @@ test: build
 # In a copy of the tree; stopped and started again it goes on where it was.
 mutate: setup
 	@$(PY) -m tools.mutation $(ARGS)
+
+# Each environment is downloaded, used and removed again; docs/trust/matrix.csv has what came of it.
+matrix: wheel
+	@$(PY) -m tools.matrix $(ARGS)
+
+compilers: setup
+	@$(PY) -m tools.compilers $(ARGS)
+
+aarch64: setup
+	@$(PY) -m tools.aarch64 $(ARGS)
 
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build

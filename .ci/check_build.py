@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds for machines that this one is not.
-
-cuda     every .cu for sm_80 and sm_90, also against a CPU-only torch; the library is loaded, and
-         every operator with a CPU kernel must have a CUDA one; one .cu for other architectures
-aarch64  every CPU source, compiled by a cross compiler (not optimised, and not linked: there is no
-         such torch here)
+"""Every .cu for sm_80 and sm_90, also against a CPU-only torch: the library is loaded, and every
+operator with a CPU kernel must have a CUDA one. One .cu for other architectures.
 """
 
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,29 +43,7 @@ def check_cuda():
     print(f"{kernels.OTHER_SOURCE} for {', '.join(found)}: ok")
 
 
-def check_aarch64():
-    include = toolchain.torch_about()[0] / "include"
-    folder = ROOT / "build" / "ci-aarch64"
-    folder.mkdir(parents=True, exist_ok=True)
-    common = ["aarch64-linux-gnu-g++", *sources.CXX_FLAGS, "-fPIC", "-O0"]
-    common += [f"-D{define}" for define in sources.DEFINES]
-    common += [f"-I{ROOT / 'csrc'}", "-isystem", str(include), "-c"]
-
-    def compile_one(unit):
-        target = folder / unit.object.replace("/", "_")
-        command = [*common, *unit.flags, str(ROOT / "csrc" / unit.source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return unit.source, done.returncode, done.stderr
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(compile_one, sources.units("aarch64")))
-    for source, failed, said in results:
-        print(f"{'FAIL' if failed else 'ok  '} {source}\n{said if failed else ''}".rstrip())
-    sys.exit(any(failed for _, failed, _ in results))
-
-
 if __name__ == "__main__":
-    checks = {"cuda": check_cuda, "aarch64": check_aarch64}
-    if len(sys.argv) != 2 or sys.argv[1] not in checks:
-        sys.exit(__doc__)
-    checks[sys.argv[1]]()
+    if sys.argv[1:] != ["cuda"]:
+        sys.exit("usage: python .ci/check_build.py cuda")
+    check_cuda()

@@ -34,6 +34,7 @@ NAME = re.compile(r"(?:g|clang)\+\+-\d+")
 # over logits has some ten. Those that are not vectorised would leave none.
 REGISTERS = {"avx512": "zmm", "avx2": "ymm", "default": "xmm"}
 LEAST_PRODUCTS = 15
+TABLE = "compilers"
 VARIABLE = "MASKED_LOSS_EXT_CPU_CAPABILITY"
 SECONDS = 3600
 
@@ -130,6 +131,14 @@ def tried(compiler: str) -> list[Row]:
     return rows
 
 
+def add_to_table(rows: Sequence[Row]) -> None:
+    """In the place of what it had of that compiler."""
+    old = records.read(TABLE) if (records.FOLDER / f"{TABLE}.csv").is_file() else []
+    names = {row.compiler for row in rows}
+    every = [row for row in old if row["compiler"] not in names] + [asdict(row) for row in rows]
+    records.write(TABLE, sorted(every, key=lambda row: (row["compiler"], row["level"])))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     here = compilers_here()
     parser = argparse.ArgumentParser(prog="python -m tools.compilers", description=__doc__)
@@ -143,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for compiler in options.compilers or here:
         rows += tried(compiler)
-    if not options.compilers:
-        records.write("compilers", [asdict(row) for row in rows])
+        add_to_table(rows)
     bad = [row for row in rows if row.result != "passed" and not row.result.startswith("not run")]
     print("\n".join(f"{row.compiler} {row.level}: {row.result}" for row in bad))
     return int(bool(bad))

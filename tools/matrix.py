@@ -44,23 +44,24 @@ elementwise/test_torch_func.py elementwise/test_autograd.py::test_derivatives_of
 cross_entropy/test_autograd.py::test_derivatives_of_the_loss
 cross_entropy/test_autograd.py::test_checkpointing cross_entropy_terms/test_autograd.py
 elementwise/test_compile.py::test_one_graph_over_three_sizes
-elementwise/test_compile.py::test_one_graph_through_inductor
 elementwise/test_compile.py::test_transforms_under_compile
 elementwise/test_compile.py::test_export_with_dynamic_shapes
 elementwise/test_compile.py::test_error_text_survives_compile
 cross_entropy/test_compile.py::test_one_graph_through_inductor
 cross_entropy/test_compile.py::test_one_graph_over_changing_numbers
 cross_entropy/test_compile.py::test_export_with_dynamic_shapes
-cross_entropy/test_compile.py::test_aot_inductor
 linear_cross_entropy/test_compile.py::test_one_graph_through_inductor
 linear_cross_entropy/test_compile.py::test_one_graph_of_halves
 cross_entropy_terms/test_compile.py attention/test_block_mask_compile.py repetition/test_compile.py
 elementwise/test_errors.py cross_entropy/test_errors.py linear_cross_entropy/test_errors.py
 cross_entropy_terms/test_errors.py attention/test_block_mask_errors.py unified/test_errors.py
 contracts/test_signatures.py contracts/test_saved_tensor_hooks.py build/test_registration.py
-distributed/test_dtensor_compile.py distributed/test_dtensor_cross_entropy.py
-distributed/test_dtensor_linear.py distributed/test_dtensor_refusals.py
-distributed/test_dtensor_squared_error.py distributed/test_vocab_parallel.py
+distributed/test_dtensor_compile.py::test_cross_entropy
+distributed/test_dtensor_compile.py::test_squared_error
+distributed/test_dtensor_cross_entropy.py::test_two_ranks
+distributed/test_dtensor_linear.py::test_two_ranks distributed/test_dtensor_refusals.py
+distributed/test_dtensor_squared_error.py::test_two_ranks
+distributed/test_vocab_parallel.py::test_compiled_is_one_graph_over_changing_sizes
 """.split()
 WITHOUT_SIMULATOR = "not simulator"  # which would compile the CUDA sources for each PyTorch
 
