@@ -14,10 +14,10 @@ from ._checks import (
     as_integers,
     as_mask,
     as_number,
-    check_any_floating,
     check_choice,
     check_constant,
     check_device,
+    check_floating,
     check_integers,
     check_like,
     check_number,
@@ -237,14 +237,14 @@ def check_weighted(name, reduction, token_weight):
 def _checked(name, loss, mask, reduction, token_weight, segment_ids):
     """mask, token_weight and segment_ids, expanded to the loss."""
     check_tensor(name, "loss", loss)
-    check_any_floating(name, "loss", loss)
+    check_floating(name, "loss", loss)
     check_choice(name, "reduction", reduction, REDUCTIONS)
     check_weighted(name, reduction, token_weight)
     if loss.dim() == 0 and reduction.startswith("sequence"):
         raise refusal(name, "loss", f"be [..., S] for reduction {reduction}", "[]")
     if token_weight is not None:
         check_tensor(name, "token_weight", token_weight)
-        check_any_floating(name, "token_weight", token_weight)
+        check_floating(name, "token_weight", token_weight)
     if segment_ids is not None:
         check_integers(name, "segment_ids", segment_ids)
     if mask is not None:

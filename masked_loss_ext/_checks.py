@@ -56,6 +56,8 @@ def check_tensor(function, name, value):
         raise refusal(function, name, "be a plain tensor", got)
     if value.layout != torch.strided:
         raise refusal(function, name, "be a dense tensor", f"layout {value.layout}")
+    if value.is_quantized:
+        raise refusal(function, name, "be a plain tensor", "a quantized one: dequantize it")
 
 
 def is_dtensor(value):
@@ -100,9 +102,16 @@ def check_rank(function, name, tensor, rank, layout):
 
 def check_int(function, name, value):
     # isinstance first: torch.compile knows no hasattr of a number that it keeps symbolic.
-    is_int = isinstance(value, int) or hasattr(value, "__index__")
+    is_int = isinstance(value, int) or _is_index(value)
     if not is_int or isinstance(value, bool):
         raise refusal(function, name, "be an int", type(value).__name__, TypeError)
+
+
+def _is_index(value):
+    """Tensors and arrays have __index__ whatever they hold."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype in (*_INTEGERS, *CONVERTED_INTEGERS)
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def check_length(function, name, value, least=0, most=LARGEST_LENGTH):
@@ -365,6 +374,11 @@ def as_weighting(function, weighting, like) -> Any:
     if isinstance(weighting, torch.Tensor) and weighting.dtype in _WEIGHTS:
         return weighting.to(torch.float32)
     return weighting
+
+
+def has_no_data(tensor):
+    """Of meta, or fake: what stands in for an operator there checks no shape and no dtype."""
+    return type(tensor) is not torch.Tensor or tensor.is_meta
 
 
 def is_traced():

@@ -89,7 +89,8 @@ def _tensor_of(function, lengths):
     try:
         return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{function}: lengths must be ints of at most 64 bits: {error}") from None
+        rule, got = "be ints of at most 64 bits", f"a list: {error}"
+        raise refusal(function, "lengths", rule, got) from None
 
 
 def pad_latents_for_multi_res(

@@ -79,6 +79,7 @@ inline bool is_floating(ScalarType type) {
 
 // PyTorch's headers refuse a dtype that their stable ABI does not list with a path of this build.
 inline ScalarType type_of(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.defined()) fail(op, ": ", name, " must be a tensor, got None");
   try {
     return tensor.scalar_type();
   } catch (const std::exception&) {

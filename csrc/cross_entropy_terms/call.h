@@ -26,6 +26,7 @@ struct TermArguments : CrossEntropyInputs {
 
   // Before what the rows of masked_cross_entropy may have is read.
   const TermArguments& with_one_temperature(const char* op) const {
+    check_logits(op, logits);
     check_number(op, "temperature", temperature, logits);
     return *this;
   }

@@ -71,7 +71,7 @@ def row_statistics(function: str, given: dict[str, Any], class_dim: int) -> RowS
 
 def _of_logits(function, given, class_dim):
     logits = given["logits"]
-    if class_dim != -1:
+    if type(class_dim) is not int or class_dim != -1:
         logits = classes_last(function, logits, class_dim)
     if logits.dim() == 0:
         raise refusal(function, "logits", "be [..., V]", shape_text(logits))

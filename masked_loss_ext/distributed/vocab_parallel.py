@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .._checks import check_flags, refusal
+from .._checks import check_flags, check_floating, check_length, check_tensor, refusal
 from ..ops import linear_cross_entropy as linear
 from ..ops import vocab_parallel as ops
 from ..ops.linear_cross_entropy_derivatives import DEFAULTS as LINEAR_DEFAULTS
 from ..ops.masked_cross_entropy import SHOWN, Number, loss_of_rows, statistics_of_rows
-from ..ops.masked_cross_entropy_checks import check_int64, check_overwritable
+from ..ops.masked_cross_entropy_checks import check_overwritable
 from ..ops.masked_cross_entropy_derivatives import DEFAULTS
 from ..reference import RowStatistics
 from ._group import (
@@ -106,6 +106,7 @@ def vocab_parallel_cross_entropy(
     if target is None:
         raise TypeError(f"{name}: target must be a torch.Tensor, got NoneType")
     check_flags(name, {"inplace_backward": inplace_backward, "return_stats": return_stats})
+    _check_logits(name, local_logits)
     given = {
         "logits": local_logits,
         "target": target,
@@ -124,6 +125,7 @@ def vocab_parallel_cross_entropy(
         "reduction": reduction,
         "statistics": return_stats,
         "schedule": None,
+        "vocab_size": vocab_size,
     }
     shard = _Shard(name, group, vocab_start, vocab_size)
     overwrites = inplace_backward and not torch.compiler.is_compiling()
@@ -135,6 +137,12 @@ def vocab_parallel_cross_entropy(
         return _merged(ops.rows_of_logits, a, shard, shown, ops.overwrite if overwrites else None)
 
     return loss_of_rows(name, given, class_dim, run)
+
+
+def _check_logits(name, local_logits):
+    """By the name that they have here."""
+    check_tensor(name, "local_logits", local_logits)
+    check_floating(name, "local_logits", local_logits)
 
 
 def vocab_parallel_row_statistics(
@@ -161,6 +169,7 @@ def vocab_parallel_row_statistics(
     ``row_statistics``.
     """
     name = "vocab_parallel_row_statistics"
+    _check_logits(name, local_logits)
     given = {"logits": local_logits, "target": target, **DEFAULTS, "mask": mask}
     given |= {"ignore_index": ignore_index, "temperature": temperature, "softcap": softcap}
     shard = _Shard(name, group, vocab_start, vocab_size)
@@ -307,14 +316,18 @@ class _Shard:
     def __init__(self, name, group, vocab_start, vocab_size):
         self.name, self.group = name, process_group(name, group)
         check_in_order(name, group, self.group)
-        for argument, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        for argument, value, least in (
+            ("vocab_start", vocab_start, 0),
+            ("vocab_size", vocab_size, 1),
+        ):
             if value is not None:
-                check_int64(name, argument, value)
+                check_length(name, argument, value, least)
         self.given = {"vocab_start": vocab_start, "vocab_size": vocab_size}
 
     def of(self, columns, device):
         """The operator's arguments for a shard of so many columns."""
         if None not in self.given.values():
+            self._check(columns)
             return self.given
         found = {"vocab_start": 0, "vocab_size": columns}
         if group_size(self.group) > 1:
@@ -323,6 +336,13 @@ class _Shard:
         # Kept, as the call may be made anew with expanded views.
         self.given = found | known
         return self.given
+
+    def _check(self, columns):
+        """What the operators refuse, where there are some that run."""
+        first, classes = self.given["vocab_start"], self.given["vocab_size"]
+        if not torch.compiler.is_compiling() and first + columns > classes:
+            rule = "be at least vocab_start and the shard's own classes"
+            raise refusal(self.name, "vocab_size", f"{rule}, {first} + {columns}", classes)
 
     def _asked(self, columns, device):
         if torch.compiler.is_compiling():

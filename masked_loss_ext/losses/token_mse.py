@@ -17,11 +17,12 @@ from .._checks import (
     check_prediction,
     check_rank,
     check_weighting,
+    has_no_data,
     is_dtensor,
     is_traced,
     refuse_unknown,
 )
-from ..ops.masked_squared_error import check_element_loss, masked_squared_error
+from ..ops.masked_squared_error import check_element_loss, in_the_name_of, masked_squared_error
 from ..reference.squared_error import select
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -83,7 +84,11 @@ def _token_loss(
     if type(foreground_weight) is not float or type(background_weight) is not float:
         _check_weights(function, foreground_weight, background_weight)  # a tensor would be read
     try:
-        if is_traced() or _unusual(model_pred, attention_mask, edit_mask):
+        if (
+            is_traced()
+            or has_no_data(model_pred)
+            or _unusual(model_pred, attention_mask, edit_mask)
+        ):
             _check(function, reduction, mask_label, *tensors)
             if not torch.compiler.is_compiling():  # there the operator sees them, when it runs
                 _check_weights(function, foreground_weight, background_weight)
@@ -110,7 +115,7 @@ def _token_loss(
         _check(function, reduction, mask_label, *tensors)
         _check_weights(function, foreground_weight, background_weight)
         check_element_loss(function, loss, delta)
-        raise failure
+        raise in_the_name_of(function, failure)
     finally:
         del failure  # error, traceback, frame and this name would keep the tensors alive
 
@@ -231,7 +236,7 @@ def masked_edit_token_mean_loss(
     check_choice(
         "masked_edit_token_mean_loss", "edit_mask_default", edit_mask_default, EDIT_MASK_DEFAULTS
     )
-    if eps != 1e-12:
+    if type(eps) is not float or eps != 1e-12:
         check_number("masked_edit_token_mean_loss", "eps", eps, least=0)
     background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
     return _token_loss(

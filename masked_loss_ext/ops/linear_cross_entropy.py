@@ -20,6 +20,7 @@ from .._checks import (
     check_length,
     check_tensor,
     check_whole,
+    has_no_data,
     is_dtensor,
     refusal,
     shape_text,
@@ -236,11 +237,13 @@ def statistics_of_hidden(
 def _prepared(name, given, logits_dtype):
     """The arguments as the operator takes them."""
     hidden, weight, bias = given["hidden"], given["linear_weight"], given["bias"]
-    for argument, tensor in (("weight", weight), ("bias", bias)):
+    # A shard of the vocabulary may have no class.
+    sharded = "vocab_size" in given
+    names = ("hidden", "local_weight" if sharded else "weight", "bias")
+    for argument, tensor in zip(names[1:], (weight, bias), strict=True):
         if is_dtensor(tensor):
             check_whole(name, argument, tensor, _BESIDE_PLAIN_HIDDEN)
-    # A shard of the vocabulary may have no class.
-    check_layer(name, hidden, weight, bias, least=0 if "vocab_size" in given else 1)
+    check_layer(name, hidden, weight, bias, names, least=0 if sharded else 1)
     for argument in _ROW_TENSORS:
         if given[argument] is not None:
             check_tensor(name, argument, given[argument])
@@ -252,9 +255,10 @@ def _prepared(name, given, logits_dtype):
     a["segment_ids"] = as_integers(a["segment_ids"])
     if a["mask"] is not None:
         a["mask"] = as_mask(name, "mask", a["mask"])
-    _check_rows(name, a)
     if a["weight"] is not None:
         check_tensor(name, "class_weight", a["weight"])
+    _check_rows(name, a)
+    if a["weight"] is not None:
         check_device(name, "class_weight", a["weight"], "hidden", hidden)
         check_constant(name, "class_weight", a["weight"])
         a["weight"] = checks.class_weight(name, a["weight"], a["hidden"], "class_weight")
@@ -292,7 +296,9 @@ def _layer(name, hidden, weight, bias, logits_dtype):
 
 def _check_rows(name, a):
     """What fakes and plain PyTorch, which may stand in for the operator, would not look at."""
-    if not (_functorch_is_active() or torch.compiler.is_compiling()):
+    if has_no_data(a["hidden"]):
+        checks.check_dtypes(name, a | {"weight": None})  # of classes: checked with its conversion
+    elif not (_functorch_is_active() or torch.compiler.is_compiling()):
         return
     rows = a["hidden"].shape[:-1]
     for argument in _ROW_TENSORS:
@@ -300,6 +306,7 @@ def _check_rows(name, a):
         if tensor is not None and tensor.shape != rows:
             rule = f"have the shape of hidden {shape_text(a['hidden'])} without the last dimension"
             raise refusal(name, argument, rule, shape_text(tensor))
+    checks.check_one_number(name, "normalizer", a["normalizer"])
     checks.check_number_or_rows(name, "temperature", a["temperature"], a["hidden"], "hidden")
     weight, classes = a["weight"], a.get("vocab_size") or a["linear_weight"].shape[0]
     if weight is not None and weight.shape != (classes,):

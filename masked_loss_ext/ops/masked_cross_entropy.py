@@ -26,6 +26,7 @@ from .._checks import (
     as_number,
     check_constant,
     check_flags,
+    has_no_data,
     is_dtensor,
     is_symbolic,
     refusal,
@@ -188,8 +189,8 @@ def masked_cross_entropy(
         "schedule": None,
     }
     how = {"inplace_backward": inplace_backward, "gradient_in_forward": gradient_in_forward}
-    if inplace_backward or gradient_in_forward:
-        check_flags(name, how)
+    if not inplace_backward is gradient_in_forward is return_stats is False:
+        check_flags(name, how | {"return_stats": return_stats})
     if gradient_in_forward:
         checks.check_sweep(name, reduction, return_stats)
     if is_dtensor(logits):
@@ -214,7 +215,7 @@ def loss_of_rows(name: str, given: dict[str, Any], class_dim: int, run: Run) -> 
     checks.check_options(name, given)
     if normalizer is not None:
         check_normalizer(name, normalizer, reduction)
-    if class_dim != -1:
+    if type(class_dim) is not int or class_dim != -1:
         given["logits"] = checks.classes_last(name, given["logits"], class_dim)
     given["softcap"] = checks.softcap_number(name, given["softcap"])
     aggregation = reduction in AGGREGATIONS
@@ -312,7 +313,7 @@ def row_statistics(
 
 def statistics_of_rows(name: str, given: dict[str, Any], class_dim: int, run: Run) -> RowStatistics:
     checks.check_options(name, given)
-    if class_dim != -1:
+    if type(class_dim) is not int or class_dim != -1:
         given["logits"] = checks.classes_last(name, given["logits"], class_dim)
     softcap = checks.softcap_number(name, given["softcap"])
     given |= {"softcap": softcap, "statistics": True, "reduction": "sum"}
@@ -333,6 +334,8 @@ def _call(name, given, run):
         a = _prepared(name, given)
         if transformed:
             checks.check_traced(name, a)
+        elif has_no_data(given["logits"]):
+            checks.check_all(name, given, a)
         return run(a)
     except REFUSALS as error:  # a list has no .stride(), and what else there is
         failure = error

@@ -65,8 +65,8 @@ def classes_last(name, logits, class_dim):
 
 def class_weight(name, weight, logits, argument="weight"):
     """In the dtype of the loss."""
-    if weight.is_complex():
-        raise ValueError(f"{name}: {argument} must be floating or integer, got {weight.dtype}")
+    if weight.dtype not in _DTYPES["weight"]:
+        raise refusal(name, argument, "be floating or integer", weight.dtype)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return weight.to(dtype).contiguous()
 
@@ -198,7 +198,7 @@ def explain(name, failure, given):
     # Of some dtypes the operator has no name, and of others PyTorch's schemas know nothing.
     said = isinstance(failure, (ValueError, IndexError, TypeError))
     if not said or str(failure).endswith("got another"):
-        _check_dtypes(name, given)
+        check_dtypes(name, given)
     _hint(name, given["logits"], given["target"], given["mask"])
 
 
@@ -221,10 +221,10 @@ def _hint(name, logits, target, mask):
             raise refusal(name, "target", rule, got)
 
 
-def _check_dtypes(name, given):
-    """Dtypes that do not even reach the operator's own checks."""
+def check_dtypes(name, given):
+    """Those that do not even reach the operator's own checks."""
     for argument, dtypes in _DTYPES.items():
-        tensor = given[argument]
+        tensor = given.get(argument)
         if dtypes is None or not isinstance(tensor, torch.Tensor) or tensor.dtype in dtypes:
             continue
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -249,6 +249,18 @@ def check_number_or_rows(name, argument, value, like, like_name="logits"):
         raise refusal(name, argument, f"{rule} without the last dimension", shape_text(value))
 
 
+def check_one_number(name, argument, value):
+    if isinstance(value, torch.Tensor) and value.dim():
+        raise refusal(name, argument, "be a number []", shape_text(value))
+
+
+def check_all(name, given, a):
+    """What an operator refuses that no one runs; a: what is given as the operator takes it."""
+    check_tensors(name, given)
+    check_dtypes(name, given)
+    check_traced(name, a)
+
+
 def check_traced(name, given):
     """Under torch.func: all that the operator would check."""
     target, weight = given["target"], given["weight"]
@@ -258,8 +270,10 @@ def check_traced(name, given):
     check_rows(name, given["logits"], {argument: given[argument] for argument in _PER_ROW})
     for argument in _MAY_BE_PER_ROW:
         check_number_or_rows(name, argument, given[argument], given["logits"])
-    if weight is not None and weight.shape != given["logits"].shape[-1:]:
-        raise ValueError(f"{name}: weight must have one entry per class, got {shape_text(weight)}")
+    check_one_number(name, "normalizer", given["normalizer"])
+    classes = given.get("vocab_size", given["logits"].shape[-1])  # None: not known yet
+    if weight is not None and classes is not None and weight.shape != (classes,):
+        raise refusal(name, "weight", f"have one entry per class [{classes}]", shape_text(weight))
     check_shift(name, given["shift"])
     check_choice(name, "reduction", given["reduction"], REDUCTIONS)
 

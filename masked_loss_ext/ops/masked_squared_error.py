@@ -17,9 +17,13 @@ from .._checks import (
     as_number,
     check_choice,
     check_constant,
+    check_floating,
     check_number,
+    check_tensor,
     is_dtensor,
     is_symbolic,
+    refusal,
+    shape_text,
 )
 from ..reference.squared_error import ELEMENT_LOSSES, align_leading
 from ._autograd import Differentiable, Like
@@ -63,11 +67,25 @@ def masked_squared_error(
 
 def squared_error_over(function, normalizer, *tensors, reduction, **how):
     """``masked_squared_error``, whose means are divided by ``normalizer`` where there is one."""
+    if normalizer is not None:
+        check_normalizer(function, normalizer, reduction)
+        reduction = "sum"
+    try:
+        total = masked_squared_error(*tensors, reduction=reduction, **how)
+    except ValueError as error:
+        raise in_the_name_of(function, error) from None
     if normalizer is None:
-        return masked_squared_error(*tensors, reduction=reduction, **how)
-    check_normalizer(function, normalizer, reduction)
-    total = masked_squared_error(*tensors, reduction="sum", **how)
+        return total
     return over(total.double(), as_divisor(function, normalizer, total)).to(total.dtype)
+
+
+def in_the_name_of(function: str, error: Exception) -> Exception:
+    """What the operator refuses, a delta that it alone reads, of the function that was called."""
+    text = str(error)
+    own = "masked_squared_error: "
+    if type(error) is not ValueError or not text.startswith(own):
+        return error
+    return ValueError(f"{function}: {text.removeprefix(own)}")
 
 
 def check_element_loss(function: str, loss: str, delta: float | torch.Tensor | None) -> None:
@@ -76,7 +94,12 @@ def check_element_loss(function: str, loss: str, delta: float | torch.Tensor | N
         return
     check_choice(function, "loss", loss, tuple(ELEMENT_LOSSES))
     check_constant(function, "delta", delta)
-    if delta is not None and not isinstance(delta, torch.Tensor):
+    if isinstance(delta, torch.Tensor):
+        check_tensor(function, "delta", delta)
+        check_floating(function, "delta", delta)
+        if delta.dim():
+            raise refusal(function, "delta", "be one number []", shape_text(delta))
+    elif delta is not None:
         allowed = {"least": 0} if loss == "smooth_l1" else {"above": 0}
         check_number(function, "delta", delta, **allowed)
 

@@ -42,6 +42,13 @@ def test_a_dtype_that_the_stable_abi_does_not_list(operator, name):
     refused(operator, f": {name} must be of a dtype that PyTorch computes with", **{name: bad})
 
 
+def test_no_logits_beside_a_temperature():
+    """None passes as a tensor by PyTorch's schemas, and was asked for its device."""
+    for operator in ("cross_entropy_terms", "_cross_entropy_terms_backward"):
+        text = f"{operator}: logits must be a tensor, got None"
+        refused(operator, text, logits=None, temperature=torch.tensor(0.8))
+
+
 @pytest.mark.parametrize(
     "operator",
     ["linear_cross_entropy", "_linear_cross_entropy_sweep", "_linear_cross_entropy_backward"],
