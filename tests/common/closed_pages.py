@@ -21,33 +21,17 @@ def closed_rows(values, closed):
     assert values[0].numel() * values.element_size() == PAGE
     memory = mmap.mmap(-1, len(values) * PAGE)
     tensor = torch.frombuffer(memory, dtype=values.dtype).view(values.shape).copy_(values)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+
+    def allow(row, access):
+        address = ctypes.c_void_p(tensor.data_ptr() + row * PAGE)
+        assert protect(address, ctypes.c_size_t(PAGE), access) == 0
+
     rows = closed.nonzero().flatten().tolist()
     for row in rows:
-        _protect(tensor.data_ptr() + row * PAGE, _CLOSED)
+        allow(row, _CLOSED)
     try:
         yield tensor
     finally:
         for row in rows:
-            _protect(tensor.data_ptr() + row * PAGE, _READ_WRITE)
-
-
-def between_closed_pages(tensor, at_end=True):
-    """A copy with the same strides, of which the last byte (else the first) lies beside a closed
-    page: who reads beyond it is killed. The pages live as long as the copy."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
-    size = extent * tensor.element_size()
-    inside = -(-size // PAGE) * PAGE
-    memory = mmap.mmap(-1, inside + 2 * PAGE)
-    data = torch.frombuffer(memory, dtype=torch.uint8)
-    start = PAGE + (inside - size) * at_end
-    copy = data[start : start + size].view(tensor.dtype).copy_(flat)
-    for page in (0, PAGE + inside):
-        _protect(data.data_ptr() + page, _CLOSED)
-    return copy.as_strided(tensor.shape, tensor.stride())
-
-
-def _protect(address, access):
-    """Of one page."""
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    assert protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), access) == 0
+            allow(row, _READ_WRITE)

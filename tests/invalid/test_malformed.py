@@ -14,8 +14,8 @@ CALLS = 200  # of each operator
 
 BROKEN = """
 import sys, time, torch
-from tests.common.closed_pages import between_closed_pages
 from tools.malformed import calls, child
+from tools.malformed.fence import between_closed_pages
 
 def outcome(number):
     if number == 1:

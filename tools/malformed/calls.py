@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.common.closed_pages import between_closed_pages
 from tests.common.operator_calls import ops
 
+from .fence import between_closed_pages
 from .good import Draw, Given, good_call
 from .wrong import OBJECTS, wrong
 
