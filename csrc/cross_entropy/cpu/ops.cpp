@@ -280,7 +280,10 @@ void ShardedRows::unite(const char* op, const RowProblem& rows, const Shards& sh
   std::vector<RowTotals> totals(finish_groups(q.counted.rows));
   q.chunk_totals = totals.data();
   for_each_chunk(static_cast<int64_t>(totals.size()), [&](int64_t group) {
-    for_each_row_of(group, q.counted.rows, [&](int64_t row) { parts[row] = merged(q, shards, row); });
+    for_each_row_of(group, q.counted.rows, [&](int64_t row) {
+      const int64_t label = label_of<HostElements>(q.counted, row);
+      if (label >= 0 || label == kNoLabel) parts[row] = merged(q, shards, row);
+    });
     kernels().finish(q, group);
   });
   const RowTotals all = sum_of(totals, 1);

@@ -60,6 +60,16 @@ inline RowChunks cut(const CountedRows& q, bool whole_rows) {
   return c;
 }
 
+// What label_of() reads by, outside of the kernels.
+struct HostElements {
+  static int64_t integer(const Array& array, int64_t i) { return read_integer(array, i); }
+  static bool is_on(const Array& array, int64_t i) {
+    bool on = false;
+    with_type(array, i, [&](const auto* p) { on = widen(*p) != 0; });
+    return on;
+  }
+};
+
 // 1 / temperature; 1 where each row has its own, which the kernels read and check.
 inline double read_scale(const char* op, const RowProblem& rows) {
   if (rows.temperature.data == nullptr || rows.temperature_per_row) return 1;

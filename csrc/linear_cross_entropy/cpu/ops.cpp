@@ -17,15 +17,6 @@ namespace {
 
 constexpr int64_t kCopyBytes = int64_t(1) << 16;  // at a time
 
-struct HostElements {
-  static int64_t integer(const Array& array, int64_t i) { return read_integer(array, i); }
-  static bool is_on(const Array& array, int64_t i) {
-    bool on = false;
-    with_type(array, i, [&](const auto* p) { on = widen(*p) != 0; });
-    return on;
-  }
-};
-
 bool takes_part(const char* op, const RowProblem& q, const Tensor& like, int64_t row) {
   const int64_t label = label_of<HostElements>(q.counted, row);
   if (label == kBadLabel) refuse_label(op, q, like, row);
