@@ -67,51 +67,5 @@ void read_counts(const void* data, size_t bytes, uint16_t* reads, uint16_t* writ
 
 }  // namespace cuda_sim
 
-// The interface that gcc and clang call; atomics do what they are asked for.
-extern "C" {
-
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
-void __tsan_read_range(void* p, size_t bytes) { cuda_sim::note(p, bytes, false); }
-void __tsan_write_range(void* p, size_t bytes) { cuda_sim::note(p, bytes, true); }
-
-#define CUDA_SIM_ACCESS(bytes)                                                         \
-  void __tsan_read##bytes(void* p) { cuda_sim::note(p, bytes, false); }                \
-  void __tsan_write##bytes(void* p) { cuda_sim::note(p, bytes, true); }                \
-  void __tsan_volatile_read##bytes(void* p) { cuda_sim::note(p, bytes, false); }       \
-  void __tsan_volatile_write##bytes(void* p) { cuda_sim::note(p, bytes, true); }       \
-  void __tsan_unaligned_read##bytes(void* p) { cuda_sim::note(p, bytes, false); }      \
-  void __tsan_unaligned_write##bytes(void* p) { cuda_sim::note(p, bytes, true); }
-CUDA_SIM_ACCESS(1)
-CUDA_SIM_ACCESS(2)
-CUDA_SIM_ACCESS(4)
-CUDA_SIM_ACCESS(8)
-CUDA_SIM_ACCESS(16)
-#undef CUDA_SIM_ACCESS
-
-#define CUDA_SIM_ATOMIC(bits, T)                                                                          \
-  T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
-  void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); } \
-  T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                             \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                   \
-  }                                                                                                       \
-  T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                    \
-  }                                                                                                       \
-  T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                    \
-  }                                                                                                       \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {          \
-    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);        \
-  }                                                                                                       \
-  int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {            \
-    return __atomic_compare_exchange_n(p, expected, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);         \
-  }
-CUDA_SIM_ATOMIC(8, unsigned char)
-CUDA_SIM_ATOMIC(32, unsigned)
-CUDA_SIM_ATOMIC(64, unsigned long)
-#undef CUDA_SIM_ATOMIC
-}
+#define ACCESS_NAMESPACE cuda_sim
+#include "tsan.inc"

@@ -114,25 +114,33 @@ def _make(command, target):
     return target
 
 
-def build(name, sources, runtime_flags=(), kernel_flags=()):
-    """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
+def link(name, units, link_flags=()):
+    """The library of so many (source, flags of its own)."""
     cxx = compiler()
     if cxx is None:
-        raise RuntimeError("the CUDA simulator needs a C++ compiler (g++)")
+        raise RuntimeError("a library for tests needs a C++ compiler (g++)")
     cache = _cache_directory()
     includes = ["-I", ROOT / "csrc", "-I", HERE, "-isystem", TORCH / "include"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     common = _digest(version, torch.__version__)
 
-    def compile_one(source):
-        source = Path(source).resolve()
-        is_kernel = source.suffix == ".cu"
-        flags = [*KERNEL_FLAGS, *kernel_flags] if is_kernel else runtime_flags
-        command = [cxx, *FLAGS, *flags, *includes, "-c", source]
+    def compile_one(unit):
+        source, flags = Path(unit[0]).resolve(), unit[1]
+        command = [cxx, *flags, *includes, "-c", source]
         key = _digest(common, *command, *(file.read_text() for file in _included(source)))
         return _make(command, cache / f"{source.stem}-{key}.o")
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, [*sources, *RUNTIME]))
-    command = [cxx, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl"]
+        objects = list(pool.map(compile_one, units))
+    command = [cxx, "-shared", *objects, *link_flags, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl"]
     return _make(command, cache / f"{name}-{_digest(common, *command)}.so")
+
+
+def build(name, sources, runtime_flags=(), kernel_flags=()):
+    """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
+
+    def flags_of(source):
+        is_kernel = Path(source).suffix == ".cu"
+        return [*FLAGS, *([*KERNEL_FLAGS, *kernel_flags] if is_kernel else runtime_flags)]
+
+    return link(name, [(source, flags_of(source)) for source in [*sources, *RUNTIME]])

@@ -49,7 +49,11 @@ class Counts:
 def add(found: Counts, folder: Path = records.FOLDER) -> Path:
     """What is there, and this run."""
     path = folder / f"{NAME}.csv"
-    rows = {(r["kind"], r["name"]): dict(r) for r in records.read(NAME, folder)} if path.exists() else {}
+    rows = (
+        {(r["kind"], r["name"]): dict(r) for r in records.read(NAME, folder)}
+        if path.exists()
+        else {}
+    )
     for row in found.rows():
         old = rows.get((row["kind"], row["name"]))
         if old is None:

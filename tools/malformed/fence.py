@@ -9,7 +9,14 @@ import mmap
 import torch
 
 PAGE = mmap.PAGESIZE
-_CLOSED = 0  # PROT_NONE
+READ_WRITE, CLOSED = 3, 0  # PROT_READ | PROT_WRITE, PROT_NONE
+
+
+def protect(address: int, access: int) -> None:
+    """Of one page."""
+    call = ctypes.CDLL(None, use_errno=True).mprotect
+    if call(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), access) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
 
 
 def between_closed_pages(tensor: torch.Tensor, at_end: bool = True) -> torch.Tensor:
@@ -22,9 +29,6 @@ def between_closed_pages(tensor: torch.Tensor, at_end: bool = True) -> torch.Ten
     data = torch.frombuffer(mmap.mmap(-1, inside + 2 * PAGE), dtype=torch.uint8)
     start = PAGE + (inside - size) * at_end
     copy = data[start : start + size].view(tensor.dtype).copy_(flat)
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
     for page in (0, PAGE + inside):
-        address = ctypes.c_void_p(data.data_ptr() + page)
-        if protect(address, ctypes.c_size_t(PAGE), _CLOSED) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
+        protect(data.data_ptr() + page, CLOSED)
     return copy.as_strided(tensor.shape, tensor.stride())
