@@ -150,10 +150,14 @@ def shown_loss(module):
     return "" if module.loss == "mse" else f", loss={module.loss!r}, delta={module.delta}"
 
 
-def _background(edit_mask, edit_mask_default, foreground_weight, background_weight):
+def _background(function, edit_mask, edit_mask_default, foreground_weight, background_weight):
     """The operator gives every token the background weight where there is no edit mask."""
     if edit_mask is not None:
         return background_weight
+    # The caller's own does not reach the operator, which would see that it is a finite number.
+    plain = type(background_weight) is float and background_weight - background_weight == 0
+    if not plain and not torch.compiler.is_compiling():
+        check_number(function, "background_weight", background_weight)
     return 1.0 if edit_mask_default == "unit" else foreground_weight
 
 
@@ -238,7 +242,8 @@ def masked_edit_token_mean_loss(
     )
     if type(eps) is not float or eps != 1e-12:
         check_number("masked_edit_token_mean_loss", "eps", eps, least=0)
-    background = _background(edit_mask, edit_mask_default, foreground_weight, background_weight)
+    weights = (foreground_weight, background_weight)
+    background = _background("masked_edit_token_mean_loss", edit_mask, edit_mask_default, *weights)
     return _token_loss(
         "masked_edit_token_mean_loss",
         (model_pred, target, attention_mask, edit_mask, weighting),
@@ -285,7 +290,7 @@ def compute_loss_multi_resolution(
     Returns:
         ``[]`` float32 (float64); 0 where no token is kept.
     """
-    background = _background(edit_mask, "unit", 2.0, 1.0)
+    background = _background("compute_loss_multi_resolution", edit_mask, "unit", 2.0, 1.0)
     return _token_loss(
         "compute_loss_multi_resolution",
         (model_pred, target, attention_mask, edit_mask, weighting),
@@ -369,13 +374,12 @@ class AttentionMaskMseLoss(torch.nn.Module):
         keywords."""
         if unknown:
             refuse_unknown("AttentionMaskMseLoss", unknown, _ARGUMENTS)
+        name, weights = "AttentionMaskMseLoss", (self.foreground_weight, self.background_weight)
         return _token_loss(
-            "AttentionMaskMseLoss",
+            name,
             (model_pred, target, attention_mask, edit_mask, weighting),
             self.foreground_weight,
-            _background(
-                edit_mask, self.edit_mask_default, self.foreground_weight, self.background_weight
-            ),
+            _background(name, edit_mask, self.edit_mask_default, *weights),
             self.reduction,
             normalizer=normalizer,
             loss=self.loss,

@@ -3,6 +3,7 @@
 
 import contextlib
 import gc
+import math
 import weakref
 
 import numpy as np
@@ -260,6 +261,22 @@ def test_zero_sized_batches_work(shape):
     assert none.shape == shape[:2] and (none == 0).all()
     assert mle.masked_sse(x, x.detach(), mask).item() == 0
     assert mle.MseLoss()(x, x.detach()).item() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", None, torch.tensor(1.0)])
+def test_a_background_weight_is_looked_at_without_an_edit_mask(value):
+    """Which then takes no part."""
+    loss = mle.AttentionMaskMseLoss()
+    loss.background_weight = value
+    for call, name in (
+        (lambda: loss(P, P), "AttentionMaskMseLoss"),
+        (
+            lambda: mle.masked_edit_token_mean_loss(P, P, background_weight=value),
+            "masked_edit_token_mean_loss",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: background_weight must be"):
+            call()
 
 
 def test_additive_masks_are_refused():
