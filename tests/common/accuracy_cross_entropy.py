@@ -248,13 +248,13 @@ class Expected:
         unrounded = evaluate(f, same, upstream, differentiable=leaves, **options)
         doubled = converted(inputs, torch.float64)
         self.truth = evaluate(f, doubled, upstream, differentiable=leaves, **options)
-        self.sums = ("loss", *STATISTICS, "grad token_weight")  # 0 by cancelling: to rounding
+        # 0 by cancelling, to rounding: 1 - p, and 1 - tanh^2, of large ones in float64.
+        self.sums = ("loss", *STATISTICS, "grad logits", "grad token_weight")
         self.floor = {}
         self.logits = self.logits_of(doubled)
         self.capped = self.logits
         if (softcap := options.get("softcap")) is not None:  # which brings large ones together
             self.capped = softcap * torch.tanh(self.logits / softcap)
-            self.sums += ("grad logits",)  # 1 - tanh^2 of large ones is 0 in float64 alone
         self.floor = {}
         if min(self.logits.shape) == 0:
             self.size = {name: value.double() for name, value in self.truth.items()}
@@ -296,9 +296,10 @@ def _assert_same_choice(actual, expected, name, what):
     if not wrong.any():
         return
     # A temperature or a cap may make different logits equal by rounding; then the first is taken.
-    values = expected.capped
+    values, chosen = expected.capped, expected.truth["argmax"].unsqueeze(-1)
     top = values.amax(-1, keepdim=True)
-    near = (top - values < expected.tie * top.abs()) & (values != top)
+    near = top - values < expected.tie * top.abs()
+    near &= expected.logits != expected.logits.gather(-1, chosen)
     if name == "argmax":
         near = near.gather(-1, actual.unsqueeze(-1))
     assert_same_places(wrong & ~near.any(-1), torch.zeros_like(wrong), f"{what}: {name}")

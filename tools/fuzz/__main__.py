@@ -23,6 +23,7 @@ from tests.fuzz.properties import BY_NAME, PROPERTIES  # noqa: E402
 from tools.fuzz import counts  # noqa: E402
 
 BATCH = 500  # cases of one seed; hypothesis remembers them all
+SAVED_EVERY = 60.0  # seconds
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -53,10 +54,14 @@ def main(given: Sequence[str] | None = None) -> int:
     first = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"seeds from {first} on; {len(chosen)} properties; Ctrl-C ends it")
     found = counts.Counts(first, chosen)
-    failures = run(chosen, found, first, options)
+    before = counts.read() if options.record else []
+
+    def save():
+        if options.record:
+            counts.write(before, found)
+
+    failures = run(chosen, found, first, options, save)
     found.show()
-    if options.record:
-        print(f"added to {counts.add(found)}")
     for failure in failures:
         print(f"\n{failure}")
     return 1 if failures else 0
@@ -73,35 +78,48 @@ def again(chosen, code: str) -> int:
     return 0
 
 
-def run(chosen, found, first, options) -> list[str]:
-    """One seed after another, of the property that is furthest behind; what went wrong, in words."""
-    failures, stop = [], time.monotonic() + (options.seconds or float("inf"))
-    wanted = None if options.cases is None else sum(options.cases * p.share for p in chosen)
-    number, broken = first, set()
-    with tqdm(total=wanted and int(wanted), unit=" cases", smoothing=0.05) as bar:
+def run(chosen, found, first, options, save) -> list[str]:
+    """One seed after another, until Ctrl-C or as far as told; what went wrong, in words."""
+    failures: list[str] = []
+    begin = saved = time.monotonic()
+    wanted = options.cases and int(sum(wanted_of(prop, options) for prop in chosen))
+    with tqdm(total=wanted, unit=" cases", smoothing=0.05) as bar:
         try:
-            while time.monotonic() < stop:
-                left = [p for p in chosen if p.name not in broken]
-                if not left:
-                    break
-                prop = min(left, key=lambda p: found.cases[p.name] / p.share)
-                behind = (options.cases or float("inf")) * prop.share - found.cases[prop.name]
+            number = first
+            while time.monotonic() - begin < (options.seconds or float("inf")):
+                prop = furthest_behind(chosen, found)
+                behind = wanted_of(prop, options) - found.cases[prop.name] if prop else 0
                 if behind < 1:
                     break
                 bar.set_description(f"{prop.name}, seed {number}")
-                examples = int(min(BATCH * max(prop.share, 0.1), behind))
+                examples = int(min(max(BATCH * prop.share, 1), behind))
                 outcome = run_seed(prop, number, examples)
                 found.add(prop, outcome)
                 bar.update(outcome.cases)
                 if outcome.failure:
-                    broken.add(prop.name)
                     failures.append(outcome.failure)
-                    seeded = f"python -m tools.fuzz --only {prop.name} --seed {number}"
-                    bar.write(f"{outcome.failure}\n  whole seed: {seeded} --cases {examples}\n")
+                    seed = f"--seed {number} --cases {int(examples / prop.share)}"
+                    again = f"python -m tools.fuzz --only {prop.name} {seed}"
+                    bar.write(f"{outcome.failure}\n  all of this seed: {again}\n")
+                if time.monotonic() - saved > SAVED_EVERY:
+                    save()
+                    saved = time.monotonic()
                 number += 1
         except KeyboardInterrupt:
             bar.write("stopped")
+    save()
     return failures
+
+
+def wanted_of(prop, options) -> float:
+    """How many cases of a property end a run."""
+    return float("inf") if options.cases is None else max(options.cases * prop.share, 1)
+
+
+def furthest_behind(chosen, found):
+    """Of those in which nothing was wrong: one mismatch of a property is enough."""
+    right = [prop for prop in chosen if not found.wrong[prop.name]]
+    return min(right, key=lambda prop: found.cases[prop.name] / prop.share, default=None)
 
 
 if __name__ == "__main__":

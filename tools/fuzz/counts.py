@@ -46,20 +46,24 @@ class Counts:
             print(line + f"{row['mismatches']:>4} mismatches")
 
 
-def add(found: Counts, folder: Path = records.FOLDER) -> Path:
+def read(folder: Path = records.FOLDER) -> list[dict]:
+    """What other runs have counted."""
+    return records.read(NAME, folder) if (folder / f"{NAME}.csv").exists() else []
+
+
+def write(old: list[dict], found: Counts, folder: Path = records.FOLDER) -> Path:
     """What is there, and this run."""
-    path = folder / f"{NAME}.csv"
-    rows = (
-        {(r["kind"], r["name"]): dict(r) for r in records.read(NAME, folder)}
-        if path.exists()
-        else {}
-    )
-    for row in found.rows():
-        old = rows.get((row["kind"], row["name"]))
-        if old is None:
-            rows[row["kind"], row["name"]] = row
-            continue
-        for column in ("cases", "mismatches", "seconds"):
-            old[column] = int(old[column] or 0) + int(row[column] or 0) if row[column] != "" else ""
-        old["seeds"] = f"{old['seeds']} {row['seeds']}"
+    rows = {(row["kind"], row["name"]): dict(row) for row in old}
+    for new in found.rows():
+        key = new["kind"], new["name"]
+        before = rows.get(key)
+        if before is not None:
+            for column in ("cases", "mismatches", "seconds"):
+                new[column] = _sum(before[column], new[column])
+            new["seeds"] = f"{before['seeds']} {new['seeds']}"
+        rows[key] = new
     return records.write(NAME, [rows[key] for key in sorted(rows)], folder)
+
+
+def _sum(before, more):
+    return "" if more == "" else int(before or 0) + int(more)
