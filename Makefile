@@ -11,7 +11,7 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
@@ -21,6 +21,7 @@ help:
 	@echo "make matrix  one wheel under each Python and each PyTorch; ARGS='--only NAME' one      ~ 1 h"
 	@echo "make compilers  the library by every gcc and clang here, and the numbers with each    ~ 20 min"
 	@echo "make aarch64 the numbers on an aarch64 that qemu imitates; ARGS=--short               ~ 15 min"
+	@echo "make fuzz    random cases against the reference; ARGS='--seconds 60 --only terms'    until Ctrl-C"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 26 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
@@ -78,6 +79,10 @@ compilers: setup
 
 aarch64: setup
 	@$(PY) -m tools.aarch64 $(ARGS)
+
+# The properties of tests/fuzz, fresh seeds; ARGS=--help.
+fuzz: build
+	@$(PY) -m tools.fuzz $(ARGS)
 
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build

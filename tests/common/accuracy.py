@@ -69,14 +69,16 @@ class Expected:
             for name in self.truth
         }
         for name, error in self.relative_error.items():
-            bound = self._pairwise_bound(inputs["prediction"].numel(), self.truth[name].numel())
+            bound = self._pairwise_bound(inputs["prediction"].numel(), name)
             self.relative_error[name] = max(error, bound)
 
-    def _pairwise_bound(self, terms, results):
+    def _pairwise_bound(self, terms, name):
         """log2(terms per result) roundings, each of half a unit in the last place."""
-        dtype = self.in_dtype["loss"].dtype
-        in_a_term = ROUNDINGS_OF_A_TERM if dtype == torch.float64 else 0
-        roundings = math.log2(max(terms / max(results, 1), 1)) + in_a_term
+        dtype, result = self.in_dtype["loss"].dtype, self.in_dtype[name]
+        # A result that is wider than what it is computed in shows the roundings of a term, too.
+        shown = torch.finfo(result.dtype).eps < torch.finfo(dtype).eps
+        in_a_term = ROUNDINGS_OF_A_TERM if dtype == torch.float64 or shown else 0
+        roundings = math.log2(max(terms / max(result.numel(), 1), 1)) + in_a_term
         return roundings * torch.finfo(dtype).eps / 2
 
 

@@ -244,10 +244,15 @@ class Expected:
         dtype = inputs[leaves[0]].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.in_dtype = evaluate(f, inputs, upstream, differentiable=leaves, **options)
-        same = converted(inputs, wide)
-        unrounded = evaluate(f, same, upstream, differentiable=leaves, **options)
+
+        def of(kind):
+            given = [inputs[name].dtype for name in FLOATING_INPUTS if name in inputs]
+            if all(dtype == kind for dtype in given):
+                return self.in_dtype
+            return evaluate(f, converted(inputs, kind), upstream, differentiable=leaves, **options)
+
+        unrounded, self.truth = of(wide), of(torch.float64)
         doubled = converted(inputs, torch.float64)
-        self.truth = evaluate(f, doubled, upstream, differentiable=leaves, **options)
         # 0 by cancelling, to rounding: 1 - p, and 1 - tanh^2, of large ones in float64.
         self.sums = ("loss", *STATISTICS, "grad logits", "grad token_weight")
         self.floor = {}

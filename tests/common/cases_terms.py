@@ -179,7 +179,7 @@ def assert_agrees(results, arguments, what, upstream=None):
     log_p = arguments["logits"].double().log_softmax(-1)
     means = (truth["scaled_mean_log_prob"].abs(), log_p.abs().nan_to_num(0, 0, 0).mean(-1))
     size = max((x.nan_to_num(0, 0, 0).max().item() for x in means if x.numel()), default=0.0)
-    # What is a rounding of log p is 1 / (1 - p) of them in log(1 - p), and as many more in its slope.
+    # A rounding of log p is 1 / (1 - p) of them in log(1 - p), and as many more in its slope.
     rest = -torch.expm1(log_p.nan_to_num(-1, 0, -1).clamp(max=-(2.0**-24)))
     unlikely = 1 / rest.min().item() if rest.numel() and arguments.get("links") else 1.0
     for name, result in results.items():

@@ -9,8 +9,8 @@ import torch
 import masked_loss_ext as mle
 from masked_loss_ext.ops import repetition
 from tests.fuzz import squared_error
-from tests.fuzz.cross_entropy import Problem
 from tests.fuzz.linear import LinearProblem
+from tests.fuzz.rows import Problem
 
 NAN, INF, TINY = math.nan, math.inf, torch.finfo(torch.float32).tiny
 NO_NUMBER = ("1", [1.0], 1j)

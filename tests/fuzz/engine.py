@@ -55,7 +55,7 @@ def run_code(prop: Property, code: bytes) -> Choices:
 
 
 def run_seed(prop: Property, number: int, examples: int) -> Outcome:
-    """So many cases of one seed, the same ones each time; the smallest mismatch, if there is one."""
+    """So many cases of one seed, the same each time, and the smallest mismatch among them."""
     reached: Counter = Counter()
     cases = 0
 

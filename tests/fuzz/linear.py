@@ -11,8 +11,8 @@ import masked_loss_ext as mle
 from masked_loss_ext import reference
 from masked_loss_ext.reference.cross_entropy import counted_rows
 from tests.fuzz.agreement import assert_bits, is_close
-from tests.fuzz.choices import poisoned
-from tests.fuzz.cross_entropy import CUTS, Problem, merged_by_hand, shards_of
+from tests.fuzz.rows import Problem
+from tests.fuzz.shards import merged_by_hand, some_shards
 
 WIDTHS = (2, 1, 3, 5, 7, 8, 4, 17)
 FORWARD = ("linear_cross_entropy", "_linear_cross_entropy_backward")
@@ -21,7 +21,7 @@ SHARDED = (
     "vocab_parallel_linear_cross_entropy",
     "_vocab_parallel_linear_cross_entropy_backward",
 )
-LAYERS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYERS = (*(torch.float32,) * 3, *(torch.float64,) * 2, torch.bfloat16, torch.float16)
 
 
 class LinearProblem(Problem):
@@ -174,7 +174,7 @@ def linear_row_statistics(c):
 def sharded(c, problem, truth, up):
     """Shards merged by hand, and a world of one."""
     plain, classes = problem.plain, problem.classes
-    cuts = shards_of(c.pick(CUTS), classes)
+    cuts = some_shards(c, classes)
     more = {"hidden": plain["hidden"], "vocab_size": classes}
     more |= {k: v for k, v in problem.how.items() if k != "logits_dtype"}
     more["fp32_logits"] = "logits_dtype" in problem.how

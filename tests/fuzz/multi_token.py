@@ -36,7 +36,9 @@ def multi_token_prediction(c):
     weights, factor = [c.below(4) + 0.5 for _ in range(heads)], c.pick((1.0, -0.5))
     how = {"mask_sources": bool(c.below(2)), "renormalize_empty_heads": bool(c.below(2))}
     in_place, normalizer, kind = c.below(2), c.pick((None, None, 5, 0.5)), c.poison()
-    module = mle.MultiTokenPredictionLoss(heads, weights, **how, inplace_backward=bool(in_place and not linear))
+    module = mle.MultiTokenPredictionLoss(
+        heads, weights, **how, inplace_backward=bool(in_place and not linear)
+    )
     c.said |= {"heads": heads, "dtype": dtype, "linear": linear, "normalizer": normalizer, **how}
     width = 3 if linear else classes
     values = [torch.randn(*labels.shape, width, generator=g).to(dtype) for _ in range(heads)]
@@ -97,7 +99,12 @@ def _unused(module, labels, plain, heads):
 
 def hidden_state_mtp(c):
     """HiddenStateMTPLoss in float64 against its heads by F.cross_entropy."""
-    classes, width, heads, g = c.pick((3, 2, 5)), c.pick((4, 2, 3)), c.pick((2, 1, 3)), c.generator()
+    classes, width, heads, g = (
+        c.pick((3, 2, 5)),
+        c.pick((4, 2, 3)),
+        c.pick((2, 1, 3)),
+        c.generator(),
+    )
     labels, given_labels, plain, given = _rows(c, g, classes)
     temperature, sources, in_place = c.pick((1.0, 1.7, 0.3)), bool(c.below(2)), bool(c.below(2))
     layout, kind, factor = c.layout(), c.poison(), c.pick((1.0, -0.5))

@@ -17,7 +17,11 @@ def padding(c):
 
 
 def lengths_to_mask(c, g):
-    rows, longest, dtype = c.pick((3, 1, 0, 5)), c.pick((4, 0, 1, 9)), c.pick((*INTEGERS, *CONVERTED))
+    rows, longest, dtype = (
+        c.pick((3, 1, 0, 5)),
+        c.pick((4, 0, 1, 9)),
+        c.pick((*INTEGERS, *CONVERTED)),
+    )
     lengths = torch.randint(0, longest + 1, (rows,), generator=g)
     most, clip, as_list = c.pick((None, longest, longest + 3, longest // 2)), c.below(2), c.below(3)
     c.said |= {"lengths": lengths.tolist(), "max_len": most, "clip": clip}

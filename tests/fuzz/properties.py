@@ -56,6 +56,6 @@ PROPERTIES = (
     Property("bounds", bounds.bounds, share=0.1, examples=200),
     Property("labels", bounds.labels, share=0.1, examples=100),
     Property("transforms", transforms.transforms, share=0.03),
-    Property("compiled", transforms.compiled, share=0.001, examples=4),
+    Property("compiled", transforms.compiled, share=0.001, examples=2),
 )
 BY_NAME = {prop.name: prop for prop in PROPERTIES}

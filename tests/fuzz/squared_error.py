@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Properties of the squared errors and their kin: the operator, and the losses that are made of it."""
+"""Properties of the squared errors and their kin: the operator, and the losses made of it."""
 
 import torch
 from accuracy import Expected, assert_all_accurate, evaluate, widened
@@ -106,9 +106,7 @@ def with_poison(inputs, on, kind):
     if inputs["weighting"] is not None:
         shape = inputs["weighting"].shape
         padded = (1,) * (on.dim() - len(shape)) + tuple(shape)
-        bad["weighting"] = poisoned(
-            inputs["weighting"], ~used_by(on, padded).reshape(shape), kind
-        )
+        bad["weighting"] = poisoned(inputs["weighting"], ~used_by(on, padded).reshape(shape), kind)
     if inputs["edit_mask"] is not None:
         edit = inputs["edit_mask"]
         padded = tuple(edit.shape) + (1,) * (on.dim() - edit.dim())

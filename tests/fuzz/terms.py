@@ -3,15 +3,15 @@
 of tokens, and what one of them tells the other."""
 
 import torch
-from cases_terms import assert_agrees, evaluate, upstream_of
-from repetition_cases import both, both_by_definition
+from cases_terms import assert_agrees, evaluate
+from repetition_cases import both, both_by_definition, python_counts
 
 from masked_loss_ext import reference
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 from masked_loss_ext.ops.repetition import repetition_links
 from tests.fuzz.agreement import assert_bits, is_close
 from tests.fuzz.choices import CONVERTED, INTEGERS, laid, mask_values, poisoned
-from tests.fuzz.cross_entropy import CLASSES, WIDE, labels_of, row_shape
+from tests.fuzz.rows import CLASSES, WIDE, labels_of, row_shape
 
 TERMS = ("cross_entropy_terms", "_cross_entropy_terms_backward")
 
@@ -90,6 +90,10 @@ def repetition(c):
     actual = both(given, valid, n)
     for ours, theirs in zip(actual, both_by_definition(tokens, on, n), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    masks = [[True] * length] * rows if on is None else on.tolist()
+    counts = torch.stack(actual[:4], 1).tolist()
+    for row, mask, count in zip(tokens.tolist(), masks, counts, strict=True):
+        assert python_counts(row, mask, n) == tuple(count)
     if on is not None:
         again = both(poisoned(given, ~on, "nan"), valid, n)
         for ours, theirs in zip(again, actual, strict=True):

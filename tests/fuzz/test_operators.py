@@ -13,7 +13,7 @@ from tests.fuzz.properties import PROPERTIES
 
 NAMESPACE = "masked_loss_ext::"
 WITHOUT = {
-    "_snapshot": "a copy, which only graphs of torch.compile hold: tests/cross_entropy/test_saved.py",
+    "_snapshot": "a copy, in graphs of torch.compile alone: tests/unified/test_loss_compile.py",
     "_version": "a string",
     "cpu_capability": "a string",
 }

@@ -8,8 +8,8 @@ import masked_loss_ext as mle
 from masked_loss_ext import reference
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 from tests.fuzz import squared_error
-from tests.fuzz.cross_entropy import Problem
 from tests.fuzz.linear import LinearProblem
+from tests.fuzz.rows import Problem
 
 
 def _squared(c):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Properties of the unified loss: its total against plain_unified's loops in float64, and what holds
-for every module of its family."""
+"""Properties of the unified loss: its total against plain_unified's loops in float64, and what
+holds for every module of its family."""
 
 import copy
 
@@ -56,12 +56,21 @@ def unified_loss(c):
     given = {"targets": targets, "attention_mask": mask.long()}
     given |= _values(g, shape, ~mask | (targets == -100))
     loss_fn = UnifiedLoss(V, H, **options).double()
-    unused = [] if loss_fn.diversity_loss is not None or loss_fn.auxiliary_loss is not None else ["expert_outputs"]
+    unused = (
+        []
+        if loss_fn.diversity_loss is not None or loss_fn.auxiliary_loss is not None
+        else ["expert_outputs"]
+    )
     ours = _evaluate(lambda x: loss_fn(**x, mtp_active=active), given, unused)
     theirs = _evaluate(lambda x: test_loss.composed(loss_fn, x, active), given, ())
     for name, result in ours.items():
         torch.testing.assert_close(
-            result, theirs[name], rtol=1e-6, atol=1e-8, check_dtype=False, msg=lambda m, n=name: f"{n}: {m}"
+            result,
+            theirs[name],
+            rtol=1e-6,
+            atol=1e-8,
+            check_dtype=False,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

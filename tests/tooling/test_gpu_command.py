@@ -155,7 +155,7 @@ def test_what_is_missing_is_left_out_by_name(tmp_path):
 
     made = {step.name: step for step in steps.all_steps(tmp_path, 16, has, lambda name: None)}
     notes = made["tests"].notes
-    assert steps.left_out(steps.TESTS, has)["cross_entropy/test_property.py"] == ["hypothesis"]
+    assert steps.left_out(steps.TESTS, has)["elementwise/test_mask_laws.py"] == ["hypothesis"]
     assert any("pytest-xdist is missing" in note for note in notes)
     assert "-n" not in made["tests"].commands[-1].line
     assert [one.missing for one in made["sanitizer"].commands] == ["compute-sanitizer"] * 3

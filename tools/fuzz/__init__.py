@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Random cases of every operator and public function against the reference: ``python -m tools.fuzz``.
+"""Random cases of every operator and public function against the reference.
 
-The properties are in tests/fuzz/; `make test` runs a few cases of each, this as many as wanted.
+The properties are in tests/fuzz/; `make test` runs a few cases of each, ``python -m tools.fuzz`` as
+many as wanted.
 """

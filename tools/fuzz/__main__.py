@@ -54,13 +54,7 @@ def main(given: Sequence[str] | None = None) -> int:
     first = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"seeds from {first} on; {len(chosen)} properties; Ctrl-C ends it")
     found = counts.Counts(first, chosen)
-    before = counts.read() if options.record else []
-
-    def save():
-        if options.record:
-            counts.write(before, found)
-
-    failures = run(chosen, found, first, options, save)
+    failures = run(chosen, found, first, options)
     found.show()
     for failure in failures:
         print(f"\n{failure}")
@@ -78,10 +72,11 @@ def again(chosen, code: str) -> int:
     return 0
 
 
-def run(chosen, found, first, options, save) -> list[str]:
+def run(chosen, found, first, options) -> list[str]:
     """One seed after another, until Ctrl-C or as far as told; what went wrong, in words."""
     failures: list[str] = []
     begin = saved = time.monotonic()
+    unsaved = counts.Counts(first, chosen)
     wanted = options.cases and int(sum(wanted_of(prop, options) for prop in chosen))
     with tqdm(total=wanted, unit=" cases", smoothing=0.05) as bar:
         try:
@@ -95,19 +90,21 @@ def run(chosen, found, first, options, save) -> list[str]:
                 examples = int(min(max(BATCH * prop.share, 1), behind))
                 outcome = run_seed(prop, number, examples)
                 found.add(prop, outcome)
+                unsaved.add(prop, outcome)
                 bar.update(outcome.cases)
                 if outcome.failure:
                     failures.append(outcome.failure)
                     seed = f"--seed {number} --cases {int(examples / prop.share)}"
                     again = f"python -m tools.fuzz --only {prop.name} {seed}"
                     bar.write(f"{outcome.failure}\n  all of this seed: {again}\n")
-                if time.monotonic() - saved > SAVED_EVERY:
-                    save()
-                    saved = time.monotonic()
+                if options.record and time.monotonic() - saved > SAVED_EVERY:
+                    counts.add(unsaved)
+                    unsaved, saved = counts.Counts(first, chosen), time.monotonic()
                 number += 1
         except KeyboardInterrupt:
             bar.write("stopped")
-    save()
+    if options.record:
+        counts.add(unsaved)
     return failures
 
 

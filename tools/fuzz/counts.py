@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +27,9 @@ class Counts:
 
     def add(self, prop, outcome) -> None:
         self.cases[prop.name] += outcome.cases
-        self.seconds[prop.name] += outcome.seconds
         self.reached.update(outcome.reached)
+        for name in (prop.name, *outcome.reached):  # an operator's: of the cases that compared it
+            self.seconds[name] += outcome.seconds
         if outcome.failure:
             self.wrong.update([prop.name, *prop.operators])
 
@@ -35,7 +38,7 @@ class Counts:
         found = []
         for kind, cases in (("operator", self.reached), ("property", self.cases)):
             for name in sorted(cases):
-                seconds = round(self.seconds[name]) if kind == "property" else ""
+                seconds = round(self.seconds[name])
                 row = (kind, name, cases[name], self.wrong[name], seconds, self.first)
                 found.append(dict(zip(COLUMNS, row, strict=True)))
         return [row for row in found if row["cases"] or row["mismatches"]]
@@ -46,24 +49,28 @@ class Counts:
             print(line + f"{row['mismatches']:>4} mismatches")
 
 
-def read(folder: Path = records.FOLDER) -> list[dict]:
-    """What other runs have counted."""
-    return records.read(NAME, folder) if (folder / f"{NAME}.csv").exists() else []
+def add(found: Counts, folder: Path = records.FOLDER) -> Path:
+    """To what other runs have counted, some of which may do so at the same time."""
+    if not found.rows():
+        return folder / f"{NAME}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        return _added(found, folder)
+    finally:
+        os.close(holder)
 
 
-def write(old: list[dict], found: Counts, folder: Path = records.FOLDER) -> Path:
-    """What is there, and this run."""
+def _added(found, folder):
+    old = records.read(NAME, folder) if (folder / f"{NAME}.csv").exists() else []
     rows = {(row["kind"], row["name"]): dict(row) for row in old}
     for new in found.rows():
-        key = new["kind"], new["name"]
-        before = rows.get(key)
+        before = rows.get((new["kind"], new["name"]))
         if before is not None:
             for column in ("cases", "mismatches", "seconds"):
-                new[column] = _sum(before[column], new[column])
-            new["seeds"] = f"{before['seeds']} {new['seeds']}"
-        rows[key] = new
+                new[column] = int(before[column]) + int(new[column])
+            seeds = str(before["seeds"]).split()
+            new["seeds"] = " ".join(dict.fromkeys([*seeds, str(new["seeds"])]))
+        rows[new["kind"], new["name"]] = new
     return records.write(NAME, [rows[key] for key in sorted(rows)], folder)
-
-
-def _sum(before, more):
-    return "" if more == "" else int(before or 0) + int(more)
