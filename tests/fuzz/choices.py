@@ -5,6 +5,7 @@ hypothesis draws the bytes, all of a case at once: a draw for every choice would
 the operators. Byte 0 is the plainest choice everywhere, and that is what it shrinks them to.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ POISON = ("nan", "inf", "-inf", "huge", "denormal")
 class Choices:
     code: bytes
     at: int = 0
-    reached: list = field(default_factory=list)  # operators that this case has compared
+    reached: Counter = field(default_factory=Counter)  # calls that were compared, by operator
     said: dict = field(default_factory=dict)  # what the case is, for whoever reads a failure
 
     def byte(self):
@@ -55,8 +56,8 @@ class Choices:
     def poison(self):
         return self.pick(POISON)
 
-    def saw(self, *operators):
-        self.reached += operators
+    def saw(self, *operators, calls=1):
+        self.reached.update(dict.fromkeys(operators, calls))
 
 
 def laid(tensor, layout):

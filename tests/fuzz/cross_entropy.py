@@ -95,13 +95,21 @@ def cross_entropy(c):
     truth.check(actual, "masked_cross_entropy")
     bad = problem.with_garbage(c.poison())
     assert_bits(evaluate(function, bad, bad_up, **options), actual, "garbage")
-    c.saw("masked_cross_entropy", "_masked_cross_entropy_backward")
-    again = evaluate(
-        mle.masked_cross_entropy, overwritable(bad), bad_up, **options, inplace_backward=True
-    )
-    assert_bits(again, actual, "inplace_backward")
-    c.saw("_masked_cross_entropy_backward_")
+    c.saw("masked_cross_entropy", "_masked_cross_entropy_backward", calls=2)
+    for again in (bad, *dresses(c, problem)):
+        over = overwritable(again)
+        found = evaluate(mle.masked_cross_entropy, over, bad_up, **options, inplace_backward=True)
+        assert_bits(found, actual, "inplace_backward")
+        c.saw("masked_cross_entropy", "_masked_cross_entropy_backward_")
+    for again in dresses(c, problem):
+        assert_bits(evaluate(function, again, bad_up, **options), actual, "other strides")
+        c.saw("masked_cross_entropy", "_masked_cross_entropy_backward")
     sharded(c, problem, truth, up)
+
+
+def dresses(c, problem):
+    """The same problem twice more, in other memory, with other garbage."""
+    return [problem.with_garbage(c.poison(), problem.dressed(c)) for _ in range(2)]
 
 
 def sharded(c, problem, truth, up):
@@ -121,7 +129,7 @@ def sharded(c, problem, truth, up):
     for shard, (logits, weights), again in zip(shards, grads, over, strict=True):
         pairs = {"logits": shard["logits"], "token_weight": again}
         assert_bits(pairs, {"logits": logits, "token_weight": weights}, "shards in place")
-    c.saw(*SHARDED)
+    c.saw(*SHARDED, calls=len(shards))
     if c.chance(0.1):
         alone = evaluate(_world_of_one, problem.given, up, **problem.options)
         truth.check(alone, "a world of one")
@@ -147,11 +155,22 @@ def cross_entropy_sweep(c):
     actual = evaluate(function, given, up, **how, **options)
     truth.check(actual, "gradient_in_forward")
     assert_bits(evaluate(function, bad, up, **how, **options), actual, "garbage")
-    over = overwritable(bad)
-    again = evaluate(mle.masked_cross_entropy, over, up, **how, **options, inplace_backward=True)
-    assert_bits(again, actual, "inplace_backward")
-    c.saw("_masked_cross_entropy_sweep", "_masked_cross_entropy_sweep_")
-    c.saw("_masked_cross_entropy_scale_gradient_")
+    c.saw("_masked_cross_entropy_sweep", calls=2)
+    for again in (bad, *dresses(c, problem)):
+        found = evaluate(
+            mle.masked_cross_entropy,
+            overwritable(again),
+            up,
+            **how,
+            **options,
+            inplace_backward=True,
+        )
+        assert_bits(found, actual, "inplace_backward")
+        c.saw("_masked_cross_entropy_sweep_")
+    for again in dresses(c, problem):
+        assert_bits(evaluate(function, again, up, **how, **options), actual, "other strides")
+        c.saw("_masked_cross_entropy_sweep")
+    c.saw("_masked_cross_entropy_scale_gradient_", calls=7)
 
 
 def row_statistics(c):
@@ -199,4 +218,4 @@ def row_statistics(c):
             del found["log_prob"], found["hit"]
     truth.check(actual, "row_statistics")
     assert_bits(again, actual, "garbage")
-    c.saw("masked_cross_entropy", "_masked_cross_entropy_backward")
+    c.saw("masked_cross_entropy", "_masked_cross_entropy_backward", calls=2)

@@ -28,9 +28,11 @@ class Property:
 
 @dataclass
 class Outcome:
-    """Of one seed. reached: cases by operator; failure: what is told of a mismatch, or nothing."""
+    """Of one seed. calls: of operators that were compared; problems: those that had any; failure:
+    what is told of a mismatch, or nothing."""
 
-    reached: Counter
+    calls: Counter
+    problems: Counter
     cases: int
     seconds: float
     failure: str = ""
@@ -56,8 +58,7 @@ def run_code(prop: Property, code: bytes) -> Choices:
 
 def run_seed(prop: Property, number: int, examples: int) -> Outcome:
     """So many cases of one seed, the same each time, and the smallest mismatch among them."""
-    reached: Counter = Counter()
-    cases = 0
+    calls, problems, cases = Counter(), Counter(), 0
 
     @seed(number)
     @settings(
@@ -74,7 +75,8 @@ def run_seed(prop: Property, number: int, examples: int) -> Outcome:
         nonlocal cases
         choices = run_code(prop, code)
         cases += 1
-        reached.update(set(choices.reached))
+        calls.update(choices.reached)
+        problems.update(set(choices.reached))
 
     start = time.perf_counter()
     failure = ""
@@ -82,4 +84,4 @@ def run_seed(prop: Property, number: int, examples: int) -> Outcome:
         test()
     except Mismatch as error:
         failure = str(error)
-    return Outcome(reached, cases, time.perf_counter() - start, failure)
+    return Outcome(calls, problems, cases, time.perf_counter() - start, failure)

@@ -11,6 +11,7 @@ import masked_loss_ext as mle
 from masked_loss_ext import reference
 from masked_loss_ext.reference.cross_entropy import counted_rows
 from tests.fuzz.agreement import assert_bits, is_close
+from tests.fuzz.cross_entropy import dresses
 from tests.fuzz.rows import Problem
 from tests.fuzz.shards import merged_by_hand, some_shards
 
@@ -114,8 +115,11 @@ def linear_cross_entropy(c):
     truth.check(actual, "masked_linear_cross_entropy")
     bad = problem.with_garbage(c.poison())
     assert_bits(evaluate(linear(mle), bad, bad_up, **keywords), actual, "garbage")
-    c.saw(*FORWARD)
-    sharded(c, problem, truth, up)
+    for again in dresses(c, problem):  # in whose strides ATen may add up its products otherwise
+        truth.check(evaluate(linear(mle), again, bad_up, **keywords), "other strides")
+    c.saw(*FORWARD, calls=4)
+    for _ in range(2):
+        sharded(c, problem, truth, up)
 
 
 def linear_sweep(c):
@@ -131,7 +135,9 @@ def linear_sweep(c):
     truth.check(actual, "masked_linear_cross_entropy")
     bad = problem.with_garbage(c.poison())
     assert_bits(evaluate(linear(mle), bad, up, **keywords), actual, "garbage")
-    c.saw("_linear_cross_entropy_sweep")
+    for again in dresses(c, problem):
+        truth.check(evaluate(linear(mle), again, up, **keywords), "other strides")
+    c.saw("_linear_cross_entropy_sweep", calls=4)
 
 
 def linear_row_statistics(c):
@@ -168,7 +174,7 @@ def linear_row_statistics(c):
     del actual["loss"], again["loss"]
     truth.check(actual, "linear_row_statistics")
     assert_bits(again, actual, "garbage")
-    c.saw(*FORWARD)
+    c.saw(*FORWARD, calls=2)
 
 
 def sharded(c, problem, truth, up):
@@ -199,7 +205,7 @@ def sharded(c, problem, truth, up):
     if "token_weight" in plain:
         found["grad token_weight"] = weights[0].to(problem.dtype)
     truth.check(found, f"shards {cuts}")
-    c.saw(*SHARDED)
+    c.saw(*SHARDED, calls=len(shards))
     if c.chance(0.1):
         keywords = {**problem.options, **problem.how, "differentiable": DIFFERENTIABLE}
         function = linear(_WorldOfOne)

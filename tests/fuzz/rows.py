@@ -167,9 +167,24 @@ class Problem:
             read[..., shift:] = self.on[..., :length]
         return read
 
-    def with_garbage(self, kind):
+    def dressed(self, c):
+        """The same values in other strides, and integers and masks of other dtypes."""
+        found, kind, dtype = {}, c.mask_dtype(), c.pick(INTEGERS[:3])
+        for name, tensor in self.given.items():
+            if name == "mask":
+                on = self.plain["mask"]
+                on = on[:1] if tensor.shape != on.shape else on
+                tensor = mask_values(on, kind)
+            elif not tensor.dtype.is_floating_point and name != "weight":
+                tensor = tensor.long().to(dtype)
+            found[name] = laid(
+                tensor.contiguous(), c.layout() if name != "weight" else "contiguous"
+            )
+        return found
+
+    def with_garbage(self, kind, given=None):
         """given, with garbage in all that no row that counts has to do with."""
-        bad, read = dict(self.given), self.read()
+        bad, read = dict(given or self.given), self.read()
         bad[self.values] = poisoned(bad[self.values], ~self.on.unsqueeze(-1), kind)
         if "token_weight" in bad:
             bad["token_weight"] = poisoned(bad["token_weight"], ~read, kind)

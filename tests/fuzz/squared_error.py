@@ -126,7 +126,7 @@ def check_all(c, function, inputs, on, grad, options, reference_options=None):
         assert_all_accurate(actual, Expected(given, grad, **rest), function.__name__)
     bad = with_poison(inputs, on, c.poison())
     assert_bits(evaluate(function, bad, grad, **options), actual, "garbage")
-    c.saw(*OPERATORS)
+    c.saw(*OPERATORS, calls=2)
     return actual
 
 
@@ -286,4 +286,4 @@ def _check_loss(c, call, inputs, on, grad, how, normalizer, total, reduction, fg
     bad = evaluate(call, with_poison(inputs, on, c.poison()), grad)
     bad["loss"] = (bad["loss"].double() * float(normalizer)).to(actual["loss"].dtype)
     assert_bits(bad, actual, "garbage")
-    c.saw(*OPERATORS)
+    c.saw(*OPERATORS, calls=2)

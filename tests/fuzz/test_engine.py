@@ -70,10 +70,11 @@ def test_a_product_with_0_of_what_is_excluded_is_noticed(monkeypatch):
 
 
 def test_a_run_ends_after_so_many_cases(capsys):
-    assert command.main(["--only", "repetition", "--cases", "5", "--seed", "3"]) == 0
+    given = ["--only", "padding", "--cases", "50", "--problems", "5", "--seed", "3"]
+    assert command.main(given) == 0
     out = capsys.readouterr().out
     assert "seeds from 3 on" in out
-    assert re.search(r"operator +repetition_links +5 cases +0 mismatches", out)
+    assert re.search(r"property +padding +5 cases +0 mismatches", out)
 
 
 def test_a_mismatch_ends_with_1_and_is_told(capsys, monkeypatch):
@@ -95,7 +96,7 @@ def test_runs_add_up(tmp_path):
         found.add(props[0], run_seed(props[0], 5, 1))
         path = counts.add(found, tmp_path)
     lines = path.read_text().splitlines()
-    assert lines[0] == "kind,name,cases,mismatches,seconds,seeds"
-    assert lines[1:] == ["operator,an_operator,3,0,0,7 9", "property,a,3,0,0,7 9"]
+    assert lines[0] == "kind,name,problems,cases,mismatches,seconds,seeds"
+    assert lines[1:] == ["operator,an_operator,3,3,0,0,7 9", "property,a,3,3,0,0,7 9"]
     assert counts.add(counts.Counts(1, props), tmp_path) == path
     assert path.read_text().splitlines() == lines

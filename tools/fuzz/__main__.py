@@ -31,7 +31,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=list(BY_NAME), metavar="NAME", help="these properties alone")
     add("--seconds", type=float, help="stop after so many")
-    add("--cases", type=int, help="stop when every property has so many, or its share of them")
+    add("--cases", type=int, help="stop when every operator of every property has so many")
+    add("--problems", type=int, default=BATCH, help=f"of one seed, at most {BATCH}")
     add("--seed", type=int, help="the first seed, which is otherwise drawn and printed")
     add("--code", help="one case again, as printed with a mismatch; with --only NAME")
     add("--record", action="store_true", help="add what was counted to docs/trust/fuzz.csv")
@@ -49,7 +50,7 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if options.code is not None:
         return again(chosen, options.code)
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__)
     gc.freeze()
     first = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"seeds from {first} on; {len(chosen)} properties; Ctrl-C ends it")
@@ -83,18 +84,17 @@ def run(chosen, found, first, options) -> list[str]:
             number = first
             while time.monotonic() - begin < (options.seconds or float("inf")):
                 prop = furthest_behind(chosen, found)
-                behind = wanted_of(prop, options) - found.cases[prop.name] if prop else 0
-                if behind < 1:
+                if prop is None or found.done[prop.name] >= wanted_of(prop, options):
                     break
                 bar.set_description(f"{prop.name}, seed {number}")
-                examples = int(min(max(BATCH * prop.share, 1), behind))
+                examples = int(min(max(BATCH * prop.share, 1), options.problems))
                 outcome = run_seed(prop, number, examples)
                 found.add(prop, outcome)
                 unsaved.add(prop, outcome)
-                bar.update(outcome.cases)
+                bar.update(counts.done(prop, outcome) if options.cases else outcome.cases)
                 if outcome.failure:
                     failures.append(outcome.failure)
-                    seed = f"--seed {number} --cases {int(examples / prop.share)}"
+                    seed = f"--seed {number} --cases 1 --problems {examples}"
                     again = f"python -m tools.fuzz --only {prop.name} {seed}"
                     bar.write(f"{outcome.failure}\n  all of this seed: {again}\n")
                 if options.record and time.monotonic() - saved > SAVED_EVERY:
@@ -109,14 +109,14 @@ def run(chosen, found, first, options) -> list[str]:
 
 
 def wanted_of(prop, options) -> float:
-    """How many cases of a property end a run."""
+    """How many cases of a property end a run: its share, where a case takes long."""
     return float("inf") if options.cases is None else max(options.cases * prop.share, 1)
 
 
 def furthest_behind(chosen, found):
     """Of those in which nothing was wrong: one mismatch of a property is enough."""
     right = [prop for prop in chosen if not found.wrong[prop.name]]
-    return min(right, key=lambda prop: found.cases[prop.name] / prop.share, default=None)
+    return min(right, key=lambda prop: found.done[prop.name] / prop.share, default=None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How many cases of what, and docs/trust/fuzz.csv, to which a run adds its own."""
+"""How many cases of what, and docs/trust/fuzz.csv, to which a run adds its own.
+
+A problem is what hypothesis has drawn: values, keywords, and what counts. Its truth is computed
+once; a case is one call of an operator that was compared with it, or with another call to the bit:
+the same values in other strides and dtypes, with other garbage in what is excluded, a shard, in
+place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,13 @@ from pathlib import Path
 from tools import records
 
 NAME = "fuzz"
-COLUMNS = ("kind", "name", "cases", "mismatches", "seconds", "seeds")
+SUMS = ("problems", "cases", "mismatches", "seconds")
+COLUMNS = ("kind", "name", *SUMS, "seeds")
+
+
+def done(prop, outcome) -> int:
+    """How many cases of the operator that had fewest; of a property without one, its problems."""
+    return min((outcome.calls[name] for name in prop.operators), default=outcome.cases)
 
 
 class Counts:
@@ -21,14 +33,18 @@ class Counts:
     def __init__(self, first: int, properties: Sequence) -> None:
         self.first = first
         self.cases: Counter = Counter({prop.name: 0 for prop in properties})
+        self.done: Counter = Counter()
         self.seconds: Counter = Counter()
-        self.reached: Counter = Counter()
+        self.calls: Counter = Counter()
+        self.problems: Counter = Counter()
         self.wrong: Counter = Counter()  # by property and by operator
 
     def add(self, prop, outcome) -> None:
         self.cases[prop.name] += outcome.cases
-        self.reached.update(outcome.reached)
-        for name in (prop.name, *outcome.reached):  # an operator's: of the cases that compared it
+        self.done[prop.name] += done(prop, outcome)
+        self.calls.update(outcome.calls)
+        self.problems.update(outcome.problems)
+        for name in (prop.name, *outcome.calls):  # an operator's: of the cases that compared it
             self.seconds[name] += outcome.seconds
         if outcome.failure:
             self.wrong.update([prop.name, *prop.operators])
@@ -36,10 +52,11 @@ class Counts:
     def rows(self) -> list[dict]:
         """Of each operator and each property that had a case."""
         found = []
-        for kind, cases in (("operator", self.reached), ("property", self.cases)):
+        every = (("operator", self.problems, self.calls), ("property", self.cases, self.cases))
+        for kind, problems, cases in every:
             for name in sorted(cases):
-                seconds = round(self.seconds[name])
-                row = (kind, name, cases[name], self.wrong[name], seconds, self.first)
+                numbers = (problems[name], cases[name], self.wrong[name], round(self.seconds[name]))
+                row = (kind, name, *numbers, self.first)
                 found.append(dict(zip(COLUMNS, row, strict=True)))
         return [row for row in found if row["cases"] or row["mismatches"]]
 
@@ -68,7 +85,7 @@ def _added(found, folder):
     for new in found.rows():
         before = rows.get((new["kind"], new["name"]))
         if before is not None:
-            for column in ("cases", "mismatches", "seconds"):
+            for column in SUMS:
                 new[column] = int(before[column]) + int(new[column])
             seeds = str(before["seeds"]).split()
             new["seeds"] = " ".join(dict.fromkeys([*seeds, str(new["seeds"])]))
