@@ -139,7 +139,9 @@ def row_losses(z, labels, on, weight, token_weight, label_smoothing, z_loss, foc
 
 def focal_factor(ce, gamma):
     """(1 - p)^gamma, with derivative 0 where p is 1: gamma < 1 would make it infinite there."""
-    rest = -torch.expm1(-ce)
+    # Its slope is p. That of expm1 would be 1 + expm1(-ce), which is p to a rounding of 1 alone.
+    p = torch.exp(-ce)
+    rest = -torch.expm1(-ce).detach() + (p.detach() - p)
     certain = rest <= 0
     return rest.masked_fill(certain, 1).pow(gamma).masked_fill(certain, 0)
 

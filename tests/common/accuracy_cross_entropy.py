@@ -122,8 +122,6 @@ class Magnitudes:
             self.rounded_slope = 1 / T + 2 / softcap * moved  # 1 - tanh^2 cancels
         self._weights(labels, shift)
         self._focal()
-        # To autograd p of the focal factor is 1 + expm1(-ce), right to a rounding of 1.
-        self.wrong_p = self.o["focal_gamma"] * self.F / self.rest if is_its_own_truth else 0.0
         self._losses()
 
     def _mean_of_entropy_terms(self):
@@ -201,7 +199,7 @@ class Magnitudes:
             * (
                 direct * (self.F + self.F1 * self.log_prob)
                 + self.core_size * self.F1
-                + self.core * (self.F2 * self.log_prob + self.wrong_p)
+                + self.core * self.F2 * self.log_prob
             )
             + up["log_prob"]
         )

@@ -2,7 +2,7 @@
 """Digits: of what is beside a confident class, and of the gradients of large logits."""
 
 import itertools
-from math import inf, log1p, nan
+from math import exp, inf, log, log1p, nan
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from cases_digits import (
 )
 
 import masked_loss_ext as mle
+from masked_loss_ext import reference
 from masked_loss_ext.ops.cross_entropy_terms import cross_entropy_terms
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d)[6:])
@@ -234,3 +235,19 @@ def test_infinities_in_the_reference():
     assert s.lse[0] == inf
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     assert grad[0].isnan().all() and grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("function", [mle.masked_cross_entropy, reference.masked_cross_entropy])
+def test_the_focal_factor_of_an_unlikely_label(function):
+    """p of e^-36, and a class weight of 0, so that nothing hides the factor's slope: with the core
+    C = eps / V sum w (lse - z) and F = (1 - p)^2 the slope at the label is
+    p (F eps / V sum w - 2 C F)."""
+    logits = torch.tensor([0.0, -36.0, -1.0], dtype=torch.float64, requires_grad=True)
+    options = {"label_smoothing": 0.3, "focal_gamma": 2.0, "reduction": "sum"}
+    weight = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)
+    loss = function(logits, torch.tensor(1), weight=weight, **options)
+    total = 1 + exp(-1) + exp(-36)
+    p, core = exp(-36) / total, 0.1 * 2 * (log(total) + 1)
+    expected = p * (1 - p) ** 2 * (0.1 * 2 - 2 * core)
+    slope = torch.autograd.grad(loss, logits)[0][1].item()
+    assert slope == pytest.approx(expected, rel=1e-12, abs=0)
