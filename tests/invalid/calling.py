@@ -42,9 +42,9 @@ class Entry:
 
     @property
     def modes(self):
-        return (
-            ["eager"] if self.alone else [m for m in MODES if m != "compile" or not self.compiles]
-        )
+        if self.alone:
+            return ["eager"]
+        return ["eager", "fake"] if self.compiles else list(MODES)
 
     def parameters(self):
         found = inspect.signature(self.make()).parameters.values()

@@ -79,7 +79,17 @@ ELSEWHERE = {
 }
 
 
-def constructor(cls):
+# A part of UnifiedLoss that is on: its options are looked at in any case.
+EVERYTHING = {
+    "use_mtp": True,
+    "num_experts": 4,
+    "use_moe_balancing": True,
+    "use_focal_loss": True,
+}
+
+
+def constructor(cls, also=(), key=""):
+    """also: what is given besides."""
     arguments = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if (cls.__name__, name) in ELSEWHERE or name not in OF_NAME:
@@ -88,10 +98,11 @@ def constructor(cls):
         if parameter.default not in (None, inspect.Parameter.empty):
             good = parameter.default  # a word of the choice, a weight that others allow for
         arguments[name] = (good, OWN.get((cls.__name__, name), kind))
-    arguments |= {n: (x, arguments[n][1]) for n, x in NEEDS.get(cls.__name__, {}).items()}
-    needed = tuple(NEEDS.get(cls.__name__, ()))
-    needs = dict.fromkeys(arguments, needed)
-    return Entry(cls.__name__, lambda: cls, arguments, needs, CONSTRUCTOR, f"{cls.__name__}()")
+    given = NEEDS.get(cls.__name__, {}) | dict(also)
+    arguments |= {n: (x, arguments[n][1]) for n, x in given.items()}
+    needs = dict.fromkeys(arguments, tuple(given))
+    key = key or f"{cls.__name__}()"
+    return Entry(cls.__name__, lambda: cls, arguments, needs, CONSTRUCTOR, key)
 
 
 confidence = changed(
@@ -165,4 +176,5 @@ def call(case):
 
 CLASSES = [getattr(u, name) for name in u.__all__ if inspect.isclass(getattr(u, name))]
 ENTRIES = [constructor(cls) for cls in CLASSES if cls is not u.CompositeLoss]
+ENTRIES += [constructor(u.UnifiedLoss, EVERYTHING, "UnifiedLoss(everything)")]
 ENTRIES += [call(case) for case in CASES if not case.name.startswith("composite")]

@@ -85,7 +85,7 @@ def test_every_argument_is_classified():
 
 def drawn(entry, argument, mode):
     ways = entry.ways(argument)
-    if EVERY:
+    if EVERY or (mode == "eager" and entry.compiles):  # a constructor takes no time
         return ways
     seed = random.Random(f"{entry.id} {argument} {mode}")
     return seed.sample(ways, min(len(ways), SHARE[mode]))
