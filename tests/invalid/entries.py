@@ -57,7 +57,6 @@ TOKENS = {
     "x": (drawn(B, S, C) + 1, floats),
     "mask": (ON, MASK),
 }
-ELEMENTS = TOKENS | {"edit_mask": TOKENS["attention_mask"]}
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
 ROWS = {
     "logits": (drawn(B, S, V), changed(first, longer_at_the_end=FINE)),
@@ -135,8 +134,8 @@ ENTRIES = [
     function("compute_loss_multi_resolution", MULTI_RESOLUTION, BENDS),
     function("masked_edit_token_mean_loss", TOKENS, BENDS),
     *module(mle.AttentionMaskMseLoss, TOKENS, made=KEPT_DELTA, needs=BENDS),
-    *module(mle.MaskEditLoss, ELEMENTS, made=KEPT_DELTA, needs=BENDS),
-    *module(mle.MseLoss, ELEMENTS, made=KEPT_DELTA, needs=BENDS),
+    *module(mle.MaskEditLoss, TOKENS, made=KEPT_DELTA, needs=BENDS),
+    *module(mle.MseLoss, TOKENS, made=KEPT_DELTA, needs=BENDS),
     function("masked_cross_entropy", ROWS),
     function("row_statistics", ROWS, ROWS_OF),
     *module(mle.MaskedCrossEntropyLoss, ROWS, "masked_cross_entropy", KEPT_ROWS),

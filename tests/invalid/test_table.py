@@ -75,9 +75,10 @@ def unclassified(entry):
 
 
 def test_every_argument_is_classified():
-    """Of a call of the unified family by some case of its class."""
+    """Of a call of the unified family by some case of its class; what an operator takes besides is
+    got wrong by tools.malformed."""
     found = {}
-    for entry in ENTRIES:
+    for entry in (entry for entry in ENTRIES if not entry.alone):
         found.setdefault((entry.name, entry.compiles), []).append(unclassified(entry))
     missing = {key: set.intersection(*names) for key, names in found.items()}
     assert not {key: names for key, names in missing.items() if names}
