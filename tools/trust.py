@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m tools.trust`` prints what the verbs of trust counted; ``--write`` puts it into docs/trust.md."""
+"""``python -m tools.trust`` prints what was counted; ``--write`` puts it into docs/trust.md."""
 
 from __future__ import annotations
 
