@@ -9,6 +9,7 @@ end the tests that failed run once more, on the lines as they are: all have to p
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what it has started
     rows = known_rows()
     if arguments.list:
         for row in rows:

@@ -5,14 +5,14 @@ from .mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "csrc/elementwise/cpu/kernels.inc",
+        "csrc/elementwise/cpu/masks.inc",
         "elementwise",
         "0 * NaN: an excluded element of a weighted block is multiplied, not selected",
         "values[i] = mask[i] == 0 ? T(0) : values[i];",
         "values[i] = T(mask[i] != 0) * values[i];",
     ),
     Mutant(
-        "csrc/elementwise/cpu/kernels.inc",
+        "csrc/elementwise/cpu/masks.inc",
         "elementwise",
         "a mask of -0.0 selects",
         "case 4: return convert(reinterpret_cast<const uint32_t*>(begin), uint32_t(-1) >> 1);",
