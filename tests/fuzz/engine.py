@@ -23,7 +23,7 @@ class Property:
     check: Callable[[Choices], None]
     operators: tuple[str, ...] = ()  # native ones that its cases compare
     share: float = 1.0  # of the cases of a run; less where a case takes long
-    examples: int = 60  # in `make test`
+    examples: int = 150  # in `make test`
 
 
 @dataclass
