@@ -24,7 +24,7 @@ _WEIGHTS = (torch.bool, *_INTEGERS, *CONVERTED_INTEGERS, torch.uint64)
 _MASKS = frozenset((torch.bool, *_INTEGERS, *_FLOATING, *CONVERTED_MASKS))
 # What arguments of a wrong kind run into, and what operators refuse with. Others pass: PyTorch's
 # checkpoint ends a recomputation by an exception, which none may answer with another call.
-REFUSALS = (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
 # kLargestLength of csrc/common/checks.h: sums of a few lengths stay far from the end of int64.
 LARGEST_LENGTH = 2**48
 _ANY = " (a size of 1 stands for any)"

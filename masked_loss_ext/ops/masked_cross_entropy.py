@@ -329,6 +329,10 @@ def _call(name, given, run):
     early = transformed or torch.compiler.is_dynamo_compiling()
     early = early or type(given["logits"]) is not torch.Tensor
     try:
+        if torch.compiler.is_dynamo_compiling():
+            # What Dynamo would say of these in its own words.
+            checks.check_tensors(name, given)
+            checks.check_every_option(name, given)
         if early:
             given = checks.expanded(given) or given
         a = _prepared(name, given)

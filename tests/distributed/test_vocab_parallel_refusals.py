@@ -29,7 +29,7 @@ def refused(calls, text, kind):
         ([{"vocab_start": 0, "vocab_size": 6}] * 2, "vocab_start must be where the shards"),
         ([{"vocab_start": 0, "vocab_size": 7}, {"vocab_start": 3, "vocab_size": 7}], "got of the"),
         ([{"vocab_start": 3}, {"vocab_start": 0}], "vocab_start must be where the shards"),
-        ([{"vocab_start": -1}] * 2, "vocab_start must be in"),
+        ([{"vocab_start": -1}] * 2, "vocab_start must not be negative"),
         ([{"vocab_size": 2}] * 2, "vocab_size must be at least vocab_start"),
     ],
     ids=str,

@@ -78,7 +78,7 @@ SPEAKERS = {"nested_dropout_block_mask": r"PackedLayout(\.block_mask)?"}
 UNTRACED = {
     *("nested", "nested, jagged", "sparse", "sparse, CSR", "quantized", "on meta", "a tensor"),
     *("a NumPy array", "a NumPy scalar", "of NumPy", "a fraction", "a date", "a dict", "a list"),
-    *("complex", "a tensor [2]"),
+    *("complex", "a tensor [2]", "a subclass", "of 70 bits"),
 }
 UNTRACED |= {f"last {name}" for name in UNTRACED}
 READS = (DataDependentOutputException, DynamicOutputShapeException)  # what a fake has not
@@ -135,7 +135,8 @@ def text_of(entry, argument, way):
 def problem(entry, argument, way, mode):
     """What is wrong with how the call goes, "" if nothing is, None if there is no such call."""
     given = entry.given(argument) | {argument: way.value}
-    with warnings.catch_warnings():
+    # Dynamo may leave gradients off where a call fails within no_grad().
+    with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
             result = MODES[mode](entry, given)
