@@ -122,6 +122,14 @@ def test_clang_compiles_the_level_that_is_asked_for(level):
     assert not [line for line in lines if line.startswith(".weak")]
 
 
+def test_every_compiler_knows_the_instructions_that_are_asked_for():
+    """gcc 11 and clang 13 refuse a name that is younger than they are."""
+    known = {"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    texts = [p.read_text() for p in sources.csrc_dir().rglob("*.*") if p.suffix != ".cu"]
+    asked = set(re.findall(r'__builtin_cpu_supports\("([^"]*)"\)', "\n".join(texts)))
+    assert asked == known
+
+
 def functions_at(level, operator):
     """Assembly of each function of an operator's kernels, by mangled name."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))

@@ -105,6 +105,41 @@ def test_no_folder_of_the_machine_that_built_it(library):
             assert os.fsencode(folder) + b"/" not in data, folder
 
 
+BAD = """
+#include <cstdlib>
+#include <cstdio>
+extern "C" int aoti_torch_of_another_version(), other_library();
+int one() { return std::system("") + aoti_torch_of_another_version() + other_library(); }
+const char* where = __FILE__;
+"""
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_undefined_symbols_are_the_stable_abi,
+        test_no_program_is_started_and_no_file_written,
+        test_loaded_from_nowhere_else_and_nothing_writable_is_code,
+        test_no_folder_of_the_machine_that_built_it,
+    ],
+)
+def test_a_bad_library_is_seen(check, tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, to make a bad library of")
+    (tmp_path / "bad.cpp").write_text(BAD)
+    bad = [
+        "-Wl,-rpath,/elsewhere",
+        "-Wl,-z,execstack",
+        tmp_path / "bad.cpp",
+        "-o",
+        tmp_path / "bad.so",
+    ]
+    subprocess.run(["g++", "-shared", "-fPIC", *bad], check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        check(tmp_path / "bad.so")
+
+
 # -- our Python ---------------------------------------------------------------------------------
 
 FOLDERS = ("masked_loss_ext", "tools", "benchmarks", "examples", ".ci")

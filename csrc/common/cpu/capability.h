@@ -11,6 +11,12 @@ enum class Level { kDefault, kAvx2, kAvx512 };
 Level cpu_level();
 const char* level_name(Level level);
 
+// Has this machine instructions for products of bfloat16 (AVX512-BF16, AMX), of float16 (AVX512-FP16)?
+struct HalfProducts {
+  bool bfloat16, float16;
+};
+HalfProducts half_products();
+
 // A room's table of kernels at one level. csrc/<room>/cpu/kernels.cpp defines it: that file is compiled
 // once per level, with the flags of the level and its name in MASKED_LOSS_EXT_LEVEL. What it includes
 // defines only static functions and templates that are always inlined: a function that several objects

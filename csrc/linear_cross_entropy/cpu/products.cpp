@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "common/cpu/capability.h"
 #include "common/cpu/convert.h"
 #include "common/cpu/device.h"
 #include "common/cpu/memory.h"
@@ -16,13 +17,8 @@ constexpr int64_t kTileBytes = int64_t(16) << 20;  // of the widened weight
 
 // Where there are no instructions for it ATen multiplies halves many times slower than float32.
 bool multiplies(ScalarType type) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (type == ScalarType::BFloat16) {
-    return __builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16");
-  }
-  if (type == ScalarType::Half) return __builtin_cpu_supports("avx512fp16");
-#endif
+  if (type == ScalarType::BFloat16) return half_products().bfloat16;
+  if (type == ScalarType::Half) return half_products().float16;
   return type == ScalarType::Float || type == ScalarType::Double;
 }
 
