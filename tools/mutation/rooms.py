@@ -145,7 +145,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/attention/test_block_mask_ops.py",
         "tests/attention/test_packed_layout.py",
         "tests/attention/test_block_mask_errors.py",
-        "tests/attention/test_block_mask_fuzz.py",
     ),
     # --- CUDA, under the simulator ---
     "elementwise, simulated": (
