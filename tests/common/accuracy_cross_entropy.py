@@ -149,10 +149,10 @@ class Magnitudes:
     def _focal(self):
         ce, gamma = -self._label(self.log_p), self.o["focal_gamma"]
         self.F, self.F1, self.F2 = torch.ones_like(ce), torch.zeros_like(ce), torch.zeros_like(ce)
-        # Below a rounding of what ce is a difference of, float64 does not know it either.
-        self.rest = (-torch.expm1(-ce)).maximum(self.unit * torch.finfo(torch.float64).eps)
         if gamma > 0:
-            rest, p = self.rest, torch.exp(-ce)
+            # 1 - p, also where float64 does not tell p from 1.
+            rest = (self.p * ~self.is_label).sum(-1).clamp(min=1e-300)
+            p = torch.exp(-ce)
             self.F = rest**gamma
             self.F1 = gamma * self.F / rest * p
             self.F2 = self.F1 * (abs(gamma - 1) / rest * p + 1)

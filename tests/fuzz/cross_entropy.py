@@ -139,15 +139,20 @@ def _world_of_one(logits, *args, **options):
     return mle.distributed.vocab_parallel_cross_entropy(logits, *args, **options)
 
 
+def swept_factor(c, problem):
+    """What comes in. A half gradient is rounded before it is multiplied: by what makes no second
+    rounding, and of float16 brings back no infinity."""
+    factor = c.pick((1.0, 2.0, -1.0, 4.0, 0.5))
+    return 2.0 if factor == 0.5 and problem.dtype == torch.float16 else factor
+
+
 def cross_entropy_sweep(c):
     """gradient_in_forward, fresh and over the logits, times what comes in."""
     problem = Problem(c)
     if problem.options["reduction"] == "none":
         problem.options["reduction"] = "sum"
     problem.say()
-    # A half gradient is rounded before it is multiplied: by what makes no second rounding.
-    factor = c.pick((0.5, 2.0, -1.0, 4.0))
-    up = {"loss": torch.tensor(factor)}
+    up = {"loss": torch.tensor(swept_factor(c, problem))}
     truth = Truth(problem, up, ("logits",))
     given, bad = problem.given, problem.with_garbage(c.poison())
     function, options = moved(mle.masked_cross_entropy, c), problem.options

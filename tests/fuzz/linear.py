@@ -11,7 +11,7 @@ import masked_loss_ext as mle
 from masked_loss_ext import reference
 from masked_loss_ext.reference.cross_entropy import counted_rows
 from tests.fuzz.agreement import assert_bits, is_close
-from tests.fuzz.cross_entropy import dresses
+from tests.fuzz.cross_entropy import dresses, swept_factor
 from tests.fuzz.rows import Problem
 from tests.fuzz.shards import merged_by_hand, some_shards
 
@@ -128,7 +128,7 @@ def linear_sweep(c):
     if problem.options["reduction"] == "none":
         problem.options["reduction"] = "mean"
     problem.say(**problem.how)
-    up = {"loss": torch.tensor(c.pick((1.0, 0.5, 2.0, -1.0, 4.0)))}
+    up = {"loss": torch.tensor(swept_factor(c, problem))}
     truth = LinearTruth(problem, up)
     keywords = {**problem.options, **problem.how, "stats": False, "differentiable": DIFFERENTIABLE}
     actual = evaluate(linear(mle), problem.given, up, **keywords)
