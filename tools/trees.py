@@ -15,7 +15,8 @@ SETTINGS = ("PYTHON", "MASKED_LOSS_EXT_", "TORCHINDUCTOR_", "TORCH_EXTENSIONS_DI
 
 def clean_environment(**ours: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
-    return {**clean, "OMP_WAIT_POLICY": "passive", **ours}
+    # aot: what is there is used, or nothing; never a library that is compiled by the way.
+    return {**clean, "OMP_WAIT_POLICY": "passive", "MASKED_LOSS_EXT_BUILD": "aot", **ours}
 
 
 def make_tree(tree: Path, library: Path | None) -> Path:
