@@ -11,7 +11,7 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
 
 help:
 	@echo "make demo    train on photographs and on texts; ARGS='--acts tokenizer' is one act  ~ 5 min"
@@ -22,6 +22,8 @@ help:
 	@echo "make compilers  the library by every gcc and clang here, and the numbers with each    ~ 20 min"
 	@echo "make aarch64 the numbers on an aarch64 that qemu imitates; ARGS=--short               ~ 15 min"
 	@echo "make fuzz    random cases against the reference; ARGS='--seconds 60 --only terms'    until Ctrl-C"
+	@echo "make sanitize  the library and its tests under the sanitizers; ARGS=--short: 3 min      ~ 15 min"
+	@echo "make coverage  which lines of Python, C++ and CUDA the tests run; ARGS picks tests     ~ 40 min"
 	@echo "make bench   the losses against eager and compiled PyTorch; ARGS=cross_entropy one  ~ 26 min"
 	@echo "make gpu     all that a machine with a GPU can tell; ARGS=--dry-run says what that is  ~ 8 min"
 	@echo "make lint    ruff, mypy and the repository's own checks                            ~ 10 s"
@@ -83,6 +85,17 @@ aarch64: setup
 # The properties of tests/fuzz, fresh seeds; ARGS=--help.
 fuzz: build
 	@$(PY) -m tools.fuzz $(ARGS)
+
+# They compile libraries of their own, and leave the one of `build` alone.
+sanitize: setup
+	@$(PY) -m tools.sanitize $(ARGS)
+
+$(VENV)/coverage: tools/coverage/requirements.txt $(VENV)/packages
+	@$(PY) -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+coverage: setup $(VENV)/coverage
+	@$(PY) -m tools.coverage $(ARGS)
 
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build

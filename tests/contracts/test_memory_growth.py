@@ -1,47 +1,57 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""No operator loses memory from call to call: not for its strings, as the C++ border of PyTorch up
-to 2.13 may, 50 bytes for each. MASKED_LOSS_EXT_MEMORY_CALLS=1000000 asks longer."""
-
-import ctypes
-import gc
-import os
+"""Nothing is left of a call, be it good or refused: not of its strings, as the C++ border of
+PyTorch up to 2.13 may, 50 bytes for each, nor of an error's text and traceback.
+``python -m tools.memory`` asks a million times."""
 
 import pytest
 import torch
-from operator_calls import RETURNING_STRINGS, arguments_of, operators, ops
+from growth import (
+    CALLED_OFTEN,
+    REFUSING_NOTHING,
+    can_count,
+    good_call,
+    growth,
+    refused,
+    refused_call,
+)
 
-CALLS = int(os.environ.get("MASKED_LOSS_EXT_MEMORY_CALLS", 5_000))
+from tests.contracts.test_error_memory import CALLS as REFUSED_IN_PYTHON
+
+CALLS, REFUSED = 5_000, 1_000
 LARGEST_GROWTH = 5  # bytes per call
+LARGEST_BLOCKS = 0.05  # of Python's, per call
+
+if not can_count():
+    pytest.skip("the C library has no mallinfo2 to count by", allow_module_level=True)
 
 
-class MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-        *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-    )]  # fmt: skip
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # of tiny calls the start of threads would take longest
 
 
-def allocated():
-    """Bytes that malloc has given and not got back: exact, other than the resident memory."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo2 is None:
-        pytest.skip("the C library has no mallinfo2 to count by")
-    mallinfo2.restype = MallInfo
-    found = mallinfo2()
-    return found.uordblks + found.hblkhd
+def assert_none(found):
+    assert found.bytes < LARGEST_GROWTH, f"{found.bytes:.0f} bytes per call"
+    assert found.blocks < LARGEST_BLOCKS, f"{found.blocks:.2f} of Python's blocks per call"
 
 
-# What returns a string loses it in PyTorch in the same way; it is called once in a process.
-@pytest.mark.parametrize("name", sorted(set(operators()) - RETURNING_STRINGS))
+@pytest.mark.parametrize("name", CALLED_OFTEN)
 def test_memory_does_not_grow_with_the_calls(name):
-    op, arguments = getattr(ops, name).default, arguments_of(name)
-    with torch.no_grad():
-        for _ in range(CALLS // 10):
-            op(**arguments)
-        gc.collect()
-        before = allocated()
-        for _ in range(CALLS):
-            op(**arguments)
-    gc.collect()
-    growth = (allocated() - before) / CALLS
-    assert growth < LARGEST_GROWTH, f"{growth:.0f} bytes per call"
+    assert_none(growth(good_call(name), CALLS))
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLED_OFTEN) - REFUSING_NOTHING))
+def test_nor_with_refused_calls(name):
+    assert_none(growth(refused_call(name), REFUSED))
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_PYTHON)
+def test_nor_with_calls_that_python_refuses(name):
+    x = torch.randn(2, 5, requires_grad=True)
+    assert_none(growth(refused(lambda: REFUSED_IN_PYTHON[name](x)), REFUSED))
+
+
+def test_what_is_kept_is_seen():
+    kept = []
+    assert growth(lambda: kept.append(torch.empty(10)), 100).bytes > LARGEST_GROWTH
+    assert growth(lambda: kept.append([1.5]), 100).blocks > LARGEST_BLOCKS

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from masked_loss_ext.build import toolchain
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).resolve().parent
@@ -101,16 +103,16 @@ def _run(command):
 
 
 def _make(command, target):
-    """Run a command that writes its -o file; of several test processes, the first alone."""
+    """Run a command that writes its -o file; of several test processes, the first alone. What else
+    it writes (coverage does) lies beside the file, under its name."""
     if target.exists():
         return target
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                output = Path(scratch) / target.name
-                _run([*command, "-o", output])
-                os.replace(output, target)
+            unfinished = target.with_name(f"{target.name}.part")
+            _run([*command, "-o", unfinished])
+            os.replace(unfinished, target)
     return target
 
 
@@ -122,7 +124,8 @@ def link(name, units, link_flags=()):
     cache = _cache_directory()
     includes = ["-I", ROOT / "csrc", "-I", HERE, "-isystem", TORCH / "include"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    common = _digest(version, torch.__version__)
+    # A compiler may be a script with flags of its own.
+    common = _digest(version, torch.__version__, *toolchain.identity(cxx))
 
     def compile_one(unit):
         source, flags = Path(unit[0]).resolve(), unit[1]

@@ -12,12 +12,24 @@
 extern "C" void cuda_sim_switch(void** save, void* load);
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace cuda_sim {
+
+// A fiber's stack is used again, and who was on it may not have returned from its functions.
+inline void forget_frames([[maybe_unused]] char* stack, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, bytes);
+#endif
+}
 
 class Context {
  public:
 #if !defined(__x86_64__) || defined(CUDA_SIM_UCONTEXT)
   void prepare(char* stack, size_t bytes, void (*entry)()) {
+    forget_frames(stack, bytes);
     getcontext(&context_);
     context_.uc_stack.ss_sp = stack;
     context_.uc_stack.ss_size = bytes;
@@ -31,6 +43,7 @@ class Context {
 #else
   // stack + bytes must be 16-byte aligned; entry must not return.
   void prepare(char* stack, size_t bytes, void (*entry)()) {
+    forget_frames(stack, bytes);
     void** top = reinterpret_cast<void**>(stack + bytes);
     *--top = nullptr;  // where entry's return address would be: keeps the alignment the ABI asks for
     *--top = reinterpret_cast<void*>(entry);

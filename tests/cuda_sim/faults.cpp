@@ -108,11 +108,13 @@ void handle(int signal, siginfo_t* info, void* context) {
   abort();
 }
 
+// Not in the function that it is for: there it would pass for a kernel's shared memory.
+thread_local bool has_alternate_stack = false;
+
 // Kernels have small stacks, and the one that overflowed cannot hold the handler.
 void use_alternate_stack() {
-  thread_local bool done = false;
-  if (done) return;
-  done = true;
+  if (has_alternate_stack) return;
+  has_alternate_stack = true;
   constexpr size_t kBytes = 256 * 1024;
   stack_t stack{};
   stack.ss_sp = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
