@@ -121,7 +121,7 @@ class Magnitudes:
             self.slope_of_z = torch.where(self.on.unsqueeze(-1), self.slope_of_z, 0)
             self.rounded_slope = 1 / T + 2 / softcap * moved  # 1 - tanh^2 cancels
         self._weights(labels, shift)
-        self._focal()
+        self._focal(torch.float64 if is_its_own_truth else torch.float32)
         self._losses()
 
     def _mean_of_entropy_terms(self):
@@ -146,9 +146,10 @@ class Magnitudes:
             denominator = denominator or torch.inf  # 0 gives 0
         self.denominator = denominator
 
-    def _focal(self):
+    def _focal(self, dtype):
         ce, gamma = -self._label(self.log_p), self.o["focal_gamma"]
         self.F, self.F1, self.F2 = torch.ones_like(ce), torch.zeros_like(ce), torch.zeros_like(ce)
+        self.unknown = torch.zeros_like(ce)
         if gamma > 0:
             # 1 - p, also where float64 does not tell p from 1.
             rest = (self.p * ~self.is_label).sum(-1).clamp(min=1e-300)
@@ -156,6 +157,9 @@ class Magnitudes:
             self.F = rest**gamma
             self.F1 = gamma * self.F / rest * p
             self.F2 = self.F1 * (abs(gamma - 1) / rest * p + 1)
+            # The truth takes lse - z_y, of which float64 may have lost all: in roundings of dtype.
+            lost = torch.finfo(torch.float64).eps * (1 + self.lse) / rest
+            self.unknown = lost.clamp(max=2) / torch.finfo(dtype).eps
 
     def _losses(self):
         eps, V = self.o["label_smoothing"], self.z.shape[-1]
@@ -168,6 +172,7 @@ class Magnitudes:
         self.lse_size = self.unit + self.lse
         z_loss = abs(self.o["z_loss"]) * (2 * self.lse * self.lse_size + self.lse.square())
         self.row = self.core_size * self.F + self.core * self.F1 * self.log_prob + z_loss
+        self.row = self.row + self.core * self.F * self.unknown
 
     def loss(self):
         row = torch.where(self.on, self.t * self.row, 0)
@@ -199,7 +204,7 @@ class Magnitudes:
             * (
                 direct * (self.F + self.F1 * self.log_prob)
                 + self.core_size * self.F1
-                + self.core * self.F2 * self.log_prob
+                + self.core * (self.F2 * self.log_prob + self.F1 * self.unknown)
             )
             + up["log_prob"]
         )
