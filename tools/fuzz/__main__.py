@@ -115,7 +115,7 @@ def wanted_of(prop, options) -> float:
 
 def furthest_behind(chosen, found):
     """Of those in which nothing was wrong: one mismatch of a property is enough."""
-    right = [prop for prop in chosen if not found.wrong[prop.name]]
+    right = [prop for prop in chosen if not found.wrong["property", prop.name]]
     return min(right, key=lambda prop: found.done[prop.name] / prop.share, default=None)
 
 

@@ -44,10 +44,14 @@ class Counts:
         self.done[prop.name] += done(prop, outcome)
         self.calls.update(outcome.calls)
         self.problems.update(outcome.problems)
-        for name in (prop.name, *outcome.calls):  # an operator's: of the cases that compared it
-            self.seconds[name] += outcome.seconds
+        for kind, name in (
+            ("property", prop.name),
+            *(("operator", name) for name in outcome.calls),
+        ):
+            self.seconds[kind, name] += outcome.seconds  # an operator's: of all who compared it
         if outcome.failure:
-            self.wrong.update([prop.name, *prop.operators])
+            self.wrong.update([("property", prop.name)])
+            self.wrong.update([("operator", name) for name in prop.operators])
 
     def rows(self) -> list[dict]:
         """Of each operator and each property that had a case."""
@@ -55,8 +59,16 @@ class Counts:
         every = (("operator", self.problems, self.calls), ("property", self.cases, self.cases))
         for kind, problems, cases in every:
             for name in sorted(cases):
-                numbers = (problems[name], cases[name], self.wrong[name], round(self.seconds[name]))
-                row = (kind, name, *numbers, self.first)
+                seconds = round(self.seconds[kind, name])
+                row = (
+                    kind,
+                    name,
+                    problems[name],
+                    cases[name],
+                    self.wrong[kind, name],
+                    seconds,
+                    self.first,
+                )
                 found.append(dict(zip(COLUMNS, row, strict=True)))
         return [row for row in found if row["cases"] or row["mismatches"]]
 
