@@ -105,10 +105,10 @@ WORDS = {
     "that shards the rows of hidden, got Shard(dim=0) over 'tp' beside hidden Shard(dim=0)",
     "bias": "masked_linear_cross_entropy: bias must lie as weight, Shard(dim=0) over 'tp', got "
     "Replicate() over 'tp'",
-    "target cut": "masked_squared_error: target must be Replicate or lie as prediction, Shard(dim="
+    "target cut": "masked_mse: target must be Replicate or lie as prediction, Shard(dim="
     "0) over 'tp', got Shard(dim=1) over 'tp'",
     "plain prediction": f"MseLoss: target must be a plain tensor, {PLACED}: model_pred is none",
-    "channels": "masked_squared_error: prediction must be whole in its last dimension, of which a "
+    "channels": "AttentionMaskMseLoss: prediction must be whole in its last dimension, of which a "
     "token is the mean, got Shard(dim=2) over 'tp'",
     "unified": "UnifiedLoss: logits must be a plain tensor, got a DTensor placed Shard(dim=2)",
     "heads": f"MultiTokenPredictionLoss: labels must be a plain tensor, {PLACED}",
