@@ -12,6 +12,10 @@
 #include "scheduler.h"
 #include "symbols.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace cuda_sim {
 namespace {
 
@@ -28,8 +32,21 @@ std::string text_of(dim3 d) {
   return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
 }
 
+// AddressSanitizer's shadow is mapped where no object is: at all numbers from 2^31 to 2^44.
+bool is_shadow([[maybe_unused]] const void* word) {
+#if defined(__SANITIZE_ADDRESS__)
+  size_t scale = 0, begin = 0;
+  __asan_get_shadow_mapping(&scale, &begin);
+  constexpr uintptr_t kLast = (uintptr_t{1} << 47) - 1;
+  return reinterpret_cast<uintptr_t>(word) <= (kLast >> scale) + begin;
+#else
+  return false;
+#endif
+}
+
 // Whether this word can be an address at all; counts, strides and numbers of other types are not.
 bool is_mapped(const void* word) {
+  if (is_shadow(word)) return false;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char resident;
   return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(word) & ~(page - 1)), 1, &resident) == 0;

@@ -45,7 +45,7 @@ def run(check: Check) -> tuple[int, int, str]:
         old.unlink()
     environment = {**os.environ, **check.settings}
     for name in OPTIONS:  # in files: tests catch what their processes say
-        ours = f"log_path={LOGS / 'report'}:print_stacktrace=1:abort_on_error=0"
+        ours = f"log_path={LOGS / 'report'}:print_stacktrace=1:halt_on_error=1"
         environment[name] = ":".join(filter(None, [environment.get(name), ours]))
     with (LOGS / "said").open("w+", errors="replace") as said:
         command = [*check.line]

@@ -94,7 +94,8 @@ void copy_(StableIValue* stack) {  // self, src, non_blocking
 
 void transpose(StableIValue* stack) {  // self, dim0, dim1
   Handle self = taken(stack[0]);
-  const auto a = static_cast<size_t>(detail::to<int64_t>(stack[1])), b = static_cast<size_t>(detail::to<int64_t>(stack[2]));
+  const auto a = static_cast<size_t>(detail::to<int64_t>(stack[1]));
+  const auto b = static_cast<size_t>(detail::to<int64_t>(stack[2]));
   std::swap(self->sizes.at(a), self->sizes.at(b));
   std::swap(self->strides.at(a), self->strides.at(b));
   stack[0] = given(std::move(self));

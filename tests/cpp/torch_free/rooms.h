@@ -22,6 +22,12 @@ std::vector<Case> shard_cases();
 std::vector<Case> terms_cases();
 std::vector<Case> layout_cases();  // block masks, repetition, and what remains
 
+ScalarType floating(size_t turn);  // one after another
+std::string text_of(int64_t number);
+
+// Arguments of rows of logits whose excluded rows are closed; inplace: they will be written over.
+Named rows(const Sizes& sizes, ScalarType type, bool everything, bool inplace = false);
+
 // What `given` becomes with the defaults of an operator's schema.
 Named with_defaults(const std::string& op, Named given);
 // Results of the forward, and of its backward ("grad ...") for an incoming gradient of ones into each of
