@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from .instruments import (
     ADDRESS,
@@ -113,10 +112,8 @@ def address_checks(short: bool) -> Iterator[Check]:
     yield pytest_check("tests", SHORT_TESTS if short else TESTS, environment)
     if not short:
         yield pytest_check("tests of the CUDA sources, simulated", SIMULATOR_TESTS, environment)
-    if find_spec("tools.malformed"):
-        each = "20" if short else "400"
-        line = [sys.executable, "-m", "tools.malformed", "--calls", each]
-        yield Check("malformed calls", name, "calls", line, r"^\w+ +(\d+) ", environment)
+    line = [sys.executable, "-m", "tools.malformed", "--calls", "20" if short else "400"]
+    yield Check("malformed calls", name, "calls", line, r"^\w+ +(\d+) ", environment)
 
 
 def thread_checks(short: bool) -> Iterator[Check]:
