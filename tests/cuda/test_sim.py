@@ -228,7 +228,8 @@ def run_script(tmp_path, body, **environment):
     """What a fresh process prints."""
     script = tmp_path / "script.py"
     script.write_text(f"import torch\nfrom cuda_sim.probing import Probes\n{body}")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from masked_loss_ext.build import toolchain
+from tools.kernels import toolchain  # without the package, which would load its own library
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -157,15 +157,18 @@ def check_whole():
 
 step()
 check_whole()
-for _ in range(20):
+interrupted = 0
+# Python drops an exception that meets it in a callback of its own: then there are more steps
+while interrupted < 20:
     killer = threading.Timer(random.random() * 0.05, os.kill, (os.getpid(), signal.SIGINT))
     try:
         killer.start()
-        while True:
+        while killer.is_alive():
             step()
+        step()
     except KeyboardInterrupt:
         killer.join()
-        print("interrupted")
+        interrupted += 1
     check_whole()
     assert step().isfinite().all()
     check_whole()
@@ -179,4 +182,3 @@ def test_signals_at_any_time():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["interrupted"] * 20
