@@ -31,7 +31,9 @@ NEVER = re.compile(
     "remove|chmod|ptrace|mprotect|setenv|putenv"
 )
 # The static cudart does: it talks to the profilers of CUDA and reads what the driver says.
-NEVER_BUT_OF_CUDART = {"bind", "connect", "fopen", "mprotect", "setenv", "socket", "unlink"}
+NEVER_BUT_OF_CUDART = set(
+    "bind chmod connect fopen listen mprotect recvmsg remove sendmsg setenv socket unlink".split()
+)
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
