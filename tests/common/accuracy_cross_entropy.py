@@ -22,6 +22,8 @@ from masked_loss_ext.reference.cross_entropy import counted_rows, scaled_logits,
 FLOATING_INPUTS = ("logits", "weight", "token_weight", "hidden", "head", "bias")
 STATISTICS = ("lse", "entropy", "log_prob")
 DIFFERENTIABLE = ("logits", "token_weight")
+# An exponential below so many smallest normal numbers may be 0 (csrc/common/cpu/exponential.inc).
+LOST_EXPONENTIAL = 1.5
 ROUNDINGS_OF_A_TERM = 8
 
 
@@ -277,8 +279,7 @@ class Expected:
             error = error[error.isfinite()]
             largest = error.max().item() if error.numel() else 0.0
             self.relative_error[name] = max(largest, (terms + ROUNDINGS_OF_A_TERM) * eps / 2)
-            # An exponential below the smallest normal number may be 0.
-            self.floor[name] = tiny * largest_slope.get(name, 1.0)
+            self.floor[name] = LOST_EXPONENTIAL * tiny * largest_slope.get(name, 1.0)
 
     def logits_of(self, doubled):
         return doubled["logits"]

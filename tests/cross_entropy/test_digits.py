@@ -12,6 +12,7 @@ from cases_digits import (
     LARGE,
     MARGINS,
     OPTIONS,
+    TOLERANCE,
     assert_as_good_as_torch,
     assert_relative,
     confident,
@@ -224,6 +225,20 @@ def test_a_logit_of_infinity(classes, statistics, dtype):
     terms = cross_entropy_terms(x, y, classes=y[:, None])
     for name in ("scaled_log_prob", "scaled_mean_log_prob", "log_prob", "entropy"):
         assert getattr(terms, name).isnan().tolist()[:2] == [False, True], name
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_probability(way, dtype):
+    """Near the smallest normal number p has all its digits or is 0, and is 0 only below 1.5 of it."""
+    smallest = torch.finfo(dtype).tiny
+    below = torch.tensor([[log(smallest) + step / 16 for step in range(16, -17, -1)]], dtype=dtype)
+    x = torch.cat([torch.zeros(1, 1, dtype=dtype), below], 1)
+    _, gradient = way(x, torch.tensor([0]))
+    p, truth = gradient[0, 1:].double(), below[0].double().exp()
+    lost = p == 0
+    assert (truth[lost] < 1.5 * smallest).all() and not lost.all()
+    torch.testing.assert_close(p[~lost], truth[~lost], rtol=TOLERANCE, atol=0)
 
 
 def test_infinities_in_the_reference():
