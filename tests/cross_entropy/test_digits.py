@@ -230,7 +230,7 @@ def test_a_logit_of_infinity(classes, statistics, dtype):
 @every_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_smallest_probability(way, dtype):
-    """Near the smallest normal number p has all its digits or is 0, and is 0 only below 1.5 of it."""
+    """Near the smallest normal number p has all its digits, or is 0, but only below 1.5 of it."""
     smallest = torch.finfo(dtype).tiny
     below = torch.tensor([[log(smallest) + step / 16 for step in range(16, -17, -1)]], dtype=dtype)
     x = torch.cat([torch.zeros(1, 1, dtype=dtype), below], 1)
