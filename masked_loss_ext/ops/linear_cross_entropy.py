@@ -257,11 +257,10 @@ def _prepared(name, given, logits_dtype):
         a["mask"] = as_mask(name, "mask", a["mask"])
     if a["weight"] is not None:
         check_tensor(name, "class_weight", a["weight"])
-    _check_rows(name, a)
-    if a["weight"] is not None:
         check_device(name, "class_weight", a["weight"], "hidden", hidden)
         check_constant(name, "class_weight", a["weight"])
         a["weight"] = checks.class_weight(name, a["weight"], a["hidden"], "class_weight")
+    _check_rows(name, a)
     a["temperature"] = temperature_tensor(name, a["temperature"], hidden)
     if a["normalizer"] is not None:
         a["normalizer"] = number_tensor(name, "normalizer", a["normalizer"], hidden)

@@ -7,7 +7,6 @@ from accuracy_cross_entropy import Expected, assert_all_accurate, converted, eva
 
 import masked_loss_ext as mle
 from masked_loss_ext import reference
-from masked_loss_ext.reference.cross_entropy import counted_rows
 from tests.fuzz.agreement import assert_bits, is_close
 from tests.fuzz.choices import poisoned
 from tests.fuzz.rows import Problem
@@ -181,23 +180,8 @@ def cross_entropy_sweep(c):
 def row_statistics(c):
     """Without a loss, with and without labels."""
     problem = Problem(c)
-    kept = ("temperature", "softcap", "ignore_index")
-    for name in ("weight", "token_weight", "segment_ids"):
-        problem.given.pop(name, None)
-        problem.plain.pop(name, None)
-    problem.options = {k: v for k, v in problem.options.items() if k in kept}
-    problem.options["reduction"] = "none"
     labelled = not c.chance(0.3)
-    if not labelled:
-        problem.plain["target"] = torch.zeros_like(problem.plain["target"])
-        problem.options.pop("ignore_index", None)
-    _, problem.on = counted_rows(
-        problem.plain["logits"], problem.plain["target"], problem.plain.get("mask"),
-        problem.options.get("ignore_index", -100),
-    )  # fmt: skip
-    if "temperature" in problem.plain:
-        values = problem.plain["temperature"].nan_to_num(0.8).masked_fill(~problem.on, torch.nan)
-        problem.plain["temperature"] = problem.given["temperature"] = values
+    problem.for_statistics(labelled)
     problem.say(labelled=labelled)
     up, _ = problem.upstream(statistics=True)
     up["loss"] = torch.zeros(problem.rows)

@@ -9,7 +9,6 @@ from cases_linear import DIFFERENTIABLE, linear
 
 import masked_loss_ext as mle
 from masked_loss_ext import reference
-from masked_loss_ext.reference.cross_entropy import counted_rows
 from tests.fuzz.agreement import assert_bits, is_close
 from tests.fuzz.cross_entropy import dresses, swept_factor
 from tests.fuzz.rows import Problem
@@ -143,19 +142,7 @@ def linear_sweep(c):
 def linear_row_statistics(c):
     """Without a loss."""
     problem = LinearProblem(c)
-    kept = ("temperature", "softcap", "ignore_index")
-    for name in ("weight", "token_weight", "segment_ids"):
-        problem.given.pop(name, None)
-        problem.plain.pop(name, None)
-    problem.options = {k: v for k, v in problem.options.items() if k in kept}
-    problem.options["reduction"] = "none"
-    _, problem.on = counted_rows(
-        torch.empty(*problem.rows, 0), problem.plain["target"], problem.plain.get("mask"),
-        problem.options.get("ignore_index", -100),
-    )  # fmt: skip
-    if "temperature" in problem.plain:
-        values = problem.plain["temperature"].nan_to_num(0.8).masked_fill(~problem.on, torch.nan)
-        problem.plain["temperature"] = problem.given["temperature"] = values
+    problem.for_statistics()
     if "num_valid" in problem.how:
         problem.how["num_valid"] = int(problem.on.sum()) + 1
     problem.say(**problem.how)

@@ -78,6 +78,26 @@ class Problem:
         )[1]
         self._temperatures(c, g)
 
+    def for_statistics(self, labelled=True):
+        """What row statistics take: no weights, no reduction; without labels none is ignored."""
+        for name in ("weight", "token_weight", "segment_ids"):
+            self.given.pop(name, None)
+            self.plain.pop(name, None)
+        kept = {"temperature", "softcap", "ignore_index"}
+        self.options = {k: v for k, v in self.options.items() if k in kept} | {"reduction": "none"}
+        if not labelled:
+            self.plain["target"] = torch.zeros_like(self.plain["target"])
+            self.options.pop("ignore_index", None)
+        _, self.on = counted_rows(
+            torch.empty(*self.rows, 0),
+            self.plain["target"],
+            self.plain.get("mask"),
+            self.options.get("ignore_index", -100),
+        )
+        if "temperature" in self.plain:
+            values = self.plain["temperature"].nan_to_num(0.8).masked_fill(~self.on, torch.nan)
+            self.plain["temperature"] = self.given["temperature"] = values
+
     def _logits(self, c, g, shape):
         self.dtype, layout = c.dtype(), c.layout()
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32

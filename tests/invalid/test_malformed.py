@@ -44,13 +44,13 @@ class Broken(Run):
 
 def test_what_goes_wrong_is_seen(tmp_path):
     """A read beyond a tensor, a call without an end, an exit, an error without a reason."""
-    run = Broken(["repetition_counts"], 6, seed=0, patience=5)
+    run = Broken(["repetition_counts"], 6, seed=0, patience=20)
     (row,) = run.finish(tmp_path)
     counts = {"refused": 2, "accepted": 0, "unexplained": 1, "signals": 2, "hangs": 1}
     assert row == {"operator": "repetition_counts", "calls": 6, **counts}
     assert [one.number for one in run.stopped] == [2, 3, 4]
     assert [one.why for one in run.stopped] == [
-        "killed by SIGSEGV", "no end after 5 s", "ended with 7",
+        "killed by SIGSEGV", "no end after 20 s", "ended with 7",
     ]  # fmt: skip
     assert "a text of nobody" in run.stopped[0].text and "tensor" not in run.said
 

@@ -27,6 +27,7 @@ from .. import records
 from . import calls
 from .child import Progress
 
+TO_END_S = 120
 TEXT_OF_A_DEATH = 6000  # characters of what a child said last
 
 
@@ -87,10 +88,13 @@ class Run:
             if self.progress.at != at or self.progress.begun != child.pid:
                 at, since = self.progress.at, time.monotonic()
                 self._show()
-            if time.monotonic() - since > self.patience:
+            # What a call may take is not what an interpreter takes to end on a busy machine.
+            ending = self.progress.at == len(self.operators) * self.each
+            patience = max(self.patience, TO_END_S) if ending else self.patience
+            if time.monotonic() - since > patience:
                 child.kill()
                 child.wait()
-                return f"no end after {self.patience:g} s"
+                return f"no end after {patience:g} s"
             time.sleep(0.05)
         self._show()
         if child.returncode < 0:
