@@ -45,9 +45,7 @@ class Picture:
         ]
         for i, kind in enumerate(self.kinds):
             where = f'y="{i * cell:.4g}" height="{cell:.4g}"'
-            lines.append(
-                f'<rect x="{-STRIP - 2}" {where} width="{STRIP}" fill="{KINDS[kind]}"/>'
-            )
+            lines.append(f'<rect x="{-STRIP - 2}" {where} width="{STRIP}" fill="{KINDS[kind]}"/>')
         return [*lines, "</g>"]
 
 
@@ -135,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
-            sys.exit(f"docs/pictures/{name}.svg is not what is drawn; run `python -m tools.pictures`")
+            sys.exit(
+                f"docs/pictures/{name}.svg is not what is drawn; run `python -m tools.pictures`"
+            )
 
 
 if __name__ == "__main__":
