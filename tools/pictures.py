@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m tools.pictures`` draws the attention masks of docs/guide/block_masks.md into
-docs/pictures; ``--check`` compares.
+"""``python -m tools.pictures`` draws the attention masks of docs/guide/block_masks.md and the life
+of a call of docs/how_it_works.md into docs/pictures; ``--check`` compares.
 
 A picture is text (SVG) of colours that can be read on white and on black.
 """
@@ -17,6 +17,8 @@ import torch
 
 import masked_loss_ext as mle
 from masked_loss_ext.attention.interval_mask import IntervalMask
+
+from . import diagram
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 SIDE, GAP, STRIP, HEAD = 168, 24, 6, 22  # pixels: of a mask, between two, of the strip, of a title
@@ -121,7 +123,11 @@ def sources() -> str:
     )
 
 
-PICTURES = {"nested_dropout": nested_dropout, "row_intervals": sources}
+PICTURES = {
+    "nested_dropout": nested_dropout,
+    "row_intervals": sources,
+    "life_of_a_call": diagram.life,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
