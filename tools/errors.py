@@ -49,6 +49,14 @@ def normal(rule: str) -> str:
     return re.sub(r"(num_classes|vocab_size|hidden_size|num_experts)( = | )\d+", r"\1", rule)
 
 
+def of_any(rule: str) -> str:
+    """Without the name of the tensor that another is compared with."""
+    before = (
+        "the device of|the shape of|first dimensions of|the B and S of|per row of|broadcastable to"
+    )
+    return re.sub(rf"({before}) [a-z]\w*(\[\.\.\.\])?", r"\1 x", rule)
+
+
 def said(entry: calling.Entry, argument: str, way: calling.Way) -> tuple[str, str] | None:
     """The argument and the rule of the error, None where there is none of the form."""
     with warnings.catch_warnings():
@@ -88,7 +96,7 @@ def collected() -> Rules:
 def advice_table() -> str:
     """Every rule once, those with one advice beside each other."""
     grouped: dict[str, list[str]] = {}
-    for rule in sorted({rule for of in collected().values() for rule in of}):
+    for rule in sorted({of_any(rule) for of in collected().values() for rule in of}):
         grouped.setdefault(advice(rule), []).append(f"`{rule}`")
     rows = [["must", "what to do"], *([", ".join(of), text] for text, of in grouped.items())]
     return documents.markdown(rows)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -45,25 +46,27 @@ class Picture:
             f'<path d="M0 0h{wide:g}v{high:g}h{-wide:g}z" fill="none" stroke="{GRID}"/>',
             f'<path d="{"".join(_runs(dense, cell))}" fill="{INK}"/>',
         ]
-        for i, kind in enumerate(self.kinds):
-            where = f'y="{i * cell:.4g}" height="{cell:.4g}"'
-            lines.append(f'<rect x="{-STRIP - 2}" {where} width="{STRIP}" fill="{KINDS[kind]}"/>')
+        top = 0.0
+        for kind, run in groupby(self.kinds):
+            high = len(list(run)) * cell
+            where = f'x="{-STRIP - 2}" y="{top:.4g}" width="{STRIP}" height="{high:.4g}"'
+            lines.append(f'<rect {where} fill="{KINDS[kind]}"/>')
+            top += high
         return [*lines, "</g>"]
 
 
 def _runs(dense: torch.Tensor, cell: float) -> list[str]:
-    """A rectangle for each run of keys that a query sees."""
-    found = []
-    for q, row in enumerate(dense.tolist()):
-        k = 0
-        while k < len(row):
-            end = k
-            while end < len(row) and row[end]:
-                end += 1
-            if end > k:
-                x, y, wide = (f"{n * cell:.4g}" for n in (k, q, end - k))
-                found.append(f"M{x} {y}h{wide}v{cell:.4g}h-{wide}z")
-            k = end + 1
+    """A rectangle for each run of keys that queries below each other see."""
+    found, top = [], 0
+    for row, same in groupby(dense.tolist()):
+        high, at = len(list(same)), 0
+        for on, run in groupby(row):
+            wide = len(list(run))
+            if on:
+                x, y, w, h = (f"{n * cell:.5g}" for n in (at, top, wide, high))
+                found.append(f"M{x} {y}h{w}v{h}h-{w}z")
+            at += wide
+        top += high
     return found
 
 

@@ -40,7 +40,7 @@ def test_what_is_said_of_wrong_calls_is_on_the_page():
                 said = "a tensor" if errors.OF_TENSORS.fullmatch(rule) else rule
                 if said not in rules:
                     wrong.append(f"{entry.name}: {named} must {rule}")
-                assert f"`{rule}`" in TEXT.partition("## By function")[0], rule
+                assert f"`{errors.of_any(rule)}`" in TEXT.partition("## By function")[0], rule
     assert calls > 400
     assert not wrong, "python -m tools.errors --write: " + "; ".join(wrong)
 

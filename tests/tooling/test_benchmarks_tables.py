@@ -80,6 +80,7 @@ def test_a_page_says_where_there_are_no_figures_yet(tmp_path):
 
 
 def test_a_plot_shows_who_is_slower_and_knows_its_figures(toy_results, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots are drawn by it")
     monkeypatch.setattr(plots, "PLOTS", {"time_toy": "toy_cpu.csv"})
     rows = report.read_csv(toy_results / "toy_cpu.csv")
     assert plots.times(rows) == {"ours": [("one", 1.0)], "slow": [("one", 3.0)]}  # not "wrong"
