@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m benchmarks NAME`` measures; ``... readme`` puts what was measured in README.md."""
+"""``python -m benchmarks NAME`` measures; ``... tables`` makes tables and plots of it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from . import (
     harness,
     machine,
     memory,
-    readme,
+    plots,
     report,
+    tables,
     targets,
 )
 
@@ -57,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     gpu.set_defaults(device="cuda", cases=None, contenders=None)
     counts = commands.add_parser("compaction", help="what masking saves and what compaction does")
     counts.add_argument("--csv", type=Path, help="default: benchmarks/results/compaction.csv")
-    tables = commands.add_parser("readme", help="make README.md's tables anew from the CSV files")
-    tables.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
+    pages = commands.add_parser(
+        "tables", help="the pages' tables and plots anew from the CSV files"
+    )
+    pages.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
     return top
 
 
@@ -139,11 +142,11 @@ def measure_at_level(case: harness.Case, wanted: argparse.Namespace) -> list[lis
         line += ["--quick"] * wanted.quick
         line += ["--rounds", str(wanted.rounds)] if wanted.rounds else []
         line += ["--contenders", *wanted.contenders] if wanted.contenders else []
-        done = subprocess.run(line, cwd=readme.ROOT, stdout=subprocess.DEVNULL)
+        done = subprocess.run(line, cwd=tables.ROOT, stdout=subprocess.DEVNULL)
         if not path.exists():
             sys.exit(f"{case.name} could not be measured (exit status {done.returncode})")
         rows = report.read_csv(path)
-    return list(readme.by_case(rows).values())
+    return list(tables.by_case(rows).values())
 
 
 def is_refused(row: dict) -> bool:
@@ -155,7 +158,7 @@ def csv_path(wanted: argparse.Namespace) -> Path | None:
     if wanted.csv or wanted.quick or wanted.cases or wanted.contenders or wanted.rounds:
         return wanted.csv
     level = f"_{wanted.level}" if wanted.level else ""
-    return readme.RESULTS / f"{wanted.command}_{wanted.device}{level}.csv"
+    return tables.RESULTS / f"{wanted.command}_{wanted.device}{level}.csv"
 
 
 def prepare(wanted: argparse.Namespace) -> None:
@@ -228,7 +231,7 @@ def run_all(arguments: list[str]) -> None:
     failed = []
     for name in BENCHMARKS:
         line = [sys.executable, "-m", "benchmarks", name, *arguments]
-        if subprocess.run(line, cwd=readme.ROOT).returncode:
+        if subprocess.run(line, cwd=tables.ROOT).returncode:
             failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -244,12 +247,12 @@ def main(arguments: list[str] | None = None) -> None:
         return counts.run(wanted.csv or counts.PATH)
     if wanted.command == "gpu":
         return run_gpu(wanted)
-    if wanted.command != "readme":
+    if wanted.command != "tables":
         return run_benchmark(wanted)
     try:
-        trouble = readme.update(check=wanted.check)
+        trouble = tables.update(check=wanted.check) or plots.update(check=wanted.check)
     except (OSError, ValueError) as error:
-        trouble = f"README.md: {error}"
+        trouble = str(error)
     if trouble:
         sys.exit(trouble)
 

@@ -23,8 +23,8 @@ import torch
 
 import masked_loss_ext as mle
 
-from .readme import RESULTS
 from .report import aligned, as_text
+from .tables import RESULTS
 
 BLOCK, DRAWS, SEED = 128, 100, 4
 PATH = RESULTS / "compaction.csv"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import agreement, block_mask, compaction, harness, readme, report  # noqa: E402
+from benchmarks import agreement, block_mask, compaction, harness, report, tables  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_the_tables_tell_times_sizes_and_their_aims(limit, met, tmp_path):
     assert "3.0 MiB" in table and "huge not attempted: too large" in table
     setting = {"processor": "abacus", "capability": "beads", "threads": 2, "torch": "2.x"}
     report.write_csv(tmp_path / "toy_cpu.csv", [{**row, **setting} for row in rows])
-    made = readme.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
+    made = tables.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
     aims = (
         ("", "")
         if limit is None

@@ -23,8 +23,8 @@ from benchmarks import (  # noqa: E402
     harness,
     machine,
     memory,
-    readme,
     report,
+    tables,
 )
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import cross_entropy_problems as problems  # noqa: E402
@@ -197,14 +197,14 @@ def test_a_contender_with_a_limit_is_a_floor_under_a_name_of_its_own():
     assert (row["role"], row["distance"], row["met"]) == ("floor", 2.0, "yes")
 
 
-def test_the_readme_tells_distances_and_small_peaks(tmp_path):
+def test_a_table_tells_distances_and_small_peaks(tmp_path):
     view = harness.View("toy", "in place", limits={"floor": 2.2}, peak_limit=0.01)
     rows = list(toy_rows(view, {"ours": 0.1}).values())
     setting = {"processor": "abacus", "capability": "beads", "threads": 2, "torch": "2.x"}
     rows = [{**row, **setting, "date": "today"} for row in rows]
     rows[1]["rounds"] = 7
     report.write_csv(tmp_path / "toy_cpu.csv", rows)
-    made = readme.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
+    made = tables.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
     cells = ("ours in place 0.5x, slow 4.0x", "2.5x floor (aim at most 2.2x)", "0.0")
     assert " | ".join(cells) in made and "0.002 (aim at most 0.01)" in made
     assert "Median of 1 to 7 rounds" in made

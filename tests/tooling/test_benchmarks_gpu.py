@@ -17,9 +17,9 @@ from benchmarks import (
     contenders,
     cuda_cases,
     harness,
-    readme,
     report,
     rivals,
+    tables,
     targets,
 )
 from benchmarks import __main__ as command
@@ -175,9 +175,9 @@ def test_a_run_from_its_samples_to_its_verdicts(clock, not_compiled, tmp_path, c
     assert max(int(row["calls_per_sample"]) for row in rows if row["calls_per_sample"]) == 2
 
     text = "<!-- benchmark gpu -->\n<!-- /benchmark -->"
-    assert readme.NO_FIGURES in readme.regenerate(text, tmp_path / "none")
+    assert tables.NO_FIGURES in tables.regenerate(text, tmp_path / "none")
     shutil.copytree(path.parent, tmp_path / "rule")
-    made = readme.regenerate(text, tmp_path)
+    made = tables.regenerate(text, tmp_path)
     assert made.count("| `backward_128k` |") == 2 and made.count("Reprint with `make gpu`") == 2
     assert "1.0x one read (aim at most 1.05263x)" in made
 

@@ -20,8 +20,8 @@ from benchmarks import (  # noqa: E402
     harness,
     linear_cross_entropy,
     linear_rivals,
-    readme,
     report,
+    tables,
 )
 from benchmarks import linear_problems as problems  # noqa: E402
 
@@ -194,7 +194,7 @@ def test_a_quick_run_and_its_table(tmp_path, capsys):
     roles = {(row["case"], row["contender"]): row["role"] for row in rows}
     assert roles["train", "products"] == "floor" and roles["statistics", "full logits"] == "rival"
     text = "<!-- benchmark linear_cross_entropy_cpu -->\n<!-- /benchmark -->"
-    made = readme.regenerate(text, tmp_path)
+    made = tables.regenerate(text, tmp_path)
     assert "| `train` | [64, 32, 500] float32, 40 % ignored |" in made and "x products" in made
 
 
@@ -204,6 +204,6 @@ def test_shares_of_memory_stand_beside_sizes():
     ours = row | {"contender": "ours", "role": "ours", "peak_extra_bytes": str(3 << 20)}
     other = row | {"contender": "eager", "role": "rival", "peak_extra_bytes": str(12 << 20)}
     other |= {"peak_share": "0.25", "peak_share_limit": "0.5"}
-    cells = readme.case_cells([ours, other])
+    cells = tables.case_cells([ours, other])
     assert cells["peak memory"] == "ours 3.0 MiB, eager 12.0 MiB, 0.25 of eager's (aim at most 0.5)"
     assert cells["peak memory / gradient"] == ""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import agreement, harness, readme, report, unified  # noqa: E402
+from benchmarks import agreement, harness, report, tables, unified  # noqa: E402
 from benchmarks import repetition_plain as plain  # noqa: E402
 from benchmarks import unified_problems as problems  # noqa: E402
 
@@ -173,7 +173,7 @@ def test_a_peak_is_set_beside_that_of_another_call(peak, met, tmp_path):
     assert f"{peak / 100:.2f} <= 0.5 {met}" in report.case_table(rows)
     setting = {"processor": "abacus", "capability": "beads", "threads": 2, "torch": "2.x"}
     report.write_csv(tmp_path / "toy_cpu.csv", [{**row, **setting} for row in rows])
-    made = readme.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
+    made = tables.regenerate("<!-- benchmark toy_cpu -->\n<!-- /benchmark -->", tmp_path)
     assert f"{peak / 40:.2f}, {peak / 100:.2f} of alone's (aim at most 0.5) |" in made
 
 

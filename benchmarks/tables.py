@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The measured tables of README.md, made from the CSV files in benchmarks/results.
+"""The measured tables of docs/performance.md and README.md, made from the CSV files in
+benchmarks/results.
 
 A table stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME.csv its source;
-that of "gpu" is what `make gpu` wrote, a table for each GPU. Where there is none the README says
-so.
+that of "gpu" is what `make gpu` wrote, a table for each GPU, and that of "summary" a few lines of
+several files. Where there are no figures the page says so.
 """
 
 from __future__ import annotations
@@ -16,10 +17,20 @@ from tools import documents
 from .report import number_text, read_csv, size_text, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+COMMAND = "python -m benchmarks tables"
 RESULTS = ROOT / "benchmarks" / "results"
 NO_FIGURES = "No figures yet.\n"
 Rows = Sequence[Mapping[str, str]]
+# Lines of the summary: words, file, case, and who stands in the columns of PyTorch.
+SUMMARY = (
+    ("cross entropy, forward and backward", "cross_entropy_cpu", "train_128k", "eager", "compile"),
+    ("the same, bfloat16", "cross_entropy_cpu", "train_128k_bf16", ".float()", "compiled .float()"),
+    ("from hidden states", "linear_cross_entropy_cpu", "train", "eager", "compile"),
+    ("step of a Qwen2-like model, no logits", "logit_free_cpu", "step", "own loss", ""),
+    ("squared error of tokens", "squared_error_cpu", "token_large", "eager", "compile"),
+    ("block mask of nested dropout", "block_mask_cpu", "full_4k", "eager", "compile"),
+)
 
 
 def by_case(rows: Rows) -> dict[str, Rows]:
@@ -108,14 +119,39 @@ def markdown_table(rows: Rows, command: str = "") -> str:
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
     table = documents.markdown([heads, *([line[head] for head in heads] for line in lines)])
     return (
-        f"{table}\nMedian of {rounds_text(rows)} rounds on {first['processor']} "
-        f"({first['capability']}), {first['threads']} threads, PyTorch {first['torch']}, "
+        f"{table}\nMedian of {rounds_text(rows)} rounds on {machine_text(first)}, "
         f"{first['date']}. Reprint with "
         f"`{command or 'python -m benchmarks ' + first['benchmark']}`.\n"
     )
 
 
+def summary(results: Path) -> str:
+    """A line for each: our time, those of PyTorch, what we need of its memory."""
+    table = [
+        ["what", "shape", "ours", "PyTorch, eager", "torch.compile", "peak memory, ours : eager"]
+    ]
+    for words, name, case, eager, compiled in SUMMARY:
+        of = {row["contender"]: row for row in by_case(read_csv(results / f"{name}.csv"))[case]}
+        ours = of["ours"]
+        detail = f"[{ours['shape'].replace('x', ', ')}] {ours['dtype']}, {ours['summary']}"
+        times = [
+            time_text(of[who]["median_us"]) if who else "" for who in ("ours", eager, compiled)
+        ]
+        sizes = [size_text(of[who]["peak_extra_bytes"]) for who in ("ours", eager)]
+        table.append([words, detail, *times, " : ".join(sizes) if all(sizes) else ""])
+    return documents.markdown(table) + "\n" + machine_text(ours) + ".\n"
+
+
+def machine_text(row: Mapping[str, str]) -> str:
+    return (
+        f"{row['processor']} ({row['capability']}), {row['threads']} threads, "
+        f"PyTorch {row['torch']}"
+    )
+
+
 def tables_of(name: str, results: Path) -> list[str]:
+    if name == "summary":
+        return [summary(results)]
     if name == "gpu":
         sources = sorted(results.glob("*/figures.csv"))
         return [markdown_table(read_csv(source), "make gpu") for source in sources]
@@ -130,7 +166,14 @@ def regenerate(text: str, results: Path = RESULTS) -> str:
     )
 
 
-def update(readme: Path = README, results: Path = RESULTS, check: bool = False) -> str:
-    """Write the tables, or with ``check`` only compare. Returns what is wrong, or nothing."""
-    fresh = regenerate(readme.read_text(), results)
-    return documents.update(readme, fresh, "python -m benchmarks readme", check)
+def update(pages: Sequence[Path] = PAGES, results: Path = RESULTS, check: bool = False) -> str:
+    """Write the tables, or with ``check`` only compare. Returns what is wrong, or nothing.
+
+    The first page has tables, others may have some.
+    """
+    wrong = []
+    for i, page in enumerate(pages):
+        text = page.read_text()
+        if i == 0 or documents.names(text, "benchmark"):
+            wrong.append(documents.update(page, regenerate(text, results), COMMAND, check))
+    return "; ".join(filter(None, wrong))
