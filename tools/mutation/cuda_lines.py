@@ -119,6 +119,8 @@ MUTANTS = [
         "counts of a tile of rows are written while the last one's are read",
         "    before += in_tile;\n    __syncthreads();  // the scratch serves the next tile\n",
         "    before += in_tile;\n",
+        why="the simulator runs a block's threads in one order, where nobody overtakes; racecheck"
+        " of make gpu looks for it, on a GPU",
     ),
     Mutant(
         "csrc/linear_cross_entropy/cuda/kernels.cuh",
