@@ -94,6 +94,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     # --- C++ on the CPU ---
     "elementwise": (
+        "tests/elementwise/test_mask_zeros.py",
         "tests/elementwise/test_hand_worked.py",
         "tests/elementwise/test_values.py",
         "tests/elementwise/test_element_losses.py",
