@@ -13,11 +13,16 @@ from pathlib import Path
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
     """A table, of which the first row is the head."""
-    head, *lines = rows
+    head, *lines = ([_cell(text) for text in row] for row in rows)
     cells = [head, ["---"] * len(head), *lines]
     text = ["| " + " | ".join(row) + " |" for row in cells]
     text[1] = text[1].replace(" ", "")
     return "\n".join(text) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A name between underscores would be set slanted, without them."""
+    return f"`{text}`" if re.fullmatch(r"_\w*_", text) else text
 
 
 def _spans(kind: str) -> re.Pattern[str]:
