@@ -72,7 +72,7 @@ def causal_lm_loss(
         shift_labels: ``[B, S]`` labels that have been shifted already, by the name that the models'
             own losses have for them: made by ``masked_loss_ext.shift_labels`` before a sequence is
             cut over ranks. ``labels`` is then not looked at and may be None; nothing is shifted.
-            The Trainer hands them over where :func:`pass_columns` tells it to.
+            The Trainer hands them over where ``pass_columns`` tells it to.
         virtual_tokens: the positions that the model puts before the tokens of every row and gives
             logits for (prompt tuning, p-tuning: ``num_virtual_tokens``; prefix tuning has none).
             Labels and what else belongs to the tokens then have that many fewer positions. The last
@@ -80,7 +80,7 @@ def causal_lm_loss(
         options: keywords of masked_cross_entropy (label_smoothing, z_loss, softcap, temperature,
             focal_gamma, weight, token_weight, inplace_backward, ...), given with
             ``functools.partial(causal_lm_loss, z_loss=1e-4)``, and what changes with the batch, as
-            token_weight does, by :func:`pass_columns`. mask, token_weight and segment_ids are those
+            token_weight does, by ``pass_columns``. mask, token_weight and segment_ids are those
             of the labels (shift_labels). The Trainer counts labels that are not -100, whatever
             these say. The ``label_smoothing_factor`` of TrainingArguments does nothing beside a
             compute_loss_func.

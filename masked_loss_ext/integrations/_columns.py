@@ -25,7 +25,7 @@ def pass_columns(trainer: Any, *columns: str, **renamed: str) -> Any:
     - ``pass_columns(trainer, segment_ids="seq_idx")``: by another name, keyword=column.
 
     A column that the model's forward has a parameter for is given to both, any other to the loss
-    alone. In training, evaluation and :class:`TokenLossCallback`, before or after its ``attach``.
+    alone. In training, evaluation and ``TokenLossCallback``, before or after its ``attach``.
 
     Columns of a dataset must get as far as the collator: ``remove_unused_columns=False``.
 
@@ -38,8 +38,8 @@ def pass_columns(trainer: Any, *columns: str, **renamed: str) -> Any:
         the trainer.
 
     Raises:
-        ValueError: a forward of (*args, **kwargs) alone; at the first batch that lacks a column,
-            naming those that it has.
+        ValueError: a forward of ``(*args, **kwargs)`` alone; at the first batch that lacks a
+            column, naming those that it has.
     """
     check_trainer(_NAME, trainer)
     names = _names(trainer, columns, renamed)

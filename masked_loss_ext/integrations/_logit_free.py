@@ -132,7 +132,7 @@ def logit_free(
 
 
 def with_logits(model: Model) -> Model:
-    """Undo :func:`logit_free`: ``model`` itself, whose forward makes logits in training again.
+    """Undo ``logit_free``: ``model`` itself, whose forward makes logits in training again.
 
     Raises:
         ValueError: a model that is not logit-free, or is wrapped.

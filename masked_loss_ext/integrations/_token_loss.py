@@ -108,7 +108,7 @@ class TokenLossCallback(TrainerCallback):
 
     Args:
         check_padding: on the first batch that has padding, before the first update, run
-            :func:`masked_loss_ext.check_padding` on the model and its loss: True or "raise" to stop
+            ``masked_loss_ext.check_padding`` on the model and its loss: True or "raise" to stop
             with its report where loss or gradients depend on padding, "warn" to be told. Takes some
             more forward and backward passes of that one batch, and the memory for copies of the
             parameters and their gradients. Not for models sharded over ranks (FSDP, DeepSpeed). Of

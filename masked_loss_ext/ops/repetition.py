@@ -84,14 +84,14 @@ def repetition_links(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token, where its context was followed by another, and where its n-gram stands next.
 
-    The windows are those of :func:`repetition_counts`. Following ``context_before`` from t
+    The windows are those of ``repetition_counts``. Following ``context_before`` from t
     leads to earlier windows with the n - 1 tokens before t, latest first: their last tokens are
     those that would repeat an n-gram at t. Taking only those u with ``ngram_after[u] >= t`` gives
     each of them that differs from the token at t once. The walk has as many steps as the token
     after these n - 1 changed before t: none in a row of one token, however long.
 
     Args:
-        tokens, valid, ngram_size: as in :func:`repetition_counts`.
+        tokens, valid, ngram_size: as in ``repetition_counts``.
 
     Returns:
         (context_before, ngram_after), ``[B, S]`` int32. For t at which a full valid window ends:
@@ -100,7 +100,7 @@ def repetition_links(
         S if there is none. -1 and S for every other t.
 
     Raises:
-        ValueError, TypeError: as :func:`repetition_counts`.
+        ValueError, TypeError: as ``repetition_counts``.
 
     Example:
         >>> tokens = torch.tensor([[7, 8, 7, 9, 7, 8]])

@@ -31,11 +31,12 @@ from .squared_error import accumulate_dtype, select
 class RowStatistics(NamedTuple):
     """Per row, of z = softcap(logits) / temperature; 0 (False) at rows that do not count.
 
-    lse       log-sum-exp of z
-    entropy   of softmax(z), in nats
-    log_prob  of the target; None without one
-    hit       whether the target is argmax; None without a target
-    argmax    the first of the largest entries, int64, as torch.argmax: NaN is the largest
+    Args:
+        lse: log-sum-exp of z.
+        entropy: of softmax(z), in nats.
+        log_prob: of the target; None without one.
+        hit: whether the target is argmax; None without a target.
+        argmax: the first of the largest entries, int64, as torch.argmax: NaN is the largest.
     """
 
     lse: Tensor

@@ -93,7 +93,7 @@ class DeepSeekLoss(SyncsState):
         Returns:
             dict: "total_loss", "main_loss", "main_temperature", "main_label_smoothing"; with
             hidden_states "mtp_mtp_loss", "mtp_per_token_losses", "mtp_mtp_weight" (without, the
-            text "mtp_warning"); with experts "moe_" and the fields of the balancer.
+            text "mtp_warning"); with experts ``moe_`` and the fields of the balancer.
         """
         name = self.function
         if self.use_moe_balancing and (gate_logits is None or expert_indices is None):
