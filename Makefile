@@ -11,13 +11,14 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test docs matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
 
 help:
 	@echo "make demo       train on photographs and on texts; ARGS='--acts tokenizer' is one act    ~ 5 min"
 	@echo "make ranks      train on two processes, beside one; ARGS='--steps 20', RANKS=4          ~ 20 s"
 	@echo "make test       the whole test suite; ARGS='-k padding' picks some                      ~ 25 min"
 	@echo "make bench      the losses against eager and compiled PyTorch; ARGS=cross_entropy one   ~ 26 min"
+	@echo "make docs       the site, in build/docs/html; ARGS=--check opens each page in Chromium    ~ 1 min"
 	@echo "make gpu        all that a machine with a GPU can tell; ARGS=--dry-run says what that is ~ 8 min"
 	@echo "make lint       ruff, mypy and the repository's own checks                              ~ 10 s"
 	@echo "make build      .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0            ~ 35 s"
@@ -97,6 +98,15 @@ $(VENV)/coverage: tools/coverage/requirements.txt $(VENV)/packages
 
 coverage: setup $(VENV)/coverage
 	@$(PY) -m tools.coverage $(ARGS)
+
+$(VENV)/docs: docs/requirements.txt $(VENV)/packages
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make docs needs Python 3.11 or newer in $(VENV)"; exit 1; }
+	@$(PY) -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+# --check wants chromium and chromium-driver; --screenshots, --serve: ARGS=--help.
+docs: build $(VENV)/docs
+	@$(PY) -m tools.site $(ARGS)
 
 # ARGS may begin with the name of a benchmark; switches alone are for all of them.
 bench: build
