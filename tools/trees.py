@@ -20,11 +20,11 @@ def clean_environment(**ours: str) -> dict[str, str]:
 
 
 def make_tree(tree: Path, library: Path | None) -> Path:
-    """The tests, and beside them the package with that library; with none no package, so that
-    what is installed is what they import."""
+    """The tests with the tools that they use, and beside them the package with that library; with
+    none no package, so that what is installed is what they import."""
     shutil.rmtree(tree, ignore_errors=True)
     unwanted = shutil.ignore_patterns("__pycache__", "*.so")
-    for part in ("tests", "masked_loss_ext", "csrc") if library else ("tests",):
+    for part in ("tests", "tools", *(("masked_loss_ext", "csrc") if library else ())):
         shutil.copytree(ROOT / part, tree / part, ignore=unwanted)
     shutil.copy(ROOT / "pyproject.toml", tree)
     if library:
