@@ -113,6 +113,7 @@ def address_checks(short: bool) -> Iterator[Check]:
     if not short:
         yield pytest_check("tests of the CUDA sources, simulated", SIMULATOR_TESTS, environment)
     line = [sys.executable, "-m", "tools.malformed", "--calls", "20" if short else "400"]
+    line += ["--patience", "300"]  # under a sanitizer a call takes several times as long
     yield Check("malformed calls", name, "calls", line, r"^\w+ +(\d+) ", environment)
 
 

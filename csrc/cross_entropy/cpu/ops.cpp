@@ -3,6 +3,7 @@
 // the errors that no kernel can raise.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -113,14 +114,21 @@ void refuse_bad_rows(const char* op, const RowProblem& q, const Tensor& logits, 
   refuse_bad_temperature(op, q, logits, totals);
 }
 
+// Of another rank's message, which may hold anything: no integer before it is known to be one.
+std::string size_text(double size) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.17g", size);
+  return digits;
+}
+
 [[noreturn]] void refuse_sizes(const char* op, const Shards& shards) {
   std::string got;
   for (int64_t i = 0; i < shards.count; ++i) {
     const ShardHeader h = header_of(shards, i);
-    got += (i ? ", " : "") + std::to_string(int64_t(h.first)) + " + " + std::to_string(int64_t(h.columns));
+    got += (i ? ", " : "") + size_text(h.first) + " + " + size_text(h.columns);
   }
   fail(op, ": vocab_start must be where the shards of the ranks before end, and all together be vocab_size ",
-       int64_t(header_of(shards, 0).classes), ", got of the ranks ", got);
+       size_text(header_of(shards, 0).classes), ", got of the ranks ", got);
 }
 
 void refuse_misfit(const char* op, const Shards& shards) {
