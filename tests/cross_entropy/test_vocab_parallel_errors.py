@@ -71,9 +71,8 @@ def test_messages(op):
         )
     refused(op, "all together be vocab_size 9, got of the ranks 5 [+] 4", messages=right[1:])
     refused(op, "got of the ranks 5 [+] 4, 0 [+] 5", messages=right.flip(0))
-    for value in (-math.inf, 1e300):  # no size, and not made an integer
-        said = str(value).replace("+", "[+]")
-        refused(op, f"got of the ranks {said} [+] ", messages=torch.full_like(right, value))
+    for value in (-math.inf, 2.5):  # no size, and not made an integer
+        refused(op, f"got of the ranks {value} [+] ", messages=torch.full_like(right, value))
 
 
 @pytest.mark.parametrize("op", [backward_op, inplace_op, linear_backward_op], ids=str)
