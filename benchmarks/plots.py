@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from .report import read_csv
 from .tables import COMMAND, RESULTS, ROOT, by_case
@@ -69,19 +71,33 @@ KINDS = {
 }
 
 
-def draw(name: str, source: Path, path: Path) -> None:
+@contextmanager
+def drawing(name: str) -> Iterator[Any]:
+    """pyplot, in the style of all plots."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT)
+    with matplotlib.rc_context(style | {"axes.edgecolor": GRID, "font.size": 9}):
+        yield pyplot
+
+
+def save(figure: Any, path: Path, made_of: str) -> None:
+    data = {"Date": None, "Creator": None, "Description": made_of or None}
+    figure.savefig(path, format="svg", transparent=True, metadata=data)
+    lines = path.read_text().splitlines()  # without the spaces that matplotlib leaves at ends
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def draw(name: str, source: Path, path: Path) -> None:
     points, label = KINDS[name.partition("_")[0]]
     found = points(read_csv(source))
     cases = list(dict.fromkeys(case for line in found.values() for case, _ in line))
     colours = cycle(COLOURS)
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT)
-    with matplotlib.rc_context(style | {"axes.edgecolor": GRID, "font.size": 9}):
+    with drawing(name) as pyplot:
         figure, axes = pyplot.subplots(figsize=(7.6, 1.3 + 0.2 * len(cases)), layout="constrained")
         for who, line in found.items():
             floor = who.startswith("floor: ")
@@ -97,12 +113,8 @@ def draw(name: str, source: Path, path: Path) -> None:
         axes.grid(axis="both", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-        made_of = f"drawn from {source.name}, sha256 {digest(source)}"
-        data = {"Date": None, "Creator": None, "Description": made_of}
-        figure.savefig(path, format="svg", transparent=True, metadata=data)
+        save(figure, path, f"drawn from {source.name}, sha256 {digest(source)}")
         pyplot.close(figure)
-    lines = path.read_text().splitlines()  # without the spaces that matplotlib leaves at ends
-    path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
 
 
 def stale(path: Path, source: Path) -> bool:
