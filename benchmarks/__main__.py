@@ -29,7 +29,7 @@ LEVELS = ("avx512", "avx2", "default")
 
 
 def add_switches(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--quick", action="store_true", help="small shapes, few rounds, no memory")
+    one.add_argument("--quick", action="store_true", help="few rounds of small shapes, no memory")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     one.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     one.add_argument("--level", choices=LEVELS, help="instruction-set level of ours (the best)")

@@ -6,14 +6,19 @@ Every contender that was timed is drawn, those that beat ours too; those that we
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from . import plots
 
 LABELS = {"N": "rows", "V": "classes", "share": "share of rows that count", "threads": "threads"}
-VALUES = (("median_us", 1e-3, "ms"), ("peak_extra_bytes", 1 / plots.MIB, "MiB"))
+VALUES = (
+    ("median_us", 1e-3, "time of a call, ms"),
+    ("peak_extra_bytes", 1 / plots.MIB, "peak memory, MiB"),
+)
 Rows = Sequence[Mapping[str, object]]
 Lines = dict[str, list[tuple[float, float]]]
 
@@ -34,7 +39,8 @@ def left_out(rows: Rows) -> str:
     found = {
         str(row["contender"]): str(row["status"]) for row in rows if row["contender"] not in timed
     }
-    return "; ".join(f"{name} {why}" for name, why in found.items())
+    every = "; ".join(f"{name} ({why.partition(': ')[2]})" for name, why in found.items())
+    return f"left out: {every}" if every else ""
 
 
 def colours_of(rows: Rows) -> dict[str, str]:
@@ -49,35 +55,39 @@ def colours_of(rows: Rows) -> dict[str, str]:
     return found
 
 
+def fill(panel: Any, lines: Lines, colours: Mapping[str, str], drawn: dict[str, Any]) -> None:
+    for name, points in lines.items():
+        style = "--" if colours[name] == plots.FLOOR else "-"
+        x, y = zip(*points, strict=True)
+        (drawn[name],) = panel.plot(x, y, style, marker="o", ms=3, color=colours[name])
+    for scale, axis in ((panel.set_xscale, panel.xaxis), (panel.set_yscale, panel.yaxis)):
+        scale("log", base=2)
+        axis.set_major_formatter("{x:g}")
+    panel.grid(color=plots.GRID, linewidth=0.6)
+
+
 def draw(rows: Rows, path: Path, made_of: str = "") -> None:
     axes = list(dict.fromkeys(str(row["scale"]) for row in rows if row.get("scale")))
+    values = [value for value in VALUES if any(lines_of(rows, axis, *value[:2]) for axis in axes)]
     colours, drawn = colours_of(rows), {}
+    width = max(4.2, 2.7 * len(axes))
     with plots.drawing(path.stem) as pyplot:
-        size = (max(3.6, 2.6 * len(axes)), 5.2)
         figure, panels = pyplot.subplots(
-            len(VALUES), len(axes), figsize=size, layout="constrained", squeeze=False
+            len(values),
+            len(axes),
+            figsize=(width, 1.2 + 2.1 * len(values)),
+            layout="constrained",
+            squeeze=False,
         )
-        for place, axis in enumerate(axes):
-            for panel, (column, factor, unit) in zip(panels[:, place], VALUES, strict=True):
-                for name, points in lines_of(rows, axis, column, factor).items():
-                    style = "--" if colours[name] == plots.FLOOR else "-"
-                    (drawn[name],) = panel.plot(
-                        *zip(*points, strict=True), style, marker="o", ms=3, color=colours[name]
-                    )
-                panel.set_xscale("log", base=2)
-                panel.set_yscale("log", base=2)
-                panel.xaxis.set_major_formatter("{x:g}")
-                panel.yaxis.set_major_formatter("{x:g}")
-                panel.grid(color=plots.GRID, linewidth=0.6)
-                panel.set_xlabel(LABELS[axis])
-                if not place:
-                    panel.set_ylabel(
-                        f"{'time of a call' if unit == 'ms' else 'peak memory'}, {unit}"
-                    )
-        figure.legend(
-            drawn.values(), drawn, loc="outside upper center", ncols=3, frameon=False, fontsize=8
-        )
+        for line, (column, factor, label) in zip(panels, values, strict=True):
+            line[0].set_ylabel(label)
+            for panel, axis in zip(line, axes, strict=True):
+                fill(panel, lines_of(rows, axis, column, factor), colours, drawn)
+        for panel, axis in zip(panels[-1], axes, strict=True):
+            panel.set_xlabel(LABELS[axis])
+        legend = {"loc": "outside upper center", "ncols": len(axes) + 1, "frameon": False}
+        figure.legend(drawn.values(), drawn, fontsize=8, **legend)
         if note := left_out(rows):
-            figure.supxlabel(f"left out: {note}", fontsize=7)
+            figure.supxlabel(textwrap.fill(note, round(18 * width)), fontsize=7)
         plots.save(figure, path, made_of)
         pyplot.close(figure)

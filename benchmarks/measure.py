@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def measure_case(case: harness.Case, wanted: argparse.Namespace) -> list[list[di
     """Check, time, then weigh one case: its rows, table by table."""
     problem = case.make()
     entrants = entrants_of(problem, wanted.contenders)
+    problem = replace(problem, contenders=entrants)  # nobody else is named either
     truth = agreement.truth_of(problem)
     attempted = [one for one in entrants if not one.skip]
     agreements = {one.name: agreement.check(one, truth, problem) for one in attempted}

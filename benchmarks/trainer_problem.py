@@ -3,8 +3,9 @@
 its logits, and logit_free(model).
 
 A call is ``Trainer.train()`` for one step, in which AdamW makes its state, and ``STEPS`` more, of
-which the time is that of one. Weights are put back before each call. Checked are the loss of the first step and the norm of every
-parameter's gradient; the gradients themselves are those of the case "step".
+which the time is that of one. Weights are put back before each call. Checked are the loss of the
+first step and the norm of every parameter's gradient; the gradients themselves are those of the
+case "step" (logit_free.py).
 """
 
 from __future__ import annotations

@@ -68,8 +68,6 @@ def check(wanted: argparse.Namespace) -> None:
         refuse(f"--ignored must be at least 0 and below 1, got {wanted.ignored}")
     if wanted.plot and not wanted.scale:
         refuse("--plot must come with --scale")
-    if wanted.quick and own_values(wanted):
-        refuse("--quick has shapes of its own: leave it or the shape away")
     if wanted.scale and len(wanted.workload or ()) > 1:
         refuse(f"--scale must have one workload, got {' '.join(wanted.workload)}")
     known = {"ours", *PLAIN, *LIBRARIES, *rivals.LIBRARIES}
@@ -110,7 +108,7 @@ def chosen(wanted: argparse.Namespace) -> list[Workload]:
     if not every:
         every = [own_workload(values) if values else sweep.BASE_WORKLOAD]
     found = [with_flags(one, wanted) for one in every]
-    if wanted.quick:
+    if wanted.quick and not values:
         return [workloads.quick_form(one) for one in found]
     if "rows" in values:
         return found
