@@ -187,7 +187,7 @@ def test_one_benchmark_alone_and_its_verdicts(clock, tmp_path, capsys, monkeypat
     """On a GPU memory is asked of the allocator, in this process."""
     monkeypatch.setattr(command, "cases_of", lambda name, device, quick: quick_cases(name)[:1])
     monkeypatch.setattr(measure.memory, "peak_of", lambda one, device: 3 << 30)
-    monkeypatch.setattr(command, "prepare", lambda wanted: None)
+    monkeypatch.setattr(measure, "prepare", lambda wanted: None)
     monkeypatch.setattr(
         measure.machine, "environment", lambda *about: {"device": "cuda", "capability": "sm_0"}
     )
