@@ -42,13 +42,15 @@ def index_tensors(block_mask: BlockMask) -> tuple[Tensor, ...]:
     return tuple(getattr(block_mask, name) for name in LISTS)
 
 
-def user_mask_mod(keep_k: Tensor, length: int, mode: str) -> Callable:
+def user_mask_mod(
+    keep_k: Tensor, length: int, mode: str, patches: int = PATCHES, registers: int = REGISTERS
+) -> Callable:
     """The rule by sample id and position. Dropped tokens and padding have id -1 and the tables are
     int32: the compiler makes vector code of these, of tables of bool code 5 times as slow."""
     token = torch.arange(length, dtype=torch.int32, device=keep_k.device)
-    sample, position = token // SAMPLE, token % SAMPLE
+    sample, position = token // (patches + registers), token % (patches + registers)
     last = len(keep_k) - 1
-    kept = position < PATCHES + keep_k[sample.clamp(max=last)]
+    kept = position < patches + keep_k[sample.clamp(max=last)]
     ids = torch.where((sample <= last) & kept, sample, -1)
 
     def full(b, h, q, kv):
@@ -58,15 +60,22 @@ def user_mask_mod(keep_k: Tensor, length: int, mode: str) -> Callable:
         return full(b, h, q, kv) & (q >= kv)
 
     def causal_last(b, h, q, kv):
-        return full(b, h, q, kv) & ((position[kv] < PATCHES) | (q >= kv))
+        return full(b, h, q, kv) & ((position[kv] < patches) | (q >= kv))
 
     return {"full": full, "causal": causal, "causal_last": causal_last}[mode]
 
 
-def problem_of(length: int, mode: str, with_compiled: bool, device: str) -> Problem:
-    samples = length // SAMPLE
-    lengths = [[PATCHES, REGISTERS]] * samples
-    keep_k = mle.sample_keep_k(REGISTERS, samples, generator=torch.Generator().manual_seed(SEED))
+def problem_of(
+    length: int,
+    mode: str,
+    with_compiled: bool,
+    device: str,
+    patches: int = PATCHES,
+    registers: int = REGISTERS,
+) -> Problem:
+    samples = length // (patches + registers)
+    lengths = [[patches, registers]] * samples
+    keep_k = mle.sample_keep_k(registers, samples, generator=torch.Generator().manual_seed(SEED))
     keep_k = keep_k.to(device)
 
     def ours(keep_k: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +85,7 @@ def problem_of(length: int, mode: str, with_compiled: bool, device: str) -> Prob
 
     def from_mask_mod(create: Callable) -> Callable:
         def call(keep_k: Tensor) -> tuple[Tensor, ...]:
-            mask_mod = user_mask_mod(keep_k, length, mode)
+            mask_mod = user_mask_mod(keep_k, length, mode, patches, registers)
             return index_tensors(create(mask_mod, None, None, length, length, device=device))
 
         return call

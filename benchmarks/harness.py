@@ -54,6 +54,9 @@ class Contender:
     skip: str = ""  # why it is not even attempted; the tables say so
     bytes_moved: int = 0  # of a floor, where it differs from the problem's
     slack: float = 0.0  # of others' kernels: what loss and gradient may be off by more
+    version: str = ""  # of the package that it comes from
+    steps: int = 1  # that a call takes: its time is that of one
+    began: Callable[[], object] | None = None  # the mark of a clock, set inside the call
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class Problem:
     # one of it; in the gradient of a further input the largest element is the unit.
     gradient_unit: float = 0.0
     left_bytes: int = 0  # of what every contender leaves behind: no part of its peak memory
+    # On the inputs as they are: what the reference would give of float64 copies, results and
+    # gradients, where such copies would be too large.
+    truth: Callable[..., tuple] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Case:
     rounds: int | None = None  # None: as many as the command's default
     weigh: bool = True
     level: str = ""  # instruction-set level to be measured at; empty: that of the process
+    made_of: str = ""  # by which another process makes it, where its name does not say it all
 
     def tables(self) -> Sequence[View]:
         return self.views or (View(self.name, self.summary, targets=self.targets),)
@@ -200,6 +207,8 @@ def timed_call(contender: Contender, clock: HostClock | CudaClock, index: int) -
     begin = clock.mark()
     returned = contender.call(*inputs)
     middle = clock.mark()
+    if contender.began is not None:
+        begin = contender.began()
     loss = returned[0] if isinstance(returned, tuple) else returned
     if loss.requires_grad:
         loss.backward()
@@ -220,7 +229,8 @@ def sample(contender: Contender, clock: HostClock | CudaClock, calls: int) -> tu
     clock.finish()
     total = sum(clock.elapsed_us(begin, end) for begin, _, end in marks)
     forward = sum(clock.elapsed_us(begin, middle) for begin, middle, _ in marks)
-    return total / calls, forward / calls
+    steps = calls * contender.steps
+    return total / steps, forward / steps
 
 
 def calls_needed(call_us: float, most: int = MAX_CALLS) -> int:

@@ -165,6 +165,10 @@ def products_floor(hidden: Tensor, weight: Tensor, forward: int, backward: int) 
 # --- problems ------------------------------------------------------------------------------------
 
 
+def slack_of(dtype: torch.dtype) -> float:
+    return 0.0 if dtype == torch.float32 else HALF_SLACK
+
+
 def made_problem(
     data: tuple,
     calls: Mapping[str, Callable],
@@ -174,7 +178,7 @@ def made_problem(
     unit: float,
 ) -> Problem:
     hidden, weight = data[:2]
-    slack = 0.0 if hidden.dtype == torch.float32 else HALF_SLACK
+    slack = slack_of(hidden.dtype)
     contenders = [Contender(name, call, [data], slack=slack) for name, call in calls.items()]
     return Problem(
         [*contenders, *rivals],
@@ -199,7 +203,7 @@ def mean_problem(
     """Forward and backward of the mean over the rows that count."""
     data = hidden, weight, target = layer_data(shape, dtype, ignored, device)
     counted = int((target != IGNORED).sum())
-    others = linear_rivals.contenders(rivals, linear_rivals.MEANS, [data], HALF_SLACK)
+    others = linear_rivals.contenders(rivals, linear_rivals.MEANS, [data], slack_of(dtype))
     floor = products_floor(hidden, weight, counted, counted)
     # A number of the hidden state's gradient is about one of the head over the count.
     unit = SPREAD / math.sqrt(shape[1]) / counted
@@ -233,7 +237,7 @@ def statistics_problem(
     layer = hidden, weight, _ = layer_data(shape, dtype, 0.0, device)
     rows = shape[0]
     data = (*layer, *upstream_data(rows, without, device))
-    others = linear_rivals.contenders(rivals, linear_rivals.STATISTICS, [data], HALF_SLACK)
+    others = linear_rivals.contenders(rivals, linear_rivals.STATISTICS, [data], slack_of(dtype))
     floor = products_floor(hidden, weight, rows, rows - round(without * rows))
     unit = SPREAD / math.sqrt(shape[1])
     return made_problem(data, calls, others, true_statistics, floor, unit)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cross_entropy_problems import IGNORED
 from .harness import Contender
-from .rivals import loaded
+from .rivals import Library, loaded, version_of
 
 TRL_CLASSES = 32768  # of a tile, TRL's own choice
 TORCH, CCE, CCE_COMPILED = "torch chunked", "cut-cross-entropy", "cut-cross-entropy compiled"
@@ -83,25 +83,30 @@ def quack() -> Callable:
     return chunked_linear_cross_entropy
 
 
-TRL_NEEDS = ("trl", "accelerate", "datasets")
-# What has to be installed, and what makes the function.
-MEANS: Mapping[str, tuple[Sequence[str], Callable[[], Callable]]] = {
-    TORCH: ((), torch_chunked),
-    CCE: (("cut_cross_entropy", "triton"), lambda: cut("cce")),
-    CCE_COMPILED: (("cut_cross_entropy", "triton"), lambda: cut("torch_compile")),
-    TRL: (TRL_NEEDS, trl_mean),
-    LIGER: (("liger_kernel",), liger),
-    QUACK: (("quack",), quack),
+NEEDS_CCE, NEEDS_TRL = ("cut_cross_entropy", "triton"), ("trl", "accelerate", "datasets")
+CCE_PACKAGE = "cut-cross-entropy"
+MEANS: Mapping[str, Library] = {
+    TORCH: Library((), torch_chunked),
+    CCE: Library(NEEDS_CCE, lambda: cut("cce"), CCE_PACKAGE, on_gpus_alone=True),
+    CCE_COMPILED: Library(NEEDS_CCE, lambda: cut("torch_compile"), CCE_PACKAGE),
+    TRL: Library(NEEDS_TRL, trl_mean, "trl"),
+    LIGER: Library(("liger_kernel",), liger, "liger-kernel", on_gpus_alone=True),
+    QUACK: Library(("quack",), quack, "quack-kernels", on_gpus_alone=True),
 }
-STATISTICS = {TRL: (TRL_NEEDS, trl_statistics)}
+STATISTICS = {TRL: Library(NEEDS_TRL, trl_statistics, "trl")}
 
 
 def contenders(
-    names: Sequence[str], libraries: Mapping, inputs: Sequence[tuple], slack: float
+    names: Sequence[str], libraries: Mapping[str, Library], inputs: Sequence[tuple], slack: float
 ) -> list[Contender]:
     """Those of ``names``; what is not installed, or cannot be imported, is not attempted."""
     found = []
     for name in names:
-        call, skip = loaded(*libraries[name])
-        found.append(Contender(name, call, inputs if call else [], skip=skip, slack=slack))
+        call, skip = loaded(libraries[name], inputs[0][0].device)
+        more = {
+            "skip": skip,
+            "slack": slack,
+            "version": "" if skip else version_of(libraries[name]),
+        }
+        found.append(Contender(name, call, inputs if call else [], **more))
     return found

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A training step of a small language model of transformers with a large vocabulary, no optimizer.
+"""A training step of a small language model of transformers with a large vocabulary.
+
+step: forward and backward alone; trainer: by the real Trainer, with AdamW (trainer_problem.py).
 
 ours            logit_free(model): its loss from the hidden states.
 own loss        the model as it is.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -111,14 +114,28 @@ def step_problem(
     )
 
 
+def case_of(view: View, problem: Callable[..., Problem], sizes: tuple, device: str) -> Case:
+    lengths, vocabulary, width, _ = sizes
+    return Case(
+        view.name,
+        view.summary,
+        (len(lengths), max(lengths), width, vocabulary),
+        torch.float32,
+        functools.partial(problem, *sizes, device),
+        views=(view,),
+        rounds=5,  # seconds for a step
+    )
+
+
 def cases(device: str = "cpu", quick: bool = False) -> list[Case]:
     """The aims are promises for a CPU with two threads."""
     if find_spec("transformers") is None:
         raise SystemExit("logit_free needs transformers: pip install '.[hf]'")
+    from .trainer_problem import trainer_problem
+
     promised = torch.device(device).type == "cpu" and not quick
     sizes = (QUICK_LENGTHS, 1000, 64, 2) if quick else (LENGTHS, 151936, 512, 4)
-    lengths, vocabulary, width, _ = sizes
-    view = View(
+    step = View(
         "step",
         "forward and backward, 40 % padded",
         targets={"own loss": 1.55} if promised else {},
@@ -126,14 +143,8 @@ def cases(device: str = "cpu", quick: bool = False) -> list[Case]:
         peak_shares={"own loss": 0.6} if promised else {},
         peak_above=TRUNK,
     )
+    trained = View("trainer", "a step of Trainer.train() with AdamW, 40 % padded")
     return [
-        Case(
-            view.name,
-            view.summary,
-            (len(lengths), max(lengths), width, vocabulary),
-            torch.float32,
-            functools.partial(step_problem, *sizes, device),
-            views=(view,),
-            rounds=5,  # seconds for a step
-        )
+        case_of(step, step_problem, sizes, device),
+        case_of(trained, trainer_problem, sizes, device),
     ]

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +32,32 @@ def processor_name() -> str:
     return named.group(1) if named else platform.processor() or platform.machine()
 
 
+@functools.cache
+def commit() -> str:
+    """Of the repository that this is run in, marked where code differs from it; empty: none."""
+    folder = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        name = git("rev-parse", "--short", "HEAD")
+        # Figures and pages are what a run writes, no part of what it measured.
+        written = (":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    except OSError:  # no git here
+        return ""
+    return f"{name}-changed" if name and changed else name
+
+
+def memory_bytes(device: str) -> int:
+    """All that this machine, or its GPU, has."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def environment(device: str, threads: int) -> dict[str, object]:
     """What the figures depend on besides the code; the same in every row of a run."""
     import masked_loss_ext  # here: tables are made from a CSV without it
@@ -48,6 +76,7 @@ def environment(device: str, threads: int) -> dict[str, object]:
         "torch": torch.__version__,
         "masked_loss_ext": masked_loss_ext.__version__,
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
     }
 
 

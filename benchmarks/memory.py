@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import os
 import re
@@ -74,13 +75,14 @@ def peak_of(contender: Contender, device: str) -> int:
 
 
 def measure_apart(
-    benchmark: str, case: str, contender: str, device: str, threads: int
+    benchmark: str, case: str, contender: str, device: str, threads: int, made_of: str = ""
 ) -> tuple[int | None, str]:
-    """(bytes, "") or (None, why not), measured in a fresh process."""
+    """(bytes, "") or (None, why not), measured in a fresh process, which finds the case by its name
+    or makes it of ``made_of`` (harness.Case)."""
     if torch.device(device).type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
         return None, "this system does not let a process reset its memory high-water mark"
     command = [sys.executable, "-m", __name__, benchmark, case, contender]
-    command += ["--device", device, "--threads", str(threads)]
+    command += ["--device", device, "--threads", str(threads), "--made-of", made_of]
     block = str(1 << 16)
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": block, "MALLOC_TRIM_THRESHOLD_": block}
     try:
@@ -106,10 +108,16 @@ def main() -> None:
     parser.add_argument("contender")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--made-of", default="")
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
-    every = cases_of(wanted.benchmark, wanted.device)
-    case = next(case for case in every if case.name == wanted.case)
+    if wanted.made_of:
+        case = importlib.import_module("benchmarks.workloads").made_again(
+            wanted.made_of, wanted.device
+        )
+    else:
+        every = cases_of(wanted.benchmark, wanted.device)
+        case = next(case for case in every if case.name == wanted.case)
     problem = case.make()
     every = [*problem.contenders, *problem.beside]
     contender = next(one for one in every if one.name == wanted.contender)

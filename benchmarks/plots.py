@@ -9,10 +9,13 @@ black.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from .report import read_csv
 from .tables import COMMAND, RESULTS, ROOT, by_case
@@ -22,7 +25,8 @@ TEXT, GRID, OURS = "#757a80", "#8a8f9650", "#3d7ec7"
 COLOURS = ("#d1603d", "#2f9e6e", "#9467bd", "#b8860b", "#c2548e", "#4aa3a3", "#8c6d5a", "#9aa83a")
 FLOOR = "#8a8f96"
 MIB = 2**20
-# Name of a plot -> its file in benchmarks/results; "time" or "memory" is what it shows.
+# Name of a plot -> its file in benchmarks/results; "time", "memory" or "scale" (curves.py) is what
+# it shows.
 PLOTS = {
     "time_cross_entropy": "cross_entropy_cpu.csv",
     "time_linear_cross_entropy": "linear_cross_entropy_cpu.csv",
@@ -31,6 +35,9 @@ PLOTS = {
     "time_block_mask": "block_mask_cpu.csv",
     "time_unified": "unified_cpu.csv",
     "time_gpu": "nvidia_h200/figures.csv",
+    "time_workloads": "workloads_cpu.csv",
+    "memory_workloads": "workloads_cpu.csv",
+    "scale_linear_cross_entropy": "scale_cpu.csv",
 }
 Rows = Sequence[Mapping[str, str]]
 Points = dict[str, list[tuple[str, float]]]  # of each contender: case and value
@@ -69,19 +76,37 @@ KINDS = {
 }
 
 
-def draw(name: str, source: Path, path: Path) -> None:
+@contextmanager
+def drawing(name: str) -> Iterator[Any]:
+    """pyplot, in the style of all plots."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT)
+    with matplotlib.rc_context(style | {"axes.edgecolor": GRID, "font.size": 9}):
+        yield pyplot
+
+
+def save(figure: Any, path: Path, made_of: str) -> None:
+    data = {"Date": None, "Creator": None, "Description": made_of or None}
+    figure.savefig(path, format="svg", transparent=True, metadata=data)
+    lines = path.read_text().splitlines()  # without the spaces that matplotlib leaves at ends
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def draw(name: str, source: Path, path: Path) -> None:
+    made_of = f"drawn from {source.name}, sha256 {digest(source)}"
+    if name.startswith("scale"):
+        curves = importlib.import_module("benchmarks.curves")  # which draws with what is here
+        return curves.draw(read_csv(source), path, made_of)
     points, label = KINDS[name.partition("_")[0]]
     found = points(read_csv(source))
     cases = list(dict.fromkeys(case for line in found.values() for case, _ in line))
     colours = cycle(COLOURS)
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT)
-    with matplotlib.rc_context(style | {"axes.edgecolor": GRID, "font.size": 9}):
+    with drawing(name) as pyplot:
         figure, axes = pyplot.subplots(figsize=(7.6, 1.3 + 0.2 * len(cases)), layout="constrained")
         for who, line in found.items():
             floor = who.startswith("floor: ")
@@ -97,15 +122,13 @@ def draw(name: str, source: Path, path: Path) -> None:
         axes.grid(axis="both", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-        made_of = f"drawn from {source.name}, sha256 {digest(source)}"
-        data = {"Date": None, "Creator": None, "Description": made_of}
-        figure.savefig(path, format="svg", transparent=True, metadata=data)
+        save(figure, path, made_of)
         pyplot.close(figure)
-    lines = path.read_text().splitlines()  # without the spaces that matplotlib leaves at ends
-    path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
 
 
 def stale(path: Path, source: Path) -> bool:
+    if not source.exists():  # nothing was measured yet, or what was is gone
+        return path.exists()
     found = re.search(r"sha256 (\w+)", path.read_text()) if path.exists() else None
     return found is None or found[1] != digest(source)
 

@@ -21,7 +21,7 @@ COLUMNS = (
     "gradient_bytes", "peak_extra_bytes", "peak_over_gradient", "peak_limit", "peak_limit_bytes",
     "peak_share", "peak_share_limit", "peak_met", "time_limit_us", "time_met",
     "other_cores", "device", "processor", "capability", "threads",
-    "torch", "masked_loss_ext", "date",
+    "torch", "masked_loss_ext", "date", "commit", "version", "scale", "at",
 )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ def case_rows(
             "shape": "x".join(map(str, case.shape)),
             "dtype": str(case.dtype).removeprefix("torch."),
             "role": role,
+            "version": one.version,
             "gradient_bytes": problem.gradient_bytes,
         }
         rows.append(row)

@@ -21,6 +21,7 @@ PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 COMMAND = "python -m benchmarks tables"
 RESULTS = ROOT / "benchmarks" / "results"
 NO_FIGURES = "No figures yet.\n"
+REPRINT = {"workloads": "python -m benchmarks --workload all"}  # others by their names
 Rows = Sequence[Mapping[str, str]]
 # Lines of the summary: words, file, case, and who stands in the columns of PyTorch.
 SUMMARY = (
@@ -115,13 +116,14 @@ def rounds_text(rows: Rows) -> str:
 
 def markdown_table(rows: Rows, command: str = "") -> str:
     first = rows[0]
+    name = first["benchmark"]
+    command = command or REPRINT.get(name, f"python -m benchmarks {name}")
     lines = [case_cells(group) for group in by_case(rows).values()]
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
     table = documents.markdown([heads, *([line[head] for head in heads] for line in lines)])
     return (
         f"{table}\nMedian of {rounds_text(rows)} rounds on {machine_text(first)}, "
-        f"{first['date']}. Reprint with "
-        f"`{command or 'python -m benchmarks ' + first['benchmark']}`.\n"
+        f"{first['date']}. Reprint with `{command}`.\n"
     )
 
 

@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     contenders,
     harness,
     machine,
+    measure,
     memory,
     report,
     squared_error,
@@ -101,7 +102,7 @@ def test_a_contender_with_a_wrong_result_is_refused_and_not_timed(wrong):
     rival, reason = WRONG[wrong]
     case = harness.Case("toy", "3 numbers", (3,), torch.float32, lambda: problem_with(rival))
     wanted = command.parser().parse_args(["squared_error", "--quick"])
-    (table,) = command.measure_case(case, wanted)
+    (table,) = measure.measure_case(case, wanted)
     rows = {row["contender"]: row for row in table}
     assert rows["rival"]["status"].startswith(f"refused: {reason}")
     assert "median_us" not in rows["rival"]
@@ -214,7 +215,7 @@ def test_quick_run_writes_sane_columns(quick_rows):
         assert tuple(row) == report.COLUMNS
         assert 0 < float(row["min_us"]) <= float(row["median_us"])
         assert 0 < float(row["forward_median_us"]) <= 2 * float(row["median_us"])
-        assert row["rounds"] == str(command.QUICK_ROUNDS) and int(row["calls_per_sample"]) >= 1
+        assert row["rounds"] == str(measure.QUICK_ROUNDS) and int(row["calls_per_sample"]) >= 1
         assert row["threads"] == "2" and row["torch"] == torch.__version__
         assert row["processor"] and row["capability"] and row["date"]
         if row["contender"] not in ("ours", "copy", "fresh fill"):

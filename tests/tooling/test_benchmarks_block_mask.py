@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import agreement, block_mask, compaction, harness, report, tables  # noqa: E402
+from benchmarks import agreement, block_mask, compaction, harness, measure, report, tables  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_the_tables_tell_times_sizes_and_their_aims(limit, met, tmp_path):
     rows = report.case_rows("toy", case, view, problem, agreed, timed, peaks)
     assert rows[0].get("time_met") == met
     assert rows[0].get("peak_met") == (None if limit is None else "no")
-    assert not command.is_refused(rows[1]) and "median_us" not in rows[1]
+    assert not measure.is_refused(rows[1]) and "median_us" not in rows[1]
     table = report.case_table(rows)
     assert "3.0 MiB" in table and "huge not attempted: too large" in table
     setting = {"processor": "abacus", "capability": "beads", "threads": 2, "torch": "2.x"}

@@ -17,6 +17,7 @@ from benchmarks import (
     contenders,
     cuda_cases,
     harness,
+    measure,
     report,
     rivals,
     tables,
@@ -185,10 +186,10 @@ def test_a_run_from_its_samples_to_its_verdicts(clock, not_compiled, tmp_path, c
 def test_one_benchmark_alone_and_its_verdicts(clock, tmp_path, capsys, monkeypatch):
     """On a GPU memory is asked of the allocator, in this process."""
     monkeypatch.setattr(command, "cases_of", lambda name, device, quick: quick_cases(name)[:1])
-    monkeypatch.setattr(command.memory, "peak_of", lambda one, device: 3 << 30)
-    monkeypatch.setattr(command, "prepare", lambda wanted: None)
+    monkeypatch.setattr(measure.memory, "peak_of", lambda one, device: 3 << 30)
+    monkeypatch.setattr(measure, "prepare", lambda wanted: None)
     monkeypatch.setattr(
-        command.machine, "environment", lambda *about: {"device": "cuda", "capability": "sm_0"}
+        measure.machine, "environment", lambda *about: {"device": "cuda", "capability": "sm_0"}
     )
     path = tmp_path / "figures.csv"
     line = ["gpu", "--device", "cuda", "--rounds", "1", "--csv", str(path)]
@@ -224,12 +225,15 @@ def test_an_installed_rival_has_logits_of_its_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "apes", types.ModuleType("apes"))
     sys.modules["apes"].__spec__ = types.SimpleNamespace(name="apes")
     logits, target = torch.randn(4, 9), torch.tensor([1, 2, -100, 8])
-    libraries = {"apes": (("apes",), lambda: overwriting), "bees": (("no_bees_here",), None)}
+    libraries = {
+        "apes": rivals.Library(("apes",), lambda: overwriting),
+        "bees": rivals.Library(("no_bees_here",), None),
+    }
 
     def broken():
         raise ImportError("no kernels for this GPU\nat all")
 
-    libraries["wasps"] = (("apes",), broken)
+    libraries["wasps"] = rivals.Library(("apes",), broken)
     apes, bees, wasps = rivals.contenders(logits, target, libraries)
     assert bees.skip == "no_bees_here is not installed"
     assert wasps.skip == "ImportError: no kernels for this GPU"

@@ -20,7 +20,9 @@ from benchmarks import (  # noqa: E402
     harness,
     linear_cross_entropy,
     linear_rivals,
+    measure,
     report,
+    rivals,
     tables,
 )
 from benchmarks import linear_problems as problems  # noqa: E402
@@ -126,9 +128,9 @@ def test_peaks_are_beyond_the_gradients(monkeypatch):
     made = MADE["train_fp32"]()
     assert made.left_bytes == (10 * 8 + 300 * 8) * 4
     case = harness.Case("some", "all", SHAPE, FP32, lambda: made)
-    monkeypatch.setattr(command.memory, "measure_apart", lambda *about: (50_000, ""))
+    monkeypatch.setattr(measure.memory, "measure_apart", lambda *about: (50_000, ""))
     wanted = command.parser().parse_args(["linear_cross_entropy"])
-    peaks = command.peaks_of(case, made, made.contenders[:1], wanted)
+    peaks = measure.peaks_of(case, made, made.contenders[:1], wanted)
     assert peaks == {"ours": 50_000 - made.left_bytes}
 
 
@@ -139,10 +141,16 @@ def test_a_rival_that_is_not_there_is_left_out_by_name():
     def broken():
         raise ImportError("PyTorch 0.1 has none\nat all")
 
-    libraries = {"bees": (("no_bees_here",), None), "wasps": ((), broken)}
-    bees, wasps = linear_rivals.contenders(("bees", "wasps"), libraries, [()], 0.0)
+    libraries = {
+        "bees": rivals.Library(("no_bees_here",), None),
+        "wasps": rivals.Library((), broken),
+        "ants": rivals.Library((), lambda: problems.eager, on_gpus_alone=True),
+    }
+    data = [problems.layer_data(SHAPE, FP32, 0.0)]
+    bees, wasps, ants = linear_rivals.contenders(tuple(libraries), libraries, data, 0.0)
     assert bees.skip == "no_bees_here is not installed" and not bees.inputs
     assert wasps.skip == "ImportError: PyTorch 0.1 has none"
+    assert ants.skip == "its kernels run on a GPU alone" and not ants.inputs
 
 
 def test_pytorchs_own_chunked_form_agrees_where_there_is_one():
