@@ -28,6 +28,7 @@ MIB = 2**20
 # Name of a plot -> its file in benchmarks/results; "time", "memory" or "scale" (curves.py) is what
 # it shows.
 PLOTS = {
+    "front": "linear_cross_entropy_cpu.csv",
     "time_cross_entropy": "cross_entropy_cpu.csv",
     "time_linear_cross_entropy": "linear_cross_entropy_cpu.csv",
     "memory_linear_cross_entropy": "linear_cross_entropy_cpu.csv",
@@ -99,9 +100,9 @@ def save(figure: Any, path: Path, made_of: str) -> None:
 
 def draw(name: str, source: Path, path: Path) -> None:
     made_of = f"drawn from {source.name}, sha256 {digest(source)}"
-    if name.startswith("scale"):
-        curves = importlib.import_module("benchmarks.curves")  # which draws with what is here
-        return curves.draw(read_csv(source), path, made_of)
+    drawer = {"scale": "benchmarks.curves", "front": "benchmarks.front"}.get(name.partition("_")[0])
+    if drawer:  # which draws with what is here
+        return importlib.import_module(drawer).draw(read_csv(source), path, made_of)
     points, label = KINDS[name.partition("_")[0]]
     found = points(read_csv(source))
     cases = list(dict.fromkeys(case for line in found.values() for case, _ in line))

@@ -123,15 +123,6 @@ def test_every_function_of_reference_has_a_docstring():
         assert inspect.getdoc(getattr(mle.reference, name)), name
 
 
-def test_readme_names_everything_public():
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("README.md is not part of this checkout")
-    text = readme.read_text()
-    missing = [name for name in (*NAMES, "RowStatistics") if f"`{name}`" not in text]
-    assert not missing
-
-
 # --- usage as documented for each loss: positional order, defaults, keywords ---------------------
 
 
