@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The loss of a transformers model itself, made by the operators: whoever calls the model has it."""
+"""The loss of a transformers model itself by the operators: whoever calls the model has it."""
 
 import functools
 from typing import Any, TypeVar

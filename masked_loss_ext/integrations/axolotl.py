@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A plugin of axolotl: the loss of this package, chosen in the YAML file of a run.
 
-    plugins:
-      - masked_loss_ext.integrations.axolotl.MaskedLossPlugin
-    masked_loss: logit_free         # or logits
-    masked_loss_options:
-      z_loss: 0.0001
+plugins:
+  - masked_loss_ext.integrations.axolotl.MaskedLossPlugin
+masked_loss: logit_free         # or logits
+masked_loss_options:
+  z_loss: 0.0001
 """
 
 from typing import Any, Literal
@@ -24,7 +24,7 @@ _WAYS = {"logit_free": logit_free, "logits": use_causal_lm_loss}
 # Settings of axolotl that replace the loss or the forward that this would replace.
 _OTHERS = (
     "cut_cross_entropy", "chunked_cross_entropy", "liger_cross_entropy",
-    "liger_fused_linear_cross_entropy", "unsloth_cross_entropy_loss", "use_eaft",
+    "liger_fused_linear_cross_entropy", "use_eaft",
     "orpo_alpha", "rl",
 )  # fmt: skip
 __all__ = ["MaskedLossArgs", "MaskedLossPlugin"]

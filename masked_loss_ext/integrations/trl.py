@@ -85,7 +85,10 @@ def use_masked_head(
 
 def _check(model):
     own = getattr(model.__dict__.get("forward"), "__func__", None)
-    if own is None or "fused_lm_head" not in inspect.signature(own, follow_wrapped=False).parameters:
+    if (
+        own is None
+        or "fused_lm_head" not in inspect.signature(own, follow_wrapped=False).parameters
+    ):
         got = f"{type(model).__name__} without one"
         raise refusal(_NAME, "the trainer's model", "have TRL's fused head", got, TypeError)
     if getattr(model.config.get_text_config(), "output_router_logits", False):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A policy loss of verl, by the name "masked_loss_ext" in its registry once this is imported:
 
-    actor_rollout_ref:
-      model:
-        external_lib: masked_loss_ext.integrations.verl
-      actor:
-        policy_loss:
-          loss_mode: masked_loss_ext
+actor_rollout_ref:
+  model:
+    external_lib: masked_loss_ext.integrations.verl
+  actor:
+    policy_loss:
+      loss_mode: masked_loss_ext
 """
 
 from typing import Any
@@ -52,8 +52,9 @@ def policy_loss(
         \quad \text{not above } -c\,w_t A_t \text{ where } A_t < 0
 
     and one number as ``loss_agg_mode`` says, over the tokens and sequences of the global batch. It
-    is verl's "vanilla" loss, but NaN or inf beside the mask (of a model whose logits at padding
-    overflow) stays there: verl's own has NaN gradients then. Equivalent::
+    is verl's "vanilla" loss, but NaN beside the mask (of a model whose logits at padding overflow)
+    stays there in every mode: verl's own (0.9) is NaN then where it takes means or sums of
+    sequences. Equivalent::
 
         aggregate_tokens(per_token, response_mask, "mean", normalizer=tokens of the batch)
 
@@ -65,7 +66,7 @@ def policy_loss(
     if config is None:
         raise refusal(_NAME, "config", "be that of verl's actor", "None")
     on = response_mask != 0
-    # Before anything is computed of them: NaN times 0 is NaN in every backward.
+    # Before anything is computed of them: NaN times 0 is NaN.
     ratio_log = torch.where(on, log_prob - old_log_prob, 0).clamp(-20.0, 20.0)
     gain = torch.where(on, advantages, 0)
     ratio = ratio_log.exp()
@@ -79,9 +80,7 @@ def policy_loss(
         metrics = {
             "actor/pg_clipfrac": aggregate_tokens((clipped > plain).float(), on),
             "actor/ppo_kl": aggregate_tokens(-ratio_log, on),
-            "actor/pg_clipfrac_lower": aggregate_tokens(
-                ((worst > bound) & (gain < 0)).float(), on
-            ),
+            "actor/pg_clipfrac_lower": aggregate_tokens(((worst > bound) & (gain < 0)).float(), on),
         }
     return loss, {name: value.item() for name, value in metrics.items()}
 

@@ -108,7 +108,9 @@ def test_copies_and_undoing():
 def test_refusals():
     with pytest.raises(TypeError, match="model must be a PreTrainedModel, not wrapped, got Linear"):
         use_causal_lm_loss(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="loss_function of BertForMaskedLM must be ForCausalLMLoss"):
+    with pytest.raises(
+        ValueError, match="loss_function of BertForMaskedLM must be ForCausalLMLoss"
+    ):
         use_causal_lm_loss(make_model("bert"))
     with pytest.raises(TypeError, match="unexpected keyword argument z_los; did you mean z_loss"):
         use_causal_lm_loss(make_model("llama"), z_los=1e-4)
@@ -124,7 +126,9 @@ def test_the_kernel_mapping_of_transformers_reaches_no_loss():
     kernel_config = pytest.importorskip("transformers.utils.kernel_config", reason="transformers 4")
     if not hasattr(kernel_config.KernelConfig, "sanitize_kernel_mapping"):
         pytest.skip("this release of transformers has no KernelConfig that checks its layers")
-    config = kernel_config.KernelConfig({"ForCausalLMLoss": "/a/folder:Layer"}, use_local_kernel=True)
+    config = kernel_config.KernelConfig(
+        {"ForCausalLMLoss": "/a/folder:Layer"}, use_local_kernel=True
+    )
     with pytest.raises(ValueError, match="Layer ForCausalLMLoss is not registered in the model"):
         config.sanitize_kernel_mapping(make_model("llama"))
     assert "cpu" not in kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES
