@@ -20,12 +20,13 @@ import torch
 
 from .._checks import check_length, is_dtensor, refusal
 from ..ops.linear_cross_entropy import linear_row_statistics
-from ._packages import known, needed
+from ._packages import known as _known
+from ._packages import needed
 
 _utils = needed("trl", "trl.trainer.utils", "trl")
-_Output = known("trl", _utils, "FusedCausalLMOutput")
+_Output = _known("trl", _utils, "FusedCausalLMOutput")
 _KINDS = ("SFTTrainer", "GRPOTrainer", "RLOOTrainer")  # DPO and KTO read means of logits as well
-_trainers = known("trl", needed("trl", "trl", "trl"), *_KINDS)
+_trainers = _known("trl", needed("trl", "trl", "trl"), *_KINDS)
 
 _NAME = "use_masked_head"
 Trainer = TypeVar("Trainer")
@@ -66,17 +67,18 @@ def use_masked_head(
     if not isinstance(trainer, tuple(_trainers)):
         rule = f"be one of {', '.join(_KINDS)}"
         raise refusal(_NAME, "trainer", rule, type(trainer).__name__, TypeError)
+    known: Any = trainer
     if chunk_rows is not None:
         check_length(_NAME, "chunk_rows", chunk_rows, least=1)
-    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
+    if getattr(known.args, "cast_lm_head_to_fp32", False):
         rule = "leave the head in the model's dtype; give logits_dtype=torch.float32 instead"
         raise refusal(_NAME, "trainer", rule, "cast_lm_head_to_fp32=True")
-    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    models = [known.model, getattr(known, "ref_model", None)]
     # Below PEFT, where TRL has put its own.
     models = [getattr(m, "get_base_model", lambda m=m: m)() for m in models if m is not None]
     for model in models:
         _check(model)
-    temperature = float(getattr(trainer, "temperature", 1.0))
+    temperature = float(getattr(known, "temperature", 1.0))
     for model in models:
         options = {"chunk_rows": chunk_rows, "logits_dtype": logits_dtype}
         _install(model, options | _edit(model, temperature))
@@ -84,11 +86,8 @@ def use_masked_head(
 
 
 def _check(model):
-    own = getattr(model.__dict__.get("forward"), "__func__", None)
-    if (
-        own is None
-        or "fused_lm_head" not in inspect.signature(own, follow_wrapped=False).parameters
-    ):
+    own = getattr(model.__dict__.get("forward"), "__func__", lambda: None)
+    if "fused_lm_head" not in inspect.signature(own, follow_wrapped=False).parameters:
         got = f"{type(model).__name__} without one"
         raise refusal(_NAME, "the trainer's model", "have TRL's fused head", got, TypeError)
     if getattr(model.config.get_text_config(), "output_router_logits", False):

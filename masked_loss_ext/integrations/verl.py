@@ -92,7 +92,7 @@ def _clip_range(config):
 
 
 def _aggregate(per_token, on, mode, batch, weights):
-    """Over what verl says of the global batch, times the ranks over which gradients are averaged."""
+    """Over what verl says of the global batch, times the ranks that gradients are averaged over."""
     if mode not in _REDUCTIONS:
         raise refusal(_NAME, "loss_agg_mode", f"be one of {', '.join(_REDUCTIONS)}", mode)
     ranks = batch.get("dp_size", 1)

@@ -15,7 +15,7 @@ def place(*packages):
     missing = [name for name in packages if find_spec(name) is None]
     if not missing:
         return
-    reason = f"{' and '.join(missing)} is not installed: make places"
+    reason = f"not installed: {', '.join(missing)}; make places"
     if os.environ.get("REQUIRE_PLACES") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)
