@@ -72,6 +72,10 @@ ranks: build
 test: build
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# By CXX for the C++ programs, in one word: g++ if nothing is said.
+examples: build
+	@$(PY) -m pytest -m examples tests/examples $(ARGS)
+
 # Packages that only these tests need, away from .venv and on top of it.
 PLACES := build/places
 TRIED := trl lightning axolotl torchtitan verl

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from example_runs import last_figures, run_example
 from places import place
 
 pytestmark = pytest.mark.slow
@@ -138,3 +139,9 @@ def test_refusals():
         fit(Module(automatic=False), make_rows(), 8, 1, [TokenMean(count)])
     with pytest.raises(ValueError, match="precision must be float32 or bfloat16: .* got 16-true"):
         fit(Module(), make_rows(), 4, 2, [TokenMean(count)], precision="16-true")
+
+
+def test_example():
+    text = run_example("lightning_module.py", "--quick")
+    exact, means, before = last_figures(text, "bits per byte, held out: ")
+    assert exact < before - 0.2 and exact != means
