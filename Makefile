@@ -11,12 +11,14 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test docs matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
+.PHONY: help setup build demo ranks examples test places docs matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
 
 help:
 	@echo "make demo       train on photographs and on texts; ARGS='--acts tokenizer' is one act    ~ 5 min"
 	@echo "make ranks      train on two processes, beside one; ARGS='--steps 20', RANKS=4          ~ 20 s"
 	@echo "make test       the whole test suite; ARGS='-k padding' picks some                      ~ 25 min"
+	@echo "make examples   each of examples/ in its quick form, and what it prints checked          ~ 1 min"
+	@echo "make places     TRL, Lightning, axolotl, torchtitan, verl: the tests beside each         ~ 4 min"
 	@echo "make bench      the losses against eager and compiled PyTorch; ARGS=cross_entropy one   ~ 26 min"
 	@echo "make docs       the site, in build/docs/html; ARGS=--check opens each page in Chromium    ~ 1 min"
 	@echo "make gpu        all that a machine with a GPU can tell; ARGS=--dry-run says what that is ~ 8 min"
@@ -69,6 +71,26 @@ ranks: build
 
 test: build
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# By CXX for the C++ programs, in one word: g++ if nothing is said.
+examples: build
+	@$(PY) -m pytest -m examples tests/examples $(ARGS)
+
+# Packages that only these tests need, away from .venv and on top of it.
+PLACES := build/places
+TRIED := trl lightning axolotl torchtitan verl
+$(PLACES)/packages: tests/integrations/requirements.txt $(VENV)/package
+	@echo "installing $(TRIED) (700 MB, a minute or two)"
+	@rm -rf $(PLACES) && $(PY) -m venv --without-pip $(PLACES)
+	@$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$(echo $(PLACES)/lib/python*/site-packages)/below.pth
+	@$(PY) -m pip --python $(PLACES)/bin/python install -qq --disable-pip-version-check --no-deps \
+	  --no-build-isolation -r $<
+	@touch $@
+
+places: build $(PLACES)/packages
+	@REQUIRE_PLACES=1 $(PLACES)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  $(TRIED:%=tests/integrations/test_%.py) $(ARGS)
 
 # In a copy of the tree; stopped and started again it goes on where it was.
 mutate: setup

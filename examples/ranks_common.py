@@ -20,13 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from acts.common.transformer import Block  # noqa: E402
+from acts.common.language_model import LanguageModel  # noqa: E402
 from acts.language.data import Batch, collate, functions, source_files  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import masked_loss_ext as mle  # noqa: E402
 
-BYTES, WIDTH, DEPTH = 256, 64, 2
 LEARNING_RATE = 3e-3
 ALLOWED = 1e-4  # relative: float32 sums in another order, carried through the steps
 
@@ -66,27 +65,6 @@ def start(device: str | None) -> World:
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=here if on_gpu else None)
     return World(dist.get_rank(), dist.get_world_size(), here)
-
-
-class LanguageModel(nn.Module):
-    """[B, S] bytes -> logits [B, S, 256] of the byte that follows."""
-
-    def __init__(self, longest: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(BYTES, WIDTH)
-        self.position = nn.Embedding(longest, WIDTH)
-        self.blocks = nn.ModuleList(Block(WIDTH, WIDTH // 32, causal=True) for _ in range(DEPTH))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, BYTES, bias=False)
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens))
 
 
 def make_model(wanted: argparse.Namespace, world: World) -> LanguageModel:

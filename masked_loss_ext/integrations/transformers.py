@@ -30,6 +30,7 @@ from ._columns import pass_columns
 
 try:
     from ._logit_free import logit_free, with_logits
+    from ._loss_function import use_causal_lm_loss
     from ._token_loss import TokenLossCallback
 except ModuleNotFoundError as error:
     if error.name != "transformers":
@@ -47,6 +48,7 @@ __all__ = [
     "causal_lm_loss",
     "logit_free",
     "pass_columns",
+    "use_causal_lm_loss",
     "with_logits",
 ]
 
