@@ -41,10 +41,14 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 class BuildLibrary(build_ext):
     """Hands the one extension to the project's own build."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.for_this_machine = self.inplace or self.editable_mode  # no wheel; run() resets inplace
+
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            tools = find_toolchain()
+            tools = find_toolchain(for_others=not self.for_this_machine)
             # A folder that outlives the command: only what changed is compiled the next time.
             kind = "cuda" if tools.cuda_home else "cpu"
             folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"

@@ -94,10 +94,11 @@ def _usable(library):
         return False
     only_cpu = torch.version.cuda and info["cuda"] == "none"
     if only_cpu and wants_cuda(torch.version.cuda) and cuda_home(TORCH_ROOT):
+        again = "pip install --no-build-isolation --no-deps --force-reinstall masked_loss_ext"
         say(
             "WARNING: the library has only CPU kernels, but PyTorch is built for CUDA "
             f"{torch.version.cuda} and nvcc is here; to use CUDA tensors build it again: "
-            "pip install --no-build-isolation --no-deps --force-reinstall masked_loss_ext"
+            + ("make build" if in_source_tree else again)
         )
     return True
 

@@ -133,6 +133,8 @@ class Ninja:
         kinds = "the CPU kernels"
         if self.tools.cuda_home:
             kinds += f" and the CUDA kernels ({', '.join(self.tools.architectures)})"
+        if self.tools.remark:
+            say(self.tools.remark)
         seconds, torch = _estimate(steps), self.tools.torch_version
         say(f"compiling {kinds} with PyTorch {torch}, takes about {seconds} s{note}")
         started = time.monotonic()
