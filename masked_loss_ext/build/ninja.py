@@ -99,7 +99,7 @@ def compile_library(tools, folder, note="", advice="it must be a folder that can
     with told_in_a_sentence(folder, advice):
         make_folder(folder)
         with workshop(folder) as (place, lock):
-            info = sources.build_info(tools.architectures, tools.torch_version)
+            info = sources.build_info(tools.architectures, tools.torch_version, tools.toolkit)
             write_if_changed(place / "build_info.cpp", sources.build_info_source(info))
             write_if_changed(place / "build.ninja", ninja_file(tools, LINKED))
             linked = _linked(Ninja(tools, place, lock, advice), info, note)
@@ -112,7 +112,7 @@ def _linked(ninja, info, note):
     linked = ninja.folder / LINKED
     for _ in range(2):  # again where a crash or a full disk once cut short what is there
         ninja.bring_up_to_date(note)
-        if is_whole(linked) and sources.read_build_info(linked) == info:
+        if is_whole(linked) and info.items() <= sources.read_build_info(linked).items():
             return linked
         linked.unlink()
     raise BuildError(f"the linker has made no whole library in {ninja.folder}; {ninja.advice}")

@@ -112,24 +112,36 @@ def source_fingerprint():
     return digest.hexdigest()[:16]
 
 
-def build_info(architectures, torch_version):
+def build_info(architectures, torch_version, toolkit=""):
     """What a library is built from; it can say so without being loaded."""
     return {
         "version": VERSION,
         "sources": source_fingerprint(),
         "cuda": " ".join(architectures) or "none",
+        "toolkit": toolkit or "none",
         "torch": torch_version,
     }
+
+
+# Which compiler made it, the compiler says itself; it is no part of what is asked for.
+COMPILER = """\
+#if defined(__clang__)
+#define COMPILER "clang " __clang_version__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+"""
 
 
 def build_info_source(info):
     """The C++ file that puts it there."""
     text = INFO_MARKER + ";".join(f"{key}={value}" for key, value in info.items())
-    return f'extern "C" __attribute__((used)) const char masked_loss_ext_build_info[] = "{text}";\n'
+    name = 'extern "C" __attribute__((used)) const char masked_loss_ext_build_info[]'
+    return f'{COMPILER}{name} = "{text};compiler=" COMPILER;\n'
 
 
 def read_build_info(library):
-    """What build_info gave for a library file; {} if it is not one of ours."""
+    """What build_info gave for a library file, and its compiler; {} if it is not one of ours."""
     with open(library, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return {}

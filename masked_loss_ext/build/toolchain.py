@@ -91,6 +91,7 @@ class Toolchain:
     ninja: str
     cuda_home: Path | None = None
     cudart_dir: Path | None = None
+    toolkit: str = ""  # "13.0"
     architectures: list = field(default_factory=list)  # "sm_80", ..., "compute_90" for PTX
     remark: str = ""  # said where something is compiled
 
@@ -191,6 +192,13 @@ def _is_toolkit(home):
     return (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file()
 
 
+def toolkit_version(home):
+    header = home / "include/cuda_runtime_api.h"
+    text = header.read_text(errors="replace") if header.is_file() else ""
+    found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", text)
+    return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else "unknown"
+
+
 def _named_architectures():
     return os.environ.get("TORCH_CUDA_ARCH_LIST")
 
@@ -229,7 +237,7 @@ def find_cuda(torch_root, torch_cuda, for_others=False):
 
 
 def why_no_cuda(torch_cuda, for_others=False):
-    """Where `auto` leaves out CUDA kernels that PyTorch could use: a remark for who waits for them."""
+    """A remark for who waits for CUDA kernels, where `auto` leaves out what PyTorch could use."""
     wanted = setting("MASKED_LOSS_EXT_CUDA")
     if wanted != "auto" or torch_cuda is None or wants_cuda(torch_cuda, for_others):
         return ""
@@ -275,5 +283,6 @@ def find_toolchain(for_others=False):
     tools.remark = why_no_cuda(torch_cuda, for_others)
     if tools.cuda_home:
         tools.cudart_dir = find_static_cudart(tools.cuda_home)
+        tools.toolkit = toolkit_version(tools.cuda_home)
         tools.architectures = find_architectures()
     return tools

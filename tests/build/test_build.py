@@ -139,8 +139,8 @@ def test_kernels_that_nobody_can_run_are_left_out_aloud(bare, monkeypatch, tmp_p
     tools = toolchain.find_toolchain()
     assert tools.cuda_home is None
     assert tools.remark == (
-        "PyTorch is built for CUDA 13.0, but there is no GPU here, so no CUDA kernels are compiled; "
-        "MASKED_LOSS_EXT_CUDA=1 compiles them all the same"
+        "PyTorch is built for CUDA 13.0, but there is no GPU here, so no CUDA kernels are "
+        "compiled; MASKED_LOSS_EXT_CUDA=1 compiles them all the same"
     )
     wheel = toolchain.find_toolchain(for_others=True)
     assert wheel.cuda_home and not wheel.remark
@@ -284,9 +284,10 @@ def test_fingerprint_follows_every_header(monkeypatch, tmp_path):
 def library_of(folder, architectures):
     """A file that a library's build info is read from, and that is whole for who looks at it."""
     library = folder / sources.LIBRARY
-    text = sources.build_info_source(sources.build_info(architectures, "2.13.0"))
+    text = sources.build_info_source(sources.build_info(architectures, "2.13.0", "13.0"))
     python = Path(os.path.realpath(sys.executable)).read_bytes()
-    library.write_bytes(python + re.search('"([^"]*)";$', text)[1].encode() + b"\0more")
+    said = re.search('= "([^"]*)" COMPILER;$', text)[1] + "gcc 12.2.0"
+    library.write_bytes(python + said.encode() + b"\0more")
     return library
 
 
@@ -297,7 +298,9 @@ def test_build_info_is_read_without_loading(tmp_path):
         "version": sources.VERSION,
         "sources": sources.source_fingerprint(),
         "cuda": "sm_80 sm_90",
+        "toolkit": "13.0",
         "torch": "2.13.0",
+        "compiler": "gcc 12.2.0",
     }
     assert loading._usable(library)
     for foreign in (b"", b"\x7fELF\0", sources.INFO_MARKER.encode() + b"\xff\xfe"):

@@ -37,9 +37,18 @@ extern "C" int nvmlDeviceGetCudaComputeCapability(void* device, int* a, int* b) 
   *b = minor[i];
   return 0;
 }
-extern "C" int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total) { *total = 80ULL << 30; return 0; }
-extern "C" int nvmlDeviceGetName(void*, char* text, unsigned) { strcpy(text, "A GPU"); return 0; }
-extern "C" int nvmlSystemGetDriverVersion(char* text, unsigned) { strcpy(text, "580.65.06"); return 0; }
+extern "C" int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total) {
+  *total = 80ULL << 30;
+  return 0;
+}
+extern "C" int nvmlDeviceGetName(void*, char* text, unsigned) {
+  strcpy(text, "A GPU");
+  return 0;
+}
+extern "C" int nvmlSystemGetDriverVersion(char* text, unsigned) {
+  strcpy(text, "580.65.06");
+  return 0;
+}
 """
 
 
