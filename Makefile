@@ -11,7 +11,7 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
+.PHONY: help setup build demo ranks test matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint dist clean
 
 help:
 	@echo "make demo       train on photographs and on texts; ARGS='--acts tokenizer' is one act    ~ 5 min"
@@ -21,7 +21,7 @@ help:
 	@echo "make gpu        all that a machine with a GPU can tell; ARGS=--dry-run says what that is ~ 8 min"
 	@echo "make lint       ruff, mypy and the repository's own checks                              ~ 10 s"
 	@echo "make build      .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0            ~ 35 s"
-	@echo "make wheel      dist/*.whl (abi3, compiled) and the source archive                      ~ 1 min"
+	@echo "make dist       source archive and one wheel for all, checked, tried; with CUDA: 5 min  ~ 1 min"
 	@echo "make clean      remove all that these made, .venv too"
 	@echo "Beyond the tests (CONTRIBUTING.md; what came of them is in docs/trust.md):"
 	@echo "make fuzz       random calls against the reference; ARGS='--seconds 60 --only terms'    until Ctrl-C"
@@ -74,7 +74,7 @@ mutate: setup
 	@$(PY) -m tools.mutation $(ARGS)
 
 # Each environment is downloaded, used and removed again; docs/trust/matrix.csv has what came of it.
-matrix: wheel
+matrix: dist
 	@$(PY) -m tools.matrix $(ARGS)
 
 compilers: setup
@@ -112,12 +112,9 @@ lint: $(VENV)/packages
 	@$(PY) .ci/check_text.py
 	@$(PY) -m mypy
 
-wheel: setup
-	@rm -rf build/lib* build/bdist*
-	@$(PY) setup.py --quiet sdist
-	@MASKED_LOSS_EXT_BUILD=aot $(PY) -m pip wheel -qq --disable-pip-version-check \
-	  --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist/*
+# Checked by twine and auditwheel, installed into clean environments; MASKED_LOSS_EXT_CUDA=0|1.
+dist: build
+	@$(PY) -m tools.dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info masked_loss_ext/*.so demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -30,7 +30,7 @@ def show_config() -> str:
     True
 
     Returns:
-        A text of some 30 lines. For programs, ``python -m masked_loss_ext --json`` prints the same facts.
+        A text of some 30 lines; ``python -m masked_loss_ext --json`` prints the same for programs.
     """
     from ._facts import collect
     from ._text import rendered
