@@ -72,7 +72,8 @@ def ninja_file(tools, output):
         rules["nvcc"] = _shell(nvcc) + keep
         # First, because it takes longest.
         cuda = [(f"{name}.o", "nvcc", root / name, []) for name in sources.CUDA_SOURCES]
-        steps = cuda + steps
+        hosts = [(f"{name}.o", "cxx", root / name, []) for name in sources.CUDA_HOST_SOURCES]
+        steps = cuda + hosts + steps
         libraries += [f"-L{tools.cudart_dir}", *(f"-l{name}" for name in sources.CUDA_LIBRARIES)]
     lines = []
     for name, command in rules.items():

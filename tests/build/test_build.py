@@ -264,7 +264,8 @@ def test_compiler_errors_are_shown_without_the_command(tmp_path):
 
 
 def test_every_source_is_listed_once():
-    listed = sources.LEVEL_SOURCES + sources.CPU_SOURCES + sources.CUDA_SOURCES
+    listed = sources.LEVEL_SOURCES + sources.CPU_SOURCES
+    listed += sources.CUDA_SOURCES + sources.CUDA_HOST_SOURCES
     assert len(listed) == len(set(listed))
     root = sources.csrc_dir()
     on_disk = [p for p in root.rglob("*") if p.suffix in (".cpp", ".cu")]
