@@ -223,9 +223,43 @@ def test_a_stream_that_was_closed_by_the_program(monkeypatch):
         assert ninja._is_terminal() is False
     monkeypatch.setattr(sys, "stderr", closed)
     toolchain.say("nobody hears this")
-    ninja._progress("[1/2] c++\n", 0.0, True)
+    with ninja.Progress(10) as progress:
+        progress.hear("[1/2] c++\n")
     monkeypatch.setattr(sys, "stderr", None)
     toolchain.say("nor this")
+
+
+def test_progress_counts_while_no_step_ends(monkeypatch, capsys):
+    monkeypatch.setattr(ninja, "_is_terminal", lambda: True)
+    with ninja.Progress(150) as progress:
+        progress.hear("[3/36] nvcc ...\n")
+        progress.hear("what a compiler says\n")
+        progress._ended.wait(2.5)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[1] == "masked_loss_ext: compiling [3/36] 1 s of about 150 s\033[K"
+    assert lines[2].startswith("masked_loss_ext: compiling [3/36] 2 s") and lines[-1] == "\033[K"
+    assert progress._thread is not None and not progress._thread.is_alive()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(ninja, "_is_terminal", lambda: False)
+    with ninja.Progress(150) as progress:
+        progress.hear("[1/36] g++ ...\n")
+        monkeypatch.setattr(ninja, "SECONDS_BETWEEN_LINES", -1)
+        progress.hear("[2/36] g++ ...\n")
+        progress.hear("g++: warning: nothing\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "masked_loss_ext: compiling [2/36] 0 s of about 150 s"
+
+
+def test_the_estimate_follows_what_is_to_be_compiled(monkeypatch):
+    monkeypatch.setattr(ninja.os, "sched_getaffinity", lambda process: {0, 1})
+    steps = "".join(f"[{i}/10] /cuda/bin/nvcc -c x.cu -o x.o\n" for i in range(8))
+    steps += "[9/10] g++ -c x.cpp -o x.o\n[10/10] g++ -shared\n"
+    both = ninja._estimate(steps, ["sm_80", "sm_90", "compute_90"])
+    assert both == (8 * 2 * ninja.SECONDS_PER_CUDA_SOURCE + ninja.SECONDS_PER_CPU_SOURCE) // 2
+    assert ninja._estimate(steps, ["sm_90"]) < both
+    assert ninja._estimate("[1/1] g++ -c x.cpp -o x.o\n", []) == ninja.SECONDS_PER_CPU_SOURCE
 
 
 def test_a_failed_step_of_newer_ninjas():
