@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Every verb sets up what it needs: .venv with the pinned packages, and the native library, with
-# its CUDA kernels where PyTorch is a CUDA build and nvcc is found. Done once, renewed when needed.
+# its CUDA kernels where PyTorch is a CUDA build, nvcc is found and a GPU is here, or where
+# MASKED_LOSS_EXT_CUDA=1 asks for them. Done once, renewed when needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,13 +37,14 @@ help:
 
 $(PY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { echo "$(PYTHON) is there but does not start (as a shim of pyenv whose version is not chosen): make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
 	@echo "[1/3] making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv or pip of $(PYTHON) is missing: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/packages: requirements.txt | $(PY)
 	@echo "[2/3] installing PyTorch and the other packages of requirements.txt (minutes, the first time)"
-	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(PY) -m tools.installing requirements.txt
 	@touch $@
 
 # Only makes the source tree importable; the library itself is compiled by `build`.
