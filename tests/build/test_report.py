@@ -195,17 +195,17 @@ def test_half_products_are_those_that_the_library_takes():
 
 
 def test_paths_are_cut(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("HOME", "/people/alice")
     monkeypatch.setattr(pwd, "getpwuid", lambda number: pwd.struct_passwd(("alice",) + ("",) * 6))
     shown = _privacy.shown
     assert shown(f"{sources.PACKAGE}/_C.abi3.so") == "masked_loss_ext/_C.abi3.so"
-    assert shown("/home/alice/.cache/x/_C.so is damaged") == "~/.cache/x/_C.so is damaged"
-    assert shown("/home/alice2/secret/x/_C.so") == ".../x/_C.so"
+    assert shown("/people/alice/.cache/x/_C.so is damaged") == "~/.cache/x/_C.so is damaged"
+    assert shown("/people/alice2/secret/x/_C.so") == ".../x/_C.so"
     assert shown("in /scratch/alice/x.so, or /usr/bin/g++") == "in .../USER/x.so, or /usr/bin/g++"
     assert shown("/alice: full") == ".../USER: full"
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user without a name
     monkeypatch.setenv("HOME", "/")
-    assert shown("/home/alice/x") == ".../alice/x" and shown("a/b 1/2") == "a/b 1/2"
+    assert shown("/people/alice/x") == ".../alice/x" and shown("a/b 1/2") == "a/b 1/2"
 
 
 def test_unknown_values_of_settings_are_not_repeated(monkeypatch):
