@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Every verb sets up what it needs: .venv with the pinned packages, and the native library, with
-# its CUDA kernels where PyTorch is a CUDA build and nvcc is found. Done once, renewed when needed.
+# its CUDA kernels where PyTorch is a CUDA build, nvcc is found and a GPU is here, or where
+# MASKED_LOSS_EXT_CUDA=1 asks for them. Done once, renewed when needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ RANKS ?= 2
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo ranks examples test places docs matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint wheel clean
+.PHONY: help setup build demo ranks examples test places docs matrix compilers aarch64 mutate fuzz sanitize coverage bench gpu lint dist clean
 
 help:
 	@echo "make demo       train on photographs and on texts; ARGS='--acts tokenizer' is one act    ~ 5 min"
@@ -24,7 +25,7 @@ help:
 	@echo "make gpu        all that a machine with a GPU can tell; ARGS=--dry-run says what that is ~ 8 min"
 	@echo "make lint       ruff, mypy and the repository's own checks                              ~ 10 s"
 	@echo "make build      .venv and the native library alone; MASKED_LOSS_EXT_CUDA=1|0            ~ 35 s"
-	@echo "make wheel      dist/*.whl (abi3, compiled) and the source archive                      ~ 1 min"
+	@echo "make dist       source archive and one wheel for all, checked, tried; with CUDA: 5 min  ~ 1 min"
 	@echo "make clean      remove all that these made, .venv too"
 	@echo "Beyond the tests (CONTRIBUTING.md; what came of them is in docs/trust.md):"
 	@echo "make fuzz       random calls against the reference; ARGS='--seconds 60 --only terms'    until Ctrl-C"
@@ -39,13 +40,14 @@ help:
 
 $(PY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { echo "$(PYTHON) is there but does not start (as a shim of pyenv whose version is not chosen): make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
 	@echo "[1/3] making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv or pip of $(PYTHON) is missing: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/packages: requirements.txt | $(PY)
 	@echo "[2/3] installing PyTorch and the other packages of requirements.txt (minutes, the first time)"
-	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(PY) -m tools.installing requirements.txt
 	@touch $@
 
 # Only makes the source tree importable; the library itself is compiled by `build`.
@@ -97,7 +99,7 @@ mutate: setup
 	@$(PY) -m tools.mutation $(ARGS)
 
 # Each environment is downloaded, used and removed again; docs/trust/matrix.csv has what came of it.
-matrix: wheel
+matrix: dist
 	@$(PY) -m tools.matrix $(ARGS)
 
 compilers: setup
@@ -144,12 +146,9 @@ lint: $(VENV)/packages
 	@$(PY) .ci/check_text.py
 	@$(PY) -m mypy
 
-wheel: setup
-	@rm -rf build/lib* build/bdist*
-	@$(PY) setup.py --quiet sdist
-	@MASKED_LOSS_EXT_BUILD=aot $(PY) -m pip wheel -qq --disable-pip-version-check \
-	  --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist/*
+# Checked by twine and auditwheel, installed into clean environments; MASKED_LOSS_EXT_CUDA=0|1.
+dist: build
+	@$(PY) -m tools.dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info masked_loss_ext/*.so demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis

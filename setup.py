@@ -12,6 +12,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -41,10 +42,14 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 class BuildLibrary(build_ext):
     """Hands the one extension to the project's own build."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.for_this_machine = self.inplace or self.editable_mode  # no wheel; run() resets inplace
+
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            tools = find_toolchain()
+            tools = find_toolchain(for_others=not self.for_this_machine)
             # A folder that outlives the command: only what changed is compiled the next time.
             kind = "cuda" if tools.cuda_home else "cpu"
             folder = ROOT / "build" / f"native-torch{tools.torch_version}-{kind}"
@@ -56,6 +61,16 @@ class BuildLibrary(build_ext):
             raise CompileError(f"masked_loss_ext: {error}") from None
         except OSError as error:
             raise CompileError(f"masked_loss_ext: {sentence(error, target)}") from None
+
+
+class OneWheel(bdist_wheel):
+    """One for all interpreters: the library has no symbol of Python and is loaded by PyTorch.
+
+    abi3 would say the same of CPython, but shut out its free-threaded builds, which know no abi3.
+    """
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 def ahead_of_time():
@@ -79,8 +94,7 @@ if ahead_of_time():
     native = {
         "install_requires": ["torch>=2.10"],
         "ext_modules": [Extension("masked_loss_ext._C", sources=[], py_limited_api=True)],
-        "cmdclass": {"build_ext": BuildLibrary},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": OneWheel},
     }
 # The sources travel inside the package, for the builds that are made at the first import.
 csrc = [

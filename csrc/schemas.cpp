@@ -231,6 +231,7 @@ STABLE_TORCH_LIBRARY(masked_loss_ext, m) {
   m.def("_snapshot(Tensor tensor) -> Tensor");
   m.def("_version() -> str");
   m.def("cpu_capability() -> str");
+  m.def("_half_products() -> str");  // "bfloat16 float16": which this processor multiplies as they are
 }
 
 static std::string version() { return MASKED_LOSS_EXT_VERSION; }
@@ -241,9 +242,15 @@ static torch::stable::Tensor snapshot(const torch::stable::Tensor& tensor) {
 static std::string cpu_capability() {
   return masked_loss_ext::level_name(masked_loss_ext::cpu_level());
 }
+static std::string half_products() {
+  const masked_loss_ext::HalfProducts known = masked_loss_ext::half_products();
+  return std::string(known.bfloat16 ? "bfloat16" : "") + (known.bfloat16 && known.float16 ? " " : "") +
+         (known.float16 ? "float16" : "");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(masked_loss_ext, CompositeExplicitAutograd, m) {
   m.impl("_snapshot", TORCH_BOX(&snapshot));
   m.impl("_version", TORCH_BOX(&version));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("_half_products", TORCH_BOX(&half_products));
 }

@@ -4,8 +4,15 @@
 What a mask excludes is never read, never touched and never counted.
 """
 
+import sys as _sys
+
+from . import environment as _environment
 from ._version import __version__
-from .build import loading as _loading
+
+if _environment.is_program():  # python -m masked_loss_ext: it speaks where the rest cannot load
+    _sys.exit(_environment.main())
+
+from .build import loading as _loading  # noqa: E402
 
 _library_kind = _loading.load()  # the operators must exist before what is built on them
 
@@ -27,6 +34,7 @@ from .attention.pipeline import (  # noqa: E402
     generate_nested_dropout_mask_ids,
 )
 from .diagnostics import check_padding  # noqa: E402
+from .environment import show_config  # noqa: E402
 from .losses.autoencoder import masked_mse, masked_sse  # noqa: E402
 from .losses.cross_entropy import MaskedCrossEntropyLoss  # noqa: E402
 from .losses.element_mse import MaskEditLoss, MseLoss  # noqa: E402
@@ -96,5 +104,6 @@ __all__ = [
     "row_statistics",
     "sample_keep_k",
     "shift_labels",
+    "show_config",
     "unpad",
 ]

@@ -28,7 +28,7 @@ ARCHITECTURES = "8.0;9.0"
 FOLDER = ROOT / "build" / "ci-cuda"  # .ci/check_build.py compiles the same into it
 # Compiled from one source each time it changes: the oldest and the newest that are meant to work.
 OTHER_ARCHITECTURES = "7.5;10.0;12.0+PTX"
-OTHER_SOURCE = "block_mask/cuda/ops.cu"  # the one that compiles fastest
+OTHER_SOURCE = "block_mask/cuda/kernels.cu"  # the one that compiles fastest
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")

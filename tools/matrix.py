@@ -222,9 +222,9 @@ def write_table(rows: Mapping[str, Mapping[str, object]]) -> None:
 
 
 def built_wheel() -> Path:
-    wheels = sorted((ROOT / "dist").glob("*-abi3-*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
     if not wheels:
-        sys.exit("there is no wheel in dist: make wheel")
+        sys.exit("there is no wheel in dist: make dist")
     return wheels[-1]
 
 

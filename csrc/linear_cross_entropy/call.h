@@ -21,6 +21,7 @@
 #pragma once
 
 #include "cross_entropy/call.h"
+#include "linear_cross_entropy/flow.h"
 
 namespace masked_loss_ext {
 
@@ -92,14 +93,6 @@ struct KeptRows {
   int64_t count = 0;
   bool exact = true;  // none of them is negative
 };
-
-// What a row's upstream gradients come to: of nothing there is no gradient.
-template <class A>
-MASKED_LOSS_EXT_INLINE bool receives(const RowProblem& q, int64_t row) {
-  const int64_t of_loss = q.reduction == RowReduction::kNone ? row : 0;
-  return entry<A>(q.grad_loss, of_loss) != 0 || entry<A>(q.grad_lse, row) != 0 ||
-         entry<A>(q.grad_entropy, row) != 0 || entry<A>(q.grad_log_prob, row) != 0;
-}
 
 // Rows at a time: what fits into the budget, at least so many, cut evenly, a multiple of 16.
 inline int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, int64_t budget, int64_t least) {

@@ -10,6 +10,7 @@ import os
 import platform
 import pwd
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,30 +34,47 @@ TORCH_ROOT = Path(torch.__file__).parent
 CUDA_VARIABLES = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
-def load():
+class Loaded(NamedTuple):
+    kind: str  # as load() returns it
+    library: Path | None  # None where the operators were there before
+
+
+loaded: Loaded | None = None  # what the first load() of this process came to
+
+
+class NotCompiled(BuildError):
+    """There is no library yet, and the caller did not want to wait for one."""
+
+
+def load(may_compile=True):
     """Register the operators; returns how: "preloaded", "aot" or "jit"."""
+    global loaded
     try:
-        return _load()
+        found = _load(may_compile)
+    except NotCompiled:
+        raise
     except BuildError as error:
         # The text is the whole story; the frames that led here would bury it.
         raise ImportError(f"masked_loss_ext: {error}") from None
     except OSError as error:
         raise ImportError(f"masked_loss_ext: {files.sentence(error, sources.PACKAGE)}") from None
+    loaded = loaded or found
+    return found.kind
 
 
-def _load():
+def _load(may_compile):
     check_settings()
     # A second copy in one process crashes it, so ask the dispatcher before touching any file.
     if hasattr(torch.ops.masked_loss_ext, "_version"):
         _check_version("the library that is already loaded in this process")
-        return "preloaded"
+        return Loaded("preloaded", None)
     library = sources.PACKAGE / sources.LIBRARY
     if setting("MASKED_LOSS_EXT_JIT") == "0" and library.is_file() and _usable(library):
         _register(library, "reinstall masked_loss_ext")
-        return "aot"
-    library = compile_at_import()
+        return Loaded("aot", library)
+    library = compile_at_import(may_compile)
     _register(library, f"remove the folder {library.parent}, then it is compiled again")
-    return "jit"
+    return Loaded("jit", library)
 
 
 def _register(library, cure):
@@ -94,10 +112,11 @@ def _usable(library):
         return False
     only_cpu = torch.version.cuda and info["cuda"] == "none"
     if only_cpu and wants_cuda(torch.version.cuda) and cuda_home(TORCH_ROOT):
+        again = "pip install --no-build-isolation --no-deps --force-reinstall masked_loss_ext"
         say(
             "WARNING: the library has only CPU kernels, but PyTorch is built for CUDA "
             f"{torch.version.cuda} and nvcc is here; to use CUDA tensors build it again: "
-            "pip install --no-build-isolation --no-deps --force-reinstall masked_loss_ext"
+            + ("make build" if in_source_tree else again)
         )
     return True
 
@@ -119,7 +138,7 @@ def cache_root():
     return Path(cache or Path(home, ".cache")).absolute() / "torch_extensions"
 
 
-def compile_at_import():
+def compile_at_import(may_compile=True):
     """Compile into the cache, or find it there; returns the library's path."""
     if setting("MASKED_LOSS_EXT_BUILD") == "aot":
         raise BuildError(
@@ -140,6 +159,8 @@ def compile_at_import():
                 _trust(files.distrust, library, advice)
                 if _is_sound(library, fingerprint):
                     return library
+        if not may_compile:
+            raise NotCompiled("not compiled yet: the first import of masked_loss_ext does it, once")
         tools, folder = find_toolchain(), folders[0]
         files.make_folder(folder)
         _trust(files.distrust, folder, advice)

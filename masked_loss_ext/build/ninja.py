@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from .files import (
 from .toolchain import BuildError, Toolchain, answer_of, say, setting, show
 
 LINKED = "linked.so"  # what ninja makes, and what becomes the library once it is found whole
-SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE = 3, 70  # rough, for the progress message alone
+# Rough, for what is said alone: of a core, and per architecture where it is nvcc's.
+SECONDS_PER_CPU_SOURCE, SECONDS_PER_CUDA_SOURCE, LONGEST_CUDA_SOURCE = 3, 17, 45
+SECONDS_BETWEEN_LINES = 30  # where no terminal shows one line that changes
 CANNOT_WRITE = re.compile(
     "No space left on device|Disk quota exceeded|Read-only file system|"
     "File too large|File size limit exceeded"
@@ -72,7 +75,8 @@ def ninja_file(tools, output):
         rules["nvcc"] = _shell(nvcc) + keep
         # First, because it takes longest.
         cuda = [(f"{name}.o", "nvcc", root / name, []) for name in sources.CUDA_SOURCES]
-        steps = cuda + steps
+        hosts = [(f"{name}.o", "cxx", root / name, []) for name in sources.CUDA_HOST_SOURCES]
+        steps = cuda + hosts + steps
         libraries += [f"-L{tools.cudart_dir}", *(f"-l{name}" for name in sources.CUDA_LIBRARIES)]
     lines = []
     for name, command in rules.items():
@@ -99,7 +103,7 @@ def compile_library(tools, folder, note="", advice="it must be a folder that can
     with told_in_a_sentence(folder, advice):
         make_folder(folder)
         with workshop(folder) as (place, lock):
-            info = sources.build_info(tools.architectures, tools.torch_version)
+            info = sources.build_info(tools.architectures, tools.torch_version, tools.toolkit)
             write_if_changed(place / "build_info.cpp", sources.build_info_source(info))
             write_if_changed(place / "build.ninja", ninja_file(tools, LINKED))
             linked = _linked(Ninja(tools, place, lock, advice), info, note)
@@ -112,7 +116,7 @@ def _linked(ninja, info, note):
     linked = ninja.folder / LINKED
     for _ in range(2):  # again where a crash or a full disk once cut short what is there
         ninja.bring_up_to_date(note)
-        if is_whole(linked) and sources.read_build_info(linked) == info:
+        if is_whole(linked) and info.items() <= sources.read_build_info(linked).items():
             return linked
         linked.unlink()
     raise BuildError(f"the linker has made no whole library in {ninja.folder}; {ninja.advice}")
@@ -133,13 +137,15 @@ class Ninja:
         kinds = "the CPU kernels"
         if self.tools.cuda_home:
             kinds += f" and the CUDA kernels ({', '.join(self.tools.architectures)})"
-        seconds, torch = _estimate(steps), self.tools.torch_version
+        if self.tools.remark:
+            say(self.tools.remark)
+        seconds, torch = _estimate(steps, self.tools.architectures), self.tools.torch_version
         say(f"compiling {kinds} with PyTorch {torch}, takes about {seconds} s{note}")
-        started = time.monotonic()
-        self._run(command, started)
-        say(f"compiled in {time.monotonic() - started:.0f} s")
+        with Progress(seconds) as progress:
+            self._run(command, progress)
+        say(f"compiled in {progress.seconds():.0f} s")
 
-    def _run(self, command, started):
+    def _run(self, command, progress):
         verbose = setting("MASKED_LOSS_EXT_VERBOSE") == "1"
         # Errors in English, so that a full disk is known by its name.
         environment = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}
@@ -157,9 +163,10 @@ class Ninja:
         ) as ninja:
             for line in ninja.stdout:
                 output.append(line)
-                _progress(line, started, verbose)
-        if _is_terminal():
-            show("\r\033[K", end="")
+                if verbose:
+                    show(line, end="")
+                else:
+                    progress.hear(line)
         if ninja.returncode:
             raise BuildError(self._trouble("".join(output)) or failure(output, self.folder))
 
@@ -189,14 +196,58 @@ def _jobs():
     return ["-j", wanted]
 
 
-def _estimate(steps):
+def _estimate(steps, architectures):
     """Seconds, roughly, for ninja's list of steps."""
     cuda = len(re.findall(r"^\[.*bin/nvcc ", steps, re.M))
-    cpu = len(re.findall(r"^\[.* -c .*\.cpp ", steps, re.M)) - cuda
+    cpu = len(re.findall(r"^\[.* -c .*\.cpp ", steps, re.M))
     cores = len(os.sched_getaffinity(0))
-    longest = SECONDS_PER_CUDA_SOURCE if cuda else SECONDS_PER_CPU_SOURCE
-    total = cuda * SECONDS_PER_CUDA_SOURCE + cpu * SECONDS_PER_CPU_SOURCE
+    compiled = sum(name.startswith("sm_") for name in architectures)
+    longest = LONGEST_CUDA_SOURCE * compiled if cuda else SECONDS_PER_CPU_SOURCE
+    total = cuda * SECONDS_PER_CUDA_SOURCE * compiled + cpu * SECONDS_PER_CPU_SOURCE
     return max(total // cores, longest)
+
+
+class Progress:
+    """How far ninja is: on a terminal a line that counts steps and seconds, else a line now and
+    then. The first steps may take a minute each, so it counts while none ends."""
+
+    def __init__(self, expected):
+        self._expected, self._started = expected, time.monotonic()
+        self._step, self._said = "", self._started
+        self._ended = threading.Event()
+        self._thread = None
+
+    def __enter__(self):
+        if _is_terminal():
+            self._thread = threading.Thread(target=self._count, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            show("\r\033[K", end="")
+
+    def seconds(self):
+        return time.monotonic() - self._started
+
+    def hear(self, line):
+        """A line that ninja has said."""
+        step = re.match(r"\[\d+/\d+\]", line)
+        if step is None:
+            return
+        self._step = f" {step[0]}"
+        if self._thread is None and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            say(self._text())
+
+    def _count(self):
+        while not self._ended.wait(1):
+            show(f"\rmasked_loss_ext: {self._text()}\033[K", end="")
+
+    def _text(self):
+        return f"compiling{self._step} {self.seconds():.0f} s of about {self._expected} s"
 
 
 def _is_terminal():
@@ -204,15 +255,6 @@ def _is_terminal():
         return sys.stderr.isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed
         return False
-
-
-def _progress(line, started, verbose):
-    step = re.match(r"\[\d+/\d+\]", line)
-    if verbose:
-        show(line, end="")
-    elif step and _is_terminal():
-        seconds = time.monotonic() - started
-        show(f"\rmasked_loss_ext: compiling {step[0]} {seconds:.0f} s", end="")
 
 
 def failure(output, folder):

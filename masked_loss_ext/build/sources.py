@@ -33,15 +33,26 @@ CPU_SOURCES = [
     "schemas.cpp",
     "common/cpu/capability.cpp",
 ]
+# Kernels and their launches. No PyTorch header in them: see csrc/common/cuda/host.h.
 CUDA_SOURCES = [
-    "elementwise/cuda/ops.cu",
+    "cross_entropy/cuda/sweep.cu",
+    "cross_entropy_terms/cuda/kernels.cu",
+    "elementwise/cuda/kernels.cu",
     "cross_entropy/cuda/forward.cu",
     "cross_entropy/cuda/backward.cu",
-    "cross_entropy_terms/cuda/ops.cu",
-    "cross_entropy/cuda/sweep.cu",
-    "linear_cross_entropy/cuda/ops.cu",
-    "block_mask/cuda/ops.cu",
-    "repetition/cuda/ops.cu",
+    "linear_cross_entropy/cuda/kernels.cu",
+    "block_mask/cuda/kernels.cu",
+    "repetition/cuda/kernels.cu",
+]
+# The operators over them, by the C++ compiler.
+CUDA_HOST_SOURCES = [
+    "linear_cross_entropy/cuda/ops.cpp",
+    "cross_entropy/cuda/ops.cpp",
+    "cross_entropy_terms/cuda/ops.cpp",
+    "block_mask/cuda/ops.cpp",
+    "elementwise/cuda/ops.cpp",
+    "repetition/cuda/ops.cpp",
+    "common/cuda/device.cpp",
 ]
 
 # 2.10 is the oldest torch whose stable ABI has all that the sources use: the library loads in it
@@ -104,7 +115,7 @@ def csrc_dir():
 def source_fingerprint():
     """Hash of the sources and flags, by content: clones and copies do not keep file times."""
     root = csrc_dir()
-    flags = [units(), CUDA_SOURCES, DEFINES, CXX_FLAGS, NVCC_FLAGS, LINK_FLAGS]
+    flags = [units(), CUDA_SOURCES, CUDA_HOST_SOURCES, DEFINES, CXX_FLAGS, NVCC_FLAGS, LINK_FLAGS]
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(root.rglob("*")):
         if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"):
@@ -112,24 +123,36 @@ def source_fingerprint():
     return digest.hexdigest()[:16]
 
 
-def build_info(architectures, torch_version):
+def build_info(architectures, torch_version, toolkit=""):
     """What a library is built from; it can say so without being loaded."""
     return {
         "version": VERSION,
         "sources": source_fingerprint(),
         "cuda": " ".join(architectures) or "none",
+        "toolkit": toolkit or "none",
         "torch": torch_version,
     }
+
+
+# Which compiler made it, the compiler says itself; it is no part of what is asked for.
+COMPILER = """\
+#if defined(__clang__)
+#define COMPILER "clang " __clang_version__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+"""
 
 
 def build_info_source(info):
     """The C++ file that puts it there."""
     text = INFO_MARKER + ";".join(f"{key}={value}" for key, value in info.items())
-    return f'extern "C" __attribute__((used)) const char masked_loss_ext_build_info[] = "{text}";\n'
+    name = 'extern "C" __attribute__((used)) const char masked_loss_ext_build_info[]'
+    return f'{COMPILER}{name} = "{text};compiler=" COMPILER;\n'
 
 
 def read_build_info(library):
-    """What build_info gave for a library file; {} if it is not one of ours."""
+    """What build_info gave for a library file, and its compiler; {} if it is not one of ours."""
     with open(library, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return {}
@@ -150,7 +173,7 @@ def cmake_lists():
         "VERSION": [VERSION],
         "CPU_SOURCES": CPU_SOURCES,
         "LEVEL_SOURCES": LEVEL_SOURCES,
-        "CUDA_SOURCES": CUDA_SOURCES,
+        "CUDA_SOURCES": CUDA_SOURCES + CUDA_HOST_SOURCES,
         "DEFINES": DEFINES,
         # The language standards are CMake's own properties there.
         "CXX_FLAGS": [flag for flag in CXX_FLAGS if not flag.startswith("-std")],

@@ -6,7 +6,6 @@ imported: this runs in build environments and under CMake, and an import takes s
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import platform
@@ -19,6 +18,8 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+
+from . import gpus
 
 # What the package asks the environment; the first value stands for a variable that is not set.
 SETTINGS = {
@@ -90,7 +91,9 @@ class Toolchain:
     ninja: str
     cuda_home: Path | None = None
     cudart_dir: Path | None = None
+    toolkit: str = ""  # "13.0"
     architectures: list = field(default_factory=list)  # "sm_80", ..., "compute_90" for PTX
+    remark: str = ""  # said where something is compiled
 
     @property
     def cuda_flags(self):
@@ -189,15 +192,32 @@ def _is_toolkit(home):
     return (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file()
 
 
-def wants_cuda(torch_cuda):
-    """MASKED_LOSS_EXT_CUDA = auto | 1 | 0."""
+def toolkit_version(home):
+    header = home / "include/cuda_runtime_api.h"
+    text = header.read_text(errors="replace") if header.is_file() else ""
+    found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", text)
+    return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else "unknown"
+
+
+def _named_architectures():
+    return os.environ.get("TORCH_CUDA_ARCH_LIST")
+
+
+def wants_cuda(torch_cuda, for_others=False):
+    """MASKED_LOSS_EXT_CUDA = auto | 1 | 0.
+
+    auto: PyTorch has CUDA, and somebody can run the kernels: a GPU that is here, those that
+    TORCH_CUDA_ARCH_LIST names, or, `for_others`, another machine's, as of a wheel.
+    """
     wanted = setting("MASKED_LOSS_EXT_CUDA")
-    return wanted == "1" or (wanted == "auto" and torch_cuda is not None)
+    if wanted != "auto" or torch_cuda is None:
+        return wanted == "1"
+    return for_others or bool(_named_architectures() or gpus.capabilities())
 
 
-def find_cuda(torch_root, torch_cuda):
+def find_cuda(torch_root, torch_cuda, for_others=False):
     """The CUDA toolkit to build with, or None."""
-    if not wants_cuda(torch_cuda):
+    if not wants_cuda(torch_cuda, for_others):
         return None
     home = cuda_home(torch_root)
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -216,6 +236,17 @@ def find_cuda(torch_root, torch_cuda):
     return home
 
 
+def why_no_cuda(torch_cuda, for_others=False):
+    """A remark for who waits for CUDA kernels, where `auto` leaves out what PyTorch could use."""
+    wanted = setting("MASKED_LOSS_EXT_CUDA")
+    if wanted != "auto" or torch_cuda is None or wants_cuda(torch_cuda, for_others):
+        return ""
+    return (
+        f"PyTorch is built for CUDA {torch_cuda}, but there is no GPU here, so no CUDA kernels are "
+        "compiled; MASKED_LOSS_EXT_CUDA=1 compiles them all the same"
+    )
+
+
 def find_static_cudart(home):
     for folder in (home / "lib64", home / "lib", *home.glob("targets/*-linux/lib")):
         if (folder / "libcudart_static.a").is_file():
@@ -228,7 +259,7 @@ def find_static_cudart(home):
 
 def find_architectures():
     """TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the default."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or _visible_gpus() or DEFAULT_ARCHITECTURES
+    wanted = _named_architectures() or gpus.capabilities() or DEFAULT_ARCHITECTURES
     names = []
     for item in re.split(r"[;,\s]+", wanted.strip("; ,\t\n")):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
@@ -243,32 +274,15 @@ def find_architectures():
     return list(dict.fromkeys(names))
 
 
-def _visible_gpus():
-    """Of the driver's management library: nvidia-smi, which asks the same, takes a second on some
-    machines, and torch.cuda would initialise CUDA, which forbids a later fork."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() != 0:
-            return None
-        count, found = ctypes.c_uint(), set()
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        for index in range(count.value):
-            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-            about = (device, ctypes.byref(major), ctypes.byref(minor))
-            if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) == 0:
-                if nvml.nvmlDeviceGetCudaComputeCapability(*about) == 0:
-                    found.add((major.value, minor.value))
-        nvml.nvmlShutdown()
-    except (OSError, AttributeError):  # no driver, or one of a kind that does not tell
-        return None
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
-
-
-def find_toolchain():
+def find_toolchain(for_others=False):
+    """for_others: for other machines than this, see wants_cuda."""
     check_platform()
     root, version, torch_cuda = torch_about()
-    tools = Toolchain(root, version, find_cxx(), find_ninja(), find_cuda(root, torch_cuda))
+    cxx, ninja = find_cxx(), find_ninja()
+    tools = Toolchain(root, version, cxx, ninja, find_cuda(root, torch_cuda, for_others))
+    tools.remark = why_no_cuda(torch_cuda, for_others)
     if tools.cuda_home:
         tools.cudart_dir = find_static_cudart(tools.cuda_home)
+        tools.toolkit = toolkit_version(tools.cuda_home)
         tools.architectures = find_architectures()
     return tools

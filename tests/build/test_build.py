@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_build
 
 from masked_loss_ext.build import loading, ninja, sources, toolchain
 from masked_loss_ext.build.toolchain import BuildError
@@ -88,26 +89,80 @@ def test_missing_nvcc_is_an_error_where_cuda_was_asked_for(bare, monkeypatch, tm
     assert "nvcc is missing; install the CUDA toolkit" in one_sentence(error)
 
 
-def test_missing_nvcc_is_said_aloud_where_torch_has_cuda(bare, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def gpus(monkeypatch):
+    """Those that are here: none, until the list says otherwise."""
+    here = []
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: ";".join(here))
+    return here
+
+
+def test_missing_nvcc_is_said_aloud_where_torch_has_cuda(bare, monkeypatch, tmp_path, capsys, gpus):
     monkeypatch.setattr(toolchain, "cuda_home", lambda torch_root: None)
+    gpus.append("9.0")
     assert toolchain.find_cuda(tmp_path, "13.0") is None
     said = capsys.readouterr().err
     assert "WARNING: PyTorch is built for CUDA 13.0, but nvcc is missing" in said
     assert "only the CPU kernels are built" in said
 
 
-def test_cuda_torch_with_nvcc_builds_the_cuda_kernels(bare, monkeypatch, tmp_path):
+def test_who_gets_cuda_kernels(bare, monkeypatch, tmp_path, gpus):
+    """PyTorch with CUDA and nvcc, and somebody who can run them; or who asks for them by name."""
     home = fake_toolkit(tmp_path / "toolkit")
     monkeypatch.setenv("CUDA_HOME", str(home))
-    assert toolchain.find_cuda(tmp_path, "13.0") == home
-    assert toolchain.find_cuda(tmp_path, None) is None
+    found = lambda cuda="13.0", **how: toolchain.find_cuda(tmp_path, cuda, **how)  # noqa: E731
+    assert found() is None  # no GPU is here
+    assert found(for_others=True) == home  # a wheel is for other machines too
+    assert found(None, for_others=True) is None  # but for a PyTorch like this one
+    gpus.append("9.0")
+    assert found() == home and found(None) is None
+    gpus.clear()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert found() == home and found(None) is None
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "1")
-    assert toolchain.find_cuda(tmp_path, None) == home
+    assert found() == home and found(None) == home
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "0")
-    assert toolchain.find_cuda(tmp_path, "13.0") is None
+    gpus.append("9.0")
+    assert found() is None and found(for_others=True) is None
     monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "yes")
     with pytest.raises(BuildError, match="must be auto, 1 or 0, got 'yes'"):
-        toolchain.find_cuda(tmp_path, None)
+        found(None)
+
+
+def test_kernels_that_nobody_can_run_are_left_out_aloud(bare, monkeypatch, tmp_path, gpus):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "toolkit")))
+    program(bare / "c++")
+    program(bare / "ninja")
+    monkeypatch.setattr(toolchain, "torch_about", lambda: (tmp_path, "2.13.0", "13.0"))
+    monkeypatch.setattr(toolchain, "find_static_cudart", lambda home: home)
+    tools = toolchain.find_toolchain()
+    assert tools.cuda_home is None
+    assert tools.remark == (
+        "PyTorch is built for CUDA 13.0, but there is no GPU here, so no CUDA kernels are "
+        "compiled; MASKED_LOSS_EXT_CUDA=1 compiles them all the same"
+    )
+    wheel = toolchain.find_toolchain(for_others=True)
+    assert wheel.cuda_home and not wheel.remark
+    assert wheel.architectures == ["sm_80", "sm_90", "compute_90"]
+    for setting in ("0", "1"):
+        monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", setting)
+        assert not toolchain.find_toolchain().remark
+    monkeypatch.delenv("MASKED_LOSS_EXT_CUDA")
+    monkeypatch.setattr(toolchain, "torch_about", lambda: (tmp_path, "2.13.0", None))
+    assert not toolchain.find_toolchain().remark  # PyTorch itself has no CUDA
+
+
+def test_the_remark_is_made_where_something_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MASKED_LOSS_EXT_CUDA", "0")
+    tiny_build.reduce(sources, tiny_build.make_tree(tmp_path), monkeypatch.setattr)
+    tools = toolchain.find_toolchain()
+    tools.remark = "no GPU here"
+    said = []
+    for _ in range(2):
+        ninja.compile_library(tools, tmp_path / "built")
+        said.append(capsys.readouterr().err)
+    assert said[0].startswith("masked_loss_ext: no GPU here\n") and not said[1]
 
 
 def test_nvcc_script_outside_its_toolkit_is_no_toolkit(bare, monkeypatch, tmp_path):
@@ -123,9 +178,9 @@ def test_toolkit_without_the_static_runtime(tmp_path):
 
 
 def test_architectures(bare, monkeypatch):
-    monkeypatch.setattr(toolchain, "_visible_gpus", lambda: None)
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: "")
     assert toolchain.find_architectures() == ["sm_80", "sm_90", "compute_90"]
-    monkeypatch.setattr(toolchain, "_visible_gpus", lambda: "8.6;9.0")
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: "8.6;9.0")
     assert toolchain.find_architectures() == ["sm_86", "sm_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;10.0+PTX")
     assert toolchain.find_architectures() == ["sm_86", "sm_90a", "sm_100", "compute_100"]
@@ -209,7 +264,8 @@ def test_compiler_errors_are_shown_without_the_command(tmp_path):
 
 
 def test_every_source_is_listed_once():
-    listed = sources.LEVEL_SOURCES + sources.CPU_SOURCES + sources.CUDA_SOURCES
+    listed = sources.LEVEL_SOURCES + sources.CPU_SOURCES
+    listed += sources.CUDA_SOURCES + sources.CUDA_HOST_SOURCES
     assert len(listed) == len(set(listed))
     root = sources.csrc_dir()
     on_disk = [p for p in root.rglob("*") if p.suffix in (".cpp", ".cu")]
@@ -229,9 +285,10 @@ def test_fingerprint_follows_every_header(monkeypatch, tmp_path):
 def library_of(folder, architectures):
     """A file that a library's build info is read from, and that is whole for who looks at it."""
     library = folder / sources.LIBRARY
-    text = sources.build_info_source(sources.build_info(architectures, "2.13.0"))
+    text = sources.build_info_source(sources.build_info(architectures, "2.13.0", "13.0"))
     python = Path(os.path.realpath(sys.executable)).read_bytes()
-    library.write_bytes(python + re.search('"([^"]*)";$', text)[1].encode() + b"\0more")
+    said = re.search('= "([^"]*)" COMPILER;$', text)[1] + "gcc 12.2.0"
+    library.write_bytes(python + said.encode() + b"\0more")
     return library
 
 
@@ -242,7 +299,9 @@ def test_build_info_is_read_without_loading(tmp_path):
         "version": sources.VERSION,
         "sources": sources.source_fingerprint(),
         "cuda": "sm_80 sm_90",
+        "toolkit": "13.0",
         "torch": "2.13.0",
+        "compiler": "gcc 12.2.0",
     }
     assert loading._usable(library)
     for foreign in (b"", b"\x7fELF\0", sources.INFO_MARKER.encode() + b"\xff\xfe"):
@@ -260,5 +319,9 @@ def test_cpu_only_library_is_reported_where_cuda_could_be_used(monkeypatch, tmp_
     monkeypatch.delenv("MASKED_LOSS_EXT_CUDA", raising=False)
     monkeypatch.setattr(loading.torch.version, "cuda", "13.0")
     monkeypatch.setattr(loading, "cuda_home", lambda torch_root: tmp_path)
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: "")
+    assert loading._usable(library)
+    assert not capsys.readouterr().err  # nobody is here to run them
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: "9.0")
     assert loading._usable(library)
     assert "has only CPU kernels, but PyTorch is built for CUDA 13.0" in capsys.readouterr().err

@@ -84,9 +84,11 @@ def test_other_gpus_are_another_library(cache, monkeypatch, tmp_path):
     without = folder_of(cache)
     assert without == folder_of(cache)
     monkeypatch.setattr(loading.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(toolchain.gpus, "capabilities", lambda: "")
+    assert folder_of(cache) == without  # a login node
     names = {without.name}
     for gpus in ("8.0", "9.0", "8.0;9.0"):  # an A100 node, an H100 node, both
-        monkeypatch.setattr(toolchain, "_visible_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(toolchain.gpus, "capabilities", lambda gpus=gpus: gpus)
         names.add(folder_of(cache).name)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")  # the same, by name
     assert folder_of(cache).name in names and len(names) == 4

@@ -13,7 +13,8 @@ from masked_loss_ext.build import sources
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = sources.csrc_dir()
 NAMESPACE = "masked_loss_ext"
-WITHOUT_KERNELS = {"_snapshot", "_version", "cpu_capability"}  # one function for all devices
+# One function for all devices.
+WITHOUT_KERNELS = {"_half_products", "_snapshot", "_version", "cpu_capability"}
 # Families of operators, all integer: nothing to differentiate, no .inc per instruction set.
 FAMILIES = {
     "block_mask": {"interval_block_lists", "nested_dropout_plan", "packed_rows"},
@@ -67,6 +68,7 @@ def base_name(name):
 def test_the_operators_are_these():
     assert operators() == [
         "_cross_entropy_terms_backward",
+        "_half_products",
         "_linear_cross_entropy_backward",
         "_linear_cross_entropy_sweep",
         "_masked_cross_entropy_backward",

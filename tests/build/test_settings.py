@@ -22,6 +22,7 @@ WRONG = {
     "MASKED_LOSS_EXT_VERBOSE": "0 or 1",
 }
 GPUS = """
+#include <string.h>
 static int major[] = {9, 8, 12}, minor[] = {0, 6, 0};
 extern "C" int nvmlInit_v2() { return FAILS; }
 extern "C" int nvmlShutdown() { return 0; }
@@ -34,6 +35,18 @@ extern "C" int nvmlDeviceGetCudaComputeCapability(void* device, int* a, int* b) 
   int i = (int*)device - major;
   *a = major[i];
   *b = minor[i];
+  return 0;
+}
+extern "C" int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total) {
+  *total = 80ULL << 30;
+  return 0;
+}
+extern "C" int nvmlDeviceGetName(void*, char* text, unsigned) {
+  strcpy(text, "A GPU");
+  return 0;
+}
+extern "C" int nvmlSystemGetDriverVersion(char* text, unsigned) {
+  strcpy(text, "580.65.06");
   return 0;
 }
 """
@@ -145,7 +158,7 @@ def test_a_named_toolkit_that_is_none_is_said(monkeypatch, tmp_path, capsys):
     assert "WARNING: CUDA_HOME=/nowhere has no bin/nvcc" in said and "CUDA_PATH" not in said
 
 
-@pytest.mark.parametrize(("fails", "expected"), [(0, "8.6;9.0;12.0"), (1, "None"), (None, "None")])
+@pytest.mark.parametrize(("fails", "expected"), [(0, "'8.6;9.0;12.0'"), (1, "''"), (None, "''")])
 def test_gpus_are_asked_of_the_driver(tmp_path, fails, expected):
     if shutil.which("g++") is None:
         pytest.skip("needs g++, to make a driver of")
@@ -160,7 +173,7 @@ def test_gpus_are_asked_of_the_driver(tmp_path, fails, expected):
             check=True,
         )
     done = subprocess.run(
-        [sys.executable, "-c", "from build import toolchain; print(toolchain._visible_gpus())"],
+        [sys.executable, "-c", "from build import gpus; print(repr(gpus.capabilities()))"],
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
         cwd=sources.PACKAGE,
         capture_output=True,
@@ -210,9 +223,43 @@ def test_a_stream_that_was_closed_by_the_program(monkeypatch):
         assert ninja._is_terminal() is False
     monkeypatch.setattr(sys, "stderr", closed)
     toolchain.say("nobody hears this")
-    ninja._progress("[1/2] c++\n", 0.0, True)
+    with ninja.Progress(10) as progress:
+        progress.hear("[1/2] c++\n")
     monkeypatch.setattr(sys, "stderr", None)
     toolchain.say("nor this")
+
+
+def test_progress_counts_while_no_step_ends(monkeypatch, capsys):
+    monkeypatch.setattr(ninja, "_is_terminal", lambda: True)
+    with ninja.Progress(150) as progress:
+        progress.hear("[3/36] nvcc ...\n")
+        progress.hear("what a compiler says\n")
+        progress._ended.wait(2.5)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[1] == "masked_loss_ext: compiling [3/36] 1 s of about 150 s\033[K"
+    assert lines[2].startswith("masked_loss_ext: compiling [3/36] 2 s") and lines[-1] == "\033[K"
+    assert progress._thread is not None and not progress._thread.is_alive()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(ninja, "_is_terminal", lambda: False)
+    with ninja.Progress(150) as progress:
+        progress.hear("[1/36] g++ ...\n")
+        monkeypatch.setattr(ninja, "SECONDS_BETWEEN_LINES", -1)
+        progress.hear("[2/36] g++ ...\n")
+        progress.hear("g++: warning: nothing\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "masked_loss_ext: compiling [2/36] 0 s of about 150 s"
+
+
+def test_the_estimate_follows_what_is_to_be_compiled(monkeypatch):
+    monkeypatch.setattr(ninja.os, "sched_getaffinity", lambda process: {0, 1})
+    steps = "".join(f"[{i}/10] /cuda/bin/nvcc -c x.cu -o x.o\n" for i in range(8))
+    steps += "[9/10] g++ -c x.cpp -o x.o\n[10/10] g++ -shared\n"
+    both = ninja._estimate(steps, ["sm_80", "sm_90", "compute_90"])
+    assert both == (8 * 2 * ninja.SECONDS_PER_CUDA_SOURCE + ninja.SECONDS_PER_CPU_SOURCE) // 2
+    assert ninja._estimate(steps, ["sm_90"]) < both
+    assert ninja._estimate("[1/1] g++ -c x.cpp -o x.o\n", []) == ninja.SECONDS_PER_CPU_SOURCE
 
 
 def test_a_failed_step_of_newer_ninjas():

@@ -38,6 +38,7 @@ REASONS = {
     "packed_rows": "has no mask: it makes one",
     "nested_dropout_plan": "has no mask: it makes one",
     "_snapshot": "copies what it is given",
+    "_half_products": "has no tensor",
     "_version": "has no tensor",
     "cpu_capability": "has no tensor",
 }

@@ -9,16 +9,16 @@ from cuda_sim import ORDERS, Simulator, build, mirror_schemas
 from cuda_sim.build import COUNTING_FLAGS, ROOT
 
 import masked_loss_ext  # noqa: F401  its schemas are mirrored
-from masked_loss_ext.build.sources import CUDA_SOURCES
+from masked_loss_ext.build.sources import CUDA_HOST_SOURCES, CUDA_SOURCES
 
 ARGUMENTS = ("prediction", "target", "mask", "edit_mask", "weighting")
 READER = re.compile(r"(Direct|Any)Reader<(?:c10::)?([\w, ]+)>")
 
 
 def _simulator(name, namespace, kernel_flags=()):
-    """All .cu files in one library, and the schemas its operators are registered for."""
+    """All CUDA sources in one library, and the schemas its operators are registered for."""
     schemas = mirror_schemas(target=namespace)
-    sources = [ROOT / "csrc" / source for source in CUDA_SOURCES]
+    sources = [ROOT / "csrc" / source for source in CUDA_SOURCES + CUDA_HOST_SOURCES]
     sim = Simulator(build(name, sources, kernel_flags=kernel_flags))
     sim.schemas = schemas  # must live as long
     sim.ops = getattr(torch.ops, namespace)

@@ -28,6 +28,7 @@ def reduce(sources, csrc, patch=setattr):
     patch(sources, "LEVEL_SOURCES", [])
     patch(sources, "CPU_SOURCES", ["cpu/one.cpp"])
     patch(sources, "CUDA_SOURCES", [])
+    patch(sources, "CUDA_HOST_SOURCES", [])
 
 
 def command(folder):

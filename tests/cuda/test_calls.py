@@ -8,7 +8,7 @@ from device_calls import CALLS, SIZES, on_device
 from gpu_device import GpuDevice, missing, need_gpu
 
 import masked_loss_ext as mle
-from masked_loss_ext.build.sources import CUDA_SOURCES, csrc_dir
+from masked_loss_ext.build.sources import CUDA_HOST_SOURCES, csrc_dir
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 every_size = pytest.mark.parametrize("size", SIZES)
@@ -52,7 +52,7 @@ def test_a_call_is_a_function_of_its_tensors(call, size):
 
 
 def test_every_operator_with_a_cuda_kernel_is_called():
-    sources = [csrc_dir() / source for source in CUDA_SOURCES]
+    sources = [csrc_dir() / source for source in CUDA_HOST_SOURCES]
     texts = [path.read_text() for path in (*sources, *csrc_dir().rglob("call.h"))]
     called = {name for call in CALLS for name in call.operators}
     missing_ones = []

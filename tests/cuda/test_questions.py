@@ -15,7 +15,10 @@ from gpu_device import need_gpu
 import masked_loss_ext as mle
 from masked_loss_ext.build import sources, toolchain
 
-PROBE = sources.csrc_dir().parent / "tests" / "cuda_probe" / "failing_launch.cu"
+PROBE = [
+    sources.csrc_dir().parent / "tests" / "cuda_probe" / "failing_launch.cu",
+    sources.csrc_dir() / "common" / "cuda" / "device.cpp",
+]
 SLEEP = 50_000_000  # cycles: some 25 ms, in which a call on a wrong stream has long run
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
@@ -159,7 +162,7 @@ def compile_probe(folder):
     command = [tools.cuda_home / "bin/nvcc", "-std=c++17", "-shared", *tools.cuda_flags]
     command += [f"-D{define}" for define in sources.DEFINES if define.startswith("TORCH")]
     command += [f"-I{sources.csrc_dir()}", "-isystem", tools.torch_root / "include"]
-    command += ["-Xcompiler=-fPIC", PROBE, f"-L{tools.torch_root / 'lib'}", "-ltorch_cpu"]
+    command += ["-Xcompiler=-fPIC", *PROBE, f"-L{tools.torch_root / 'lib'}", "-ltorch_cpu"]
     command += [f"-L{tools.cudart_dir}", "-cudart=static", "-o", library]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -175,7 +178,7 @@ def test_failing_launch(tmp_path):
 
 @pytest.mark.skipif(compiler() is None, reason="the CUDA simulator needs g++, and there is none")
 def test_failing_launch_under_the_simulator():
-    sim = Simulator(build("failing_launch", [PROBE]))
+    sim = Simulator(build("failing_launch", PROBE))
     number = torch.ops.masked_loss_ext_probe_sim.number
     check_failing_launch(number, sim.upload, sim.download)
     sim.reset()

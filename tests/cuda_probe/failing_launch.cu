@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // An operator whose launch can be made to fail: more than 1024 threads in a block.
-#include "common/cuda/runtime.cuh"
+#include "common/cuda/device.h"
+#include "common/cuda/launch.cuh"
 
 namespace {
 

@@ -143,7 +143,7 @@ def build(name, sources, runtime_flags=(), kernel_flags=()):
     """Build `sources` (.cu or .cpp) with the simulator, return the path of the library."""
 
     def flags_of(source):
-        is_kernel = Path(source).suffix == ".cu"
+        is_kernel = Path(source).suffix == ".cu" or ROOT / "csrc" in Path(source).parents
         return [*FLAGS, *([*KERNEL_FLAGS, *kernel_flags] if is_kernel else runtime_flags)]
 
     return link(name, [(source, flags_of(source)) for source in [*sources, *RUNTIME]])

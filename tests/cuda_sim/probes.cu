@@ -5,7 +5,8 @@
 #include <string>
 
 #include "common/cuda/compat.cuh"
-#include "common/cuda/runtime.cuh"
+#include "common/cuda/device.h"
+#include "common/cuda/launch.cuh"
 
 namespace masked_loss_ext {
 namespace {

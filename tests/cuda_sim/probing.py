@@ -8,8 +8,10 @@ import warnings
 
 import torch
 
-from .build import HERE, build
+from .build import HERE, ROOT, build
 from .simulator import Simulator
+
+DEVICE = ROOT / "csrc" / "common" / "cuda" / "device.cpp"  # what the product launches with
 
 
 def _triple(value):
@@ -20,7 +22,7 @@ class Probes:
     """The probe kernels under their simulator."""
 
     def __init__(self, runtime_flags=()):
-        self.sim = Simulator(build("probes", sorted(HERE.glob("*.cu")), runtime_flags))
+        self.sim = Simulator(build("probes", [*sorted(HERE.glob("*.cu")), DEVICE], runtime_flags))
 
     def launch(self, name, x, y, n=0, grid=1, block=32, smem=0):
         """Launch on uploaded tensors."""

@@ -41,6 +41,7 @@ WITHOUT = {
     ),
     "map_mask_to_latent": "tests/elementwise/test_padding.py",
     "MultiTokenPredictionLoss": "lists of heads: tests/cross_entropy/test_multi_token_calls.py",
+    "show_config": "takes nothing",
     "check_padding": "takes functions: tests/diagnostics/test_errors.py",
 }
 OF_RANKS = {

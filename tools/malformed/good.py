@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.common.operator_calls import BACKWARD, PUBLIC, arguments_of, ops
+from tests.common.operator_calls import BACKWARD, PUBLIC, RETURNING_STRINGS, arguments_of, ops
 
 Given = dict[str, Any]
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -225,6 +225,7 @@ FORWARD = {
     "repetition_counts": tokens,
     "repetition_links": tokens,
     "_snapshot": lambda draw: {"tensor": draw.normal(2, 3, dtype=draw.choice(FLOATS))},
+    "_half_products": lambda draw: {},
     "_version": lambda draw: {},
     "cpu_capability": lambda draw: {},
 }
@@ -238,4 +239,4 @@ def good_call(name: str, draw: Draw) -> Given:
             return dict(arguments_of(name, {forward: FORWARD[forward](draw)}))
         except (ValueError, RuntimeError):
             continue
-    return dict(arguments_of(name, PUBLIC | {"_version": {}, "cpu_capability": {}}))
+    return dict(arguments_of(name, PUBLIC | dict.fromkeys(RETURNING_STRINGS, {})))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What an operator that is written once for all devices needs to know of this one; cuda/runtime.cuh has
+// What an operator that is written once for all devices needs to know of this one; cuda/device.h has
 // the same of CUDA.
 #pragma once
 

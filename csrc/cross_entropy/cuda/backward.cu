@@ -2,34 +2,24 @@
 // masked_cross_entropy on CUDA, backward: launches. Nothing here waits for the device.
 #include "cross_entropy/cuda/gradient.cuh"
 #include "cross_entropy/cuda/launch.cuh"
-#include "cross_entropy/cuda/rows.cuh"
+#include "cross_entropy/cuda/rows.h"
 
 namespace masked_loss_ext::cuda {
-namespace {
 
 constexpr int64_t kMaxPacks = 2048;  // of a part, 32 KB: blocks that only write zeros end early
-
-struct Backward : Cuda {
-  static void backward(const char* op, const RowProblem& problem, const Tensor& like) {
-    backward_rows(op, problem, like);
-  }
-};
-
-}  // namespace
 
 // Two launches, one where grad_logits is not needed.
 void backward_rows(const char* op, const RowProblem& problem, const Tensor& like) {
   const CrossEntropyParams q = params_of(problem, kMaxPacks);
   const Grid grid = grid_of(op, q), per_row = row_grid(op, q.counted.rows);
-  constexpr int64_t kDoubles = sizeof(RowGradient<double>) / sizeof(double);
-  const Tensor buffer = device_empty(like, {q.counted.rows * kDoubles}, ScalarType::Double);
+  const Scratch<RowGradient<double>> buffer(like, q.counted.rows);  // or of floats, which are smaller
   const cudaStream_t stream = current_stream(like);
   const bool full =
       q.grad_entropy.data != nullptr || q.options.label_smoothing > 0 || q.options.softcap > 0;
   with_logits_type(q, [&](auto value) {
     using T = decltype(value);
     using A = accumulate_t<T>;
-    auto* gradients = static_cast<RowGradient<A>*>(buffer.mutable_data_ptr());
+    auto* gradients = reinterpret_cast<RowGradient<A>*>(buffer.data());
     check_launch(op, launch(stream, dim3(per_row.blocks), dim3(per_row.threads), 0,
                             cross_entropy_row_gradients_kernel<A>, q, gradients));
     if (q.grad_logits.data == nullptr) return;
@@ -41,8 +31,3 @@ void backward_rows(const char* op, const RowProblem& problem, const Tensor& like
 }
 
 }  // namespace masked_loss_ext::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  masked_loss_ext::register_row_backward<masked_loss_ext::cuda::Backward>(m);
-  masked_loss_ext::register_vocab_parallel_backward<masked_loss_ext::cuda::Backward>(m);
-}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // masked_cross_entropy on CUDA, forward: launches. Nothing here waits for the device.
-#include "cross_entropy/cuda/rows.cuh"
+#include "cross_entropy/cuda/rows.h"
 #include "cross_entropy/cuda/vocab_parallel.cuh"
 
 namespace masked_loss_ext::cuda {
@@ -38,76 +38,51 @@ void launch_rows(const char* op, const CrossEntropyParams& q, const Parts& parts
   run(cross_entropy_rows_kernel<float, Parts>);
 }
 
-// For the parts of all rows.
-Tensor parts_buffer(int64_t count, const Tensor& like) {
-  constexpr int64_t kPartDoubles = sizeof(RowPart) / sizeof(double);
-  return device_empty(like, {count * kPartDoubles}, ScalarType::Double);
-}
+}  // namespace
 
 // One launch where one block has all rows; one more that adds the totals of several, and one where rows are
 // cut into parts. With row_losses they are left there, and nothing is added.
-void run_forward(const char* op, const RowProblem& problem, const Tensor& like, double* row_losses) {
-  const CrossEntropyParams q = params_of(problem, 0);
+void forward_rows(const char* op, const RowProblem& rows, const Tensor& like, double* row_losses) {
+  const CrossEntropyParams q = params_of(rows, 0);
   const bool is_cut = q.parts > 1;
   const Grid grid = grid_of(op, q);
   const unsigned reading = is_cut ? grid.blocks : std::max(grid.blocks, 1u);
   const unsigned finishing = is_cut ? row_grid(op, q.counted.rows).blocks : reading;
-  const Tensor kept = parts_buffer(is_cut ? q.counted.rows * q.parts : 0, like);
-  const Tensor buffer = totals_buffer(row_losses == nullptr ? finishing : 1, like);
-  auto* parts = is_cut ? static_cast<RowPart*>(kept.mutable_data_ptr()) : nullptr;
-  auto* totals = static_cast<Totals*>(buffer.mutable_data_ptr());
-  launch_sums(op, q, reading, grid.threads, parts, row_losses, totals, like);
-  if (is_cut) launch_rows(op, q, Pieces{parts}, row_losses, totals, like);
+  const Scratch<RowPart> parts(like, is_cut ? q.counted.rows * q.parts : 0);
+  const Scratch<Totals> totals(like, totals_of_blocks(row_losses == nullptr ? finishing : 1));
+  launch_sums(op, q, reading, grid.threads, is_cut ? parts.data() : nullptr, row_losses, totals.data(), like);
+  if (is_cut) launch_rows(op, q, Pieces{parts.data()}, row_losses, totals.data(), like);
   if (row_losses == nullptr && finishing > 1) {
-    add_totals(op, q, Totalled::kAll, totals, nullptr, finishing, like);
+    add_totals(op, q, Totalled::kAll, totals.data(), nullptr, finishing, like);
   }
 }
 
-struct Forward : ShardedRows {
-  static void forward(const char* op, const RowProblem& problem, const Tensor& like) {
-    run_forward(op, problem, like, nullptr);
-  }
-};
-
-}  // namespace
-
 // Two launches.
-void ShardedRows::shard(const char* op, const RowProblem& rows, ShardFormat format, double* message,
-                        const Tensor& like) {
+void shard_rows(const char* op, const RowProblem& rows, ShardFormat format, double* message,
+                const Tensor& like) {
   if (rows.counted.rows == 0) return;
   const CrossEntropyParams q = params_of(rows, 0);
   const Grid grid = grid_of(op, q), per_row = row_grid(op, q.counted.rows);
-  const Tensor kept = parts_buffer(q.counted.rows * q.parts, like);
-  auto* parts = static_cast<RowPart*>(kept.mutable_data_ptr());
-  launch_sums(op, q, grid.blocks, grid.threads, parts, nullptr, nullptr, like);
+  const Scratch<RowPart> parts(like, q.counted.rows * q.parts);
+  launch_sums(op, q, grid.blocks, grid.threads, parts.data(), nullptr, nullptr, like);
   check_launch(op, launch(current_stream(like), dim3(per_row.blocks), dim3(per_row.threads), 0,
-                          cross_entropy_pack_kernel, q, format, parts, message));
+                          cross_entropy_pack_kernel, q, format, parts.data(), message));
 }
 
-void ShardedRows::head(const char* op, const RowProblem& rows, ShardHeader header, double* place,
-                       const Tensor& like) {
+void head_shard(const char* op, const RowProblem& rows, ShardHeader header, double* place,
+                const Tensor& like) {
   check_launch(op, launch(current_stream(like), dim3(1), dim3(1), 0, cross_entropy_header_kernel,
                           params_of(rows, 0), header, place));
 }
 
 // A launch, one more where there are many rows, and one where class weights are added up.
-void ShardedRows::unite(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like) {
+void unite_shards(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like) {
   const CrossEntropyParams q = params_of(rows, 0);
   const unsigned blocks = row_grid(op, q.counted.rows).blocks;
-  const Tensor buffer = totals_buffer(blocks, like);
-  auto* totals = static_cast<Totals*>(buffer.mutable_data_ptr());
-  launch_sums(op, q, 0, kThreads, nullptr, nullptr, totals, like);
-  launch_rows(op, q, ShardParts{shards}, nullptr, totals, like);
-  if (blocks > 1) add_totals(op, q, Totalled::kAll, totals, nullptr, blocks, like);
-}
-
-void forward_rows(const char* op, const RowProblem& rows, const Tensor& like, double* row_losses) {
-  run_forward(op, rows, like, row_losses);
+  const Scratch<Totals> totals(like, totals_of_blocks(blocks));
+  launch_sums(op, q, 0, kThreads, nullptr, nullptr, totals.data(), like);
+  launch_rows(op, q, ShardParts{shards}, nullptr, totals.data(), like);
+  if (blocks > 1) add_totals(op, q, Totalled::kAll, totals.data(), nullptr, blocks, like);
 }
 
 }  // namespace masked_loss_ext::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  masked_loss_ext::register_row_forward<masked_loss_ext::cuda::Forward>(m);
-  masked_loss_ext::register_vocab_parallel_forward<masked_loss_ext::cuda::Forward>(m);
-}

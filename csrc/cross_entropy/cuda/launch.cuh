@@ -5,9 +5,9 @@
 
 #include <algorithm>
 
+#include "common/cuda/launch.cuh"
+#include "common/errors.h"
 #include "cross_entropy/cuda/items.cuh"
-#include "common/cuda/runtime.cuh"
-#include "cross_entropy/call.h"
 
 namespace masked_loss_ext::cuda {
 

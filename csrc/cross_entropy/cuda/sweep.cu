@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The loss of masked_cross_entropy and its gradient in one sweep, on CUDA: launches. Nothing here waits for
 // the device. How many blocks share a row depends on the GPU's shared memory, and with it the last bits.
-#include "cross_entropy/cuda/rows.cuh"
+#include "cross_entropy/cuda/rows.h"
 #include "cross_entropy/cuda/sweep.cuh"
 
 namespace masked_loss_ext::cuda {
@@ -46,31 +46,19 @@ void launch_sweep(const char* op, CrossEntropyParams q, double* row_losses, cuda
                                    row_losses, static_cast<T*>(q.grad_logits.data)));
 }
 
-struct Sweep : Cuda {
-  // Three launches, up to two more where there are many rows: the denominator, which labels, mask and class
-  // weights tell, the rows, the loss.
-  static void sweep(const char* op, const RowProblem& q, const Tensor& like) {
-    const Tensor buffer = device_empty(like, {q.counted.rows}, ScalarType::Double);
-    auto* row_losses = static_cast<double*>(buffer.mutable_data_ptr());
-    count_rows(op, q, like);
-    sweep_rows(op, q, like, row_losses);
-    add_rows(op, q, like, row_losses, true);
-  }
-
-  static void scale(const char* op, const RowProblem& problem, const Tensor& like) {
-    const CrossEntropyParams q = params_of(problem, kScaleMaxPacks);
-    const Grid grid = grid_of(op, q);
-    with_logits_type(q, [&](auto value) {
-      using T = decltype(value);
-      check_launch(op, launch(current_stream(like), dim3(std::min(grid.blocks, kScaleBlocks)),
-                              dim3(grid.threads), 0, cross_entropy_scale_kernel<T>, q,
-                              static_cast<T*>(q.grad_logits.data),
-                              static_cast<const accumulate_t<T>*>(q.grad_loss.data)));
-    });
-  }
-};
-
 }  // namespace
+
+void scale_rows(const char* op, const RowProblem& rows, const Tensor& like) {
+  const CrossEntropyParams q = params_of(rows, kScaleMaxPacks);
+  const Grid grid = grid_of(op, q);
+  with_logits_type(q, [&](auto value) {
+    using T = decltype(value);
+    check_launch(op, launch(current_stream(like), dim3(std::min(grid.blocks, kScaleBlocks)),
+                            dim3(grid.threads), 0, cross_entropy_scale_kernel<T>, q,
+                            static_cast<T*>(q.grad_logits.data),
+                            static_cast<const accumulate_t<T>*>(q.grad_loss.data)));
+  });
+}
 
 void count_rows(const char* op, const RowProblem& rows, const Tensor& like) {
   const CrossEntropyParams q = params_of(rows, 0);
@@ -96,7 +84,3 @@ void add_rows(const char* op, const RowProblem& rows, const Tensor& like, const 
 }
 
 }  // namespace masked_loss_ext::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  masked_loss_ext::register_row_sweep<masked_loss_ext::cuda::Sweep>(m);
-}

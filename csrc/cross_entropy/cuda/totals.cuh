@@ -92,11 +92,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
   leave(q, block_totals(mine), totals, gridDim.x, what);
 }
 
-// For the totals of so many blocks; one needs none.
-inline Tensor totals_buffer(int64_t blocks, const Tensor& like) {
-  constexpr int64_t kDoubles = sizeof(Totals) / sizeof(double);
-  return device_empty(like, {blocks > 1 ? blocks * kDoubles : 0}, ScalarType::Double);
-}
+// The totals of so many blocks; one needs none.
+inline int64_t totals_of_blocks(int64_t blocks) { return blocks > 1 ? blocks : 0; }
 
 constexpr int64_t kTotalsPerBlock = 16384, kRowsPerBlock = 1024;
 
@@ -105,12 +102,11 @@ inline void add_totals(const char* op, const CrossEntropyParams& q, Totalled wha
                        const double* row_losses, int64_t count, const Tensor& like) {
   const int64_t per_block = of_blocks != nullptr ? kTotalsPerBlock : kRowsPerBlock;
   const int64_t blocks = std::max<int64_t>(ceil_div(count, per_block), 1);
-  const Tensor buffer = totals_buffer(blocks, like);
-  auto* totals = static_cast<Totals*>(buffer.mutable_data_ptr());
+  const Scratch<Totals> totals(like, totals_of_blocks(blocks));
   check_launch(op, launch(current_stream(like), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
                           cross_entropy_totals_kernel, q, what, of_blocks, row_losses, count, per_block,
-                          totals));
-  if (blocks > 1) add_totals(op, q, what, totals, nullptr, blocks, like);
+                          totals.data()));
+  if (blocks > 1) add_totals(op, q, what, totals.data(), nullptr, blocks, like);
 }
 
 }  // namespace masked_loss_ext::cuda

@@ -4,7 +4,8 @@
 #pragma once
 
 #include "cross_entropy/cuda/launch.cuh"
-#include "linear_cross_entropy/call.h"
+#include "linear_cross_entropy/cuda/launches.h"
+#include "linear_cross_entropy/flow.h"
 
 namespace masked_loss_ext::cuda {
 
@@ -33,13 +34,6 @@ __global__ void __launch_bounds__(kThreads)
   mine = block_sum(mine, scratch);
   if (threadIdx.x == 0) counts[blockIdx.x] = mine;
 }
-
-struct KeptPlaces {
-  int64_t* index;  // [count]
-  int64_t count;
-  int64_t most;    // so many rows may take part: where there are more, the last entry is kOneTooMany
-  int64_t* total;  // [1], or null
-};
 
 // A row for which there is no place is NaN, where results are made.
 __device__ __forceinline__ void put_lost_row(const RowProblem& q, int64_t row) {
@@ -92,15 +86,6 @@ __global__ void __launch_bounds__(kThreads, 4)  // ptxas left to itself spills f
 }
 
 // --- copies of rows ------------------------------------------------------------------------------------
-
-struct RowCopy {
-  const void* from;
-  void* to;
-  const int64_t* index;  // [count]
-  int64_t count, units;  // units: of a row
-  Layout layout;         // where the rows lie that are taken (kPrediction), in elements
-  int64_t element;       // bytes of one
-};
 
 // Which row this warp copies, with its place. grid: ceil(count / kWarpsOfBlock); block: kThreads.
 struct WarpRow {

@@ -46,6 +46,7 @@ std::vector<Case> layout_cases() {
   cases.push_back({"others", "copy and names", [] {
     stand_in::call("_version", {});
     stand_in::call("cpu_capability", {});
+    stand_in::call("_half_products", {});
     return stand_in::call("_snapshot", {{"tensor", numbers({3, 4}, 0, 1)}});
   }});
   return cases;

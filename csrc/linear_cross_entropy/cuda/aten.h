@@ -3,7 +3,8 @@
 // CPU, which reach the simulated memory while library_call() lets them: here, and nowhere else.
 #pragma once
 
-#include "common/cuda/runtime.cuh"
+#include "common/cuda/device.h"
+#include "linear_cross_entropy/cuda/launches.h"
 #include "linear_cross_entropy/products.h"
 
 #ifdef MASKED_LOSS_EXT_CUDA_SIM
@@ -91,10 +92,7 @@ inline Tensor contiguous_copy(const Tensor& tensor) {
 
 // Of a tensor without gaps.
 inline void fill_zero(const char* op, const Tensor& tensor) {
-  if (tensor.numel() == 0) return;
-  check_launch(op, cudaMemsetAsync(tensor.mutable_data_ptr(), 0,
-                                   static_cast<size_t>(tensor.numel() * tensor.element_size()),
-                                   current_stream(tensor)));
+  clear(op, tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()), tensor);
 }
 
 }  // namespace masked_loss_ext::cuda

@@ -2,13 +2,10 @@
 // masked_squared_error on CUDA: launches. Nothing here waits for the device.
 #include "elementwise/cuda/kernels.cuh"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
-#include <vector>
 
-#include "common/cuda/runtime.cuh"
-#include "elementwise/call.h"
+#include "common/cuda/launch.cuh"
+#include "elementwise/cuda/launches.h"
 
 namespace masked_loss_ext::cuda {
 namespace {
@@ -93,59 +90,48 @@ unsigned block_count(const CudaErrorProblem& q) {
   return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kMaxBlocks));
 }
 
-struct Errors : Cuda {
-  static Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-    return empty(like, sizes, type);
-  }
-
-  static CudaErrorProblem cuda_problem(const ErrorProblem& problem, bool whole_rows) {
-    CudaErrorProblem q = {};
-    static_cast<ErrorProblem&>(q) = problem;
-    cut(q, whole_rows);
-    return q;
-  }
-
-  // Two launches: blocks leave partial sums, one block adds them.
-  static void forward(const char* op, const ErrorProblem& problem, bool whole_rows, const Tensor& like,
-                      Tensor& loss, Tensor& count) {
-    CudaErrorProblem q = cuda_problem(problem, whole_rows);
-    const unsigned blocks = block_count(q);
-    Tensor sums = empty(like, {blocks}, ScalarType::Double);
-    Tensor counts = empty(like, {blocks}, ScalarType::Long);
-    q.partial_sum = sums.mutable_data_ptr<double>();
-    q.partial_count = counts.mutable_data_ptr<int64_t>();
-    int64_t* count_data = count.mutable_data_ptr<int64_t>();
-    const cudaStream_t stream = current_stream(like);
-    with_readers(q, [&](auto readers) {
-      using R = decltype(readers);
-      using A = typename R::Main::A;
-      check_launch(op, launch(stream, dim3(blocks), dim3(kThreads), 0,
-                              squared_error_forward_kernel<typename R::Main, typename R::Rest>, q));
-      A* loss_data = q.one_loss ? static_cast<A*>(loss.mutable_data_ptr()) : nullptr;
-      check_launch(op, launch(stream, dim3(1), dim3(kThreads), 0, squared_error_finish_kernel<A>,
-                              q.partial_sum, q.partial_count, int(blocks), q.denominator,
-                              q.divide_by_count, loss_data, count_data));
-    });
-  }
-
-  static void backward(const char* op, const ErrorProblem& problem, bool whole_rows, const Tensor& like,
-                       const Tensor& grad_loss, const Tensor& count) {
-    CudaErrorProblem q = cuda_problem(problem, whole_rows);
-    if (q.items == 0) return;
-    if (q.one_loss) q.grad_loss = array_of(grad_loss);
-    q.count = count.const_data_ptr<int64_t>();
-    const cudaStream_t stream = current_stream(like);
-    with_readers(q, [&](auto readers) {
-      using R = decltype(readers);
-      check_launch(op, launch(stream, dim3(block_count(q)), dim3(kThreads), 0,
-                              squared_error_backward_kernel<typename R::Main, typename R::Rest>, q));
-    });
-  }
-};
+CudaErrorProblem cuda_problem(const ErrorProblem& problem, bool whole_rows) {
+  CudaErrorProblem q = {};
+  static_cast<ErrorProblem&>(q) = problem;
+  cut(q, whole_rows);
+  return q;
+}
 
 }  // namespace
-}  // namespace masked_loss_ext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(MASKED_LOSS_EXT_CUDA_LIBRARY, MASKED_LOSS_EXT_CUDA_KEY, m) {
-  masked_loss_ext::register_squared_error<masked_loss_ext::cuda::Errors>(m);
+void launch_errors(const char* op, const ErrorProblem& problem, bool whole_rows, const Tensor& like, void* loss,
+                   int64_t* count) {
+  CudaErrorProblem q = cuda_problem(problem, whole_rows);
+  const unsigned blocks = block_count(q);
+  const Scratch<double> sums(like, blocks);
+  const Scratch<int64_t> counts(like, blocks);
+  q.partial_sum = sums.data();
+  q.partial_count = counts.data();
+  const cudaStream_t stream = current_stream(like);
+  with_readers(q, [&](auto readers) {
+    using R = decltype(readers);
+    using A = typename R::Main::A;
+    check_launch(op, launch(stream, dim3(blocks), dim3(kThreads), 0,
+                            squared_error_forward_kernel<typename R::Main, typename R::Rest>, q));
+    A* loss_data = q.one_loss ? static_cast<A*>(loss) : nullptr;
+    check_launch(op, launch(stream, dim3(1), dim3(kThreads), 0, squared_error_finish_kernel<A>,
+                            q.partial_sum, q.partial_count, int(blocks), q.denominator, q.divide_by_count,
+                            loss_data, count));
+  });
 }
+
+void launch_error_gradients(const char* op, const ErrorProblem& problem, bool whole_rows, const Tensor& like,
+                            const Array& grad_loss, const int64_t* count) {
+  CudaErrorProblem q = cuda_problem(problem, whole_rows);
+  if (q.items == 0) return;
+  if (q.one_loss) q.grad_loss = grad_loss;
+  q.count = count;
+  const cudaStream_t stream = current_stream(like);
+  with_readers(q, [&](auto readers) {
+    using R = decltype(readers);
+    check_launch(op, launch(stream, dim3(block_count(q)), dim3(kThreads), 0,
+                            squared_error_backward_kernel<typename R::Main, typename R::Rest>, q));
+  });
+}
+
+}  // namespace masked_loss_ext::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the host side of a CUDA operator needs, on LibTorch's stable ABI alone.
+// What the host side of a CUDA operator needs, on LibTorch's stable ABI alone; compiled by the C++ compiler.
 // No CUDA-only symbol of libtorch is linked: the library must load in a CPU-only torch as well, so the
 // shims that exist only in libtorch_cuda.so are looked up at run time. Under the simulator tensors
 // are CPU tensors on simulated device memory and the operators live in their own namespace.
@@ -15,8 +15,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda/cluster.cuh"
-#include "common/cuda/compat.cuh"
+#include "common/cuda/host.h"
 
 #ifdef MASKED_LOSS_EXT_CUDA_SIM
 #include <vector>
@@ -37,11 +36,6 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_launch(const char* op, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
-}
-
 #ifdef MASKED_LOSS_EXT_CUDA_SIM
 
 // The simulator refuses a launch outside a DeviceScope or on another stream than current_stream()'s:
@@ -52,8 +46,6 @@ struct DeviceScope {
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 };
-
-inline cudaStream_t current_stream(const Tensor&) { return cuda_sim::current_stream(); }
 
 // Memory that lives until the simulator's reset(): the stable ABI of torch 2.10 takes no deleter.
 inline Tensor device_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
@@ -87,15 +79,6 @@ Function torch_cuda_function(const char* name) {
   void* symbol = library ? dlsym(library, name) : nullptr;
   if (!symbol) throw std::runtime_error(std::string("masked_loss_ext: this PyTorch has no ") + name + " (CUDA)");
   return reinterpret_cast<Function>(symbol);
-}
-
-// torch's current stream on the tensor's device.
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  using Getter = AOTITorchError (*)(int32_t, void**);
-  static const auto getter = torch_cuda_function<Getter>("aoti_torch_get_current_cuda_stream");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(getter(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // An uninitialised contiguous tensor on the device of `like`.

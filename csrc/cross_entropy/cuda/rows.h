@@ -3,8 +3,8 @@
 // leaves the losses of its rows, which are added once all are there. Nothing here waits for the device.
 #pragma once
 
-#include "common/cuda/runtime.cuh"
-#include "cross_entropy/vocab_parallel.h"
+#include "common/cuda/host.h"
+#include "cross_entropy/shards.h"
 
 namespace masked_loss_ext::cuda {
 
@@ -20,13 +20,13 @@ void sweep_rows(const char* op, const RowProblem& rows, const Tensor& like, doub
 void add_rows(const char* op, const RowProblem& rows, const Tensor& like, const double* row_losses,
               bool counted);
 
-// Rows of a shard of the vocabulary (vocab_parallel.h).
-struct ShardedRows : Cuda {
-  static void shard(const char* op, const RowProblem& rows, ShardFormat format, double* message,
-                    const Tensor& like);
-  static void head(const char* op, const RowProblem& rows, ShardHeader header, double* place,
-                   const Tensor& like);
-  static void unite(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like);
-};
+// A gradient times the incoming one, in place.
+void scale_rows(const char* op, const RowProblem& rows, const Tensor& like);
+
+// Rows of a shard of the vocabulary (cross_entropy/vocab_parallel.h).
+void shard_rows(const char* op, const RowProblem& rows, ShardFormat format, double* message,
+                const Tensor& like);
+void head_shard(const char* op, const RowProblem& rows, ShardHeader header, double* place, const Tensor& like);
+void unite_shards(const char* op, const RowProblem& rows, const Shards& shards, const Tensor& like);
 
 }  // namespace masked_loss_ext::cuda

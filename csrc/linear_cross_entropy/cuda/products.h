@@ -4,30 +4,17 @@
 // add up to is added up in float32.
 #pragma once
 
-#include "linear_cross_entropy/cuda/aten.cuh"
-#include "linear_cross_entropy/cuda/kernels.cuh"
+#include "linear_cross_entropy/call.h"
+#include "linear_cross_entropy/cuda/aten.h"
+#include "linear_cross_entropy/cuda/launches.h"
 
 namespace masked_loss_ext::cuda {
 
 constexpr const char* kLinearOp = "masked_linear_cross_entropy";
 
-inline dim3 blocks_for(int64_t items) {
-  constexpr int64_t kMostBlocks = 1 << 14;  // kernels take what is beyond in steps of the grid
-  return dim3(static_cast<unsigned>(std::min(ceil_div(items, kThreads), kMostBlocks)));
-}
-
 // sum += part, of one type: float or double.
 inline void add_to(const Tensor& sum, const Tensor& part) {
-  const int64_t count = part.numel();
-  const auto add = [&](auto value) {
-    using T = decltype(value);
-    const dim3 grid = blocks_for(ceil_div(count, kVectorOf<T>));
-    check_launch(kLinearOp, launch(current_stream(sum), grid, dim3(kThreads), 0, linear_add_kernel<T>,
-                                   static_cast<T*>(sum.mutable_data_ptr()),
-                                   static_cast<const T*>(part.const_data_ptr()), count));
-  };
-  if (count == 0) return;
-  part.scalar_type() == ScalarType::Double ? add(double{}) : add(float{});
+  launch_add(kLinearOp, array_of(sum), array_of(part), part.numel(), sum);
 }
 
 class CudaProducts {
@@ -116,13 +103,8 @@ class CudaProducts {
   static constexpr int64_t kTileClasses = 8192;
 
   void add_bias_row(const Tensor& logits) const {
-    constexpr int64_t kMostRows = 1024;  // of the grid
-    const int64_t rows = logits.size(0), classes = in_.classes();
-    const dim3 grid(static_cast<unsigned>(ceil_div(classes, kThreads)),
-                    static_cast<unsigned>(std::min(rows, kMostRows)));
-    check_launch(kLinearOp, launch(current_stream(logits), grid, dim3(kThreads), 0, linear_add_bias_kernel,
-                                   static_cast<float*>(logits.mutable_data_ptr()), array_of(*bias_), rows,
-                                   classes));
+    launch_add_bias(kLinearOp, static_cast<float*>(logits.mutable_data_ptr()), array_of(*bias_), logits.size(0),
+                    in_.classes(), logits);
   }
 
   void end(const ChunkSum& sum) {
