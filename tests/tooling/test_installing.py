@@ -55,6 +55,9 @@ def test_make_says_what_is_wrong_with_a_python(tmp_path):
             program.write_text(f"#!/bin/sh\n{body}\n")
             program.chmod(0o755)
         done = subprocess.run(
-            ["make", ".venv/bin/python", f"PYTHON={program}"], cwd=tmp_path, capture_output=True, text=True
+            ["make", ".venv/bin/python", f"PYTHON={program}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode and sentence in done.stdout, done.stdout + done.stderr
