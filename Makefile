@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train on photographs and on texts; ARGS='--acts tokenizer' is one act    ~ 5 min"
 	@echo "make ranks      train on two processes, beside one; ARGS='--steps 20', RANKS=4          ~ 20 s"
 	@echo "make test       the whole test suite; ARGS='-k padding' picks some                      ~ 25 min"
-	@echo "make examples   each of examples/ in its quick form, and what it prints checked          ~ 1 min"
+	@echo "make examples   each of examples/ in its quick form, and what it prints checked          ~ 2 min"
 	@echo "make places     TRL, Lightning, axolotl, torchtitan, verl: the tests beside each         ~ 4 min"
 	@echo "make bench      the losses against eager and compiled PyTorch; ARGS=cross_entropy one   ~ 26 min"
 	@echo "make docs       the site, in build/docs/html; ARGS=--check opens each page in Chromium    ~ 1 min"
@@ -76,7 +76,7 @@ test: build
 
 # By CXX for the C++ programs, in one word: g++ if nothing is said.
 examples: build
-	@$(PY) -m pytest -m examples tests/examples $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) -m examples tests/examples $(ARGS)
 
 # Packages that only these tests need, away from .venv and on top of it.
 PLACES := build/places

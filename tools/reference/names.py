@@ -141,6 +141,7 @@ NAMES: dict[str, dict[str, Family]] = {
         "MaskLabels": TRAINERS,
         "TokenLossCallback": TRAINERS,
         "pass_columns": TRAINERS,
+        "use_causal_lm_loss": CAUSAL_LM,
         "logit_free": LOGIT_FREE,
         "with_logits": replace(TRAINERS, equivalent="The model as it was before ``logit_free``."),
     },
