@@ -37,8 +37,8 @@ def ours_of_logits(hidden, weight, target):
 
 
 def few_rows_text(shape: tuple) -> str:
-    """PyTorch's chunked form cuts any number of rows into about V / D chunks, so that a workload
-    scaled to few rows has it multiply them one by one: that says nothing about the model's shape."""
+    """PyTorch's chunked form cuts any number of rows into about V / D chunks: a workload scaled to
+    few rows has it multiply them one by one, which says nothing about the model's shape."""
     rows, width, classes = shape
     chunk = math.ceil(rows / math.ceil(classes / width))
     return "" if chunk >= FEWEST_CHUNK_ROWS else f"it would take {chunk} of these rows at a time"
