@@ -27,6 +27,8 @@ Shape = tuple[int, int, int]  # rows N, hidden numbers D, classes V
 TRUE_ROWS = 256
 # bfloat16 logits are rounded, and so is their gradient: asked is that they compute the same.
 HALF_SLACK = 2.0**-5
+# Of others in float32, who may add up a large head in another order.
+ORDER_SLACK = 1e-4
 ENTROPY_SHARE = 0.01  # of the entropy in the objective of a policy
 PRODUCTS = "products"
 
@@ -165,8 +167,8 @@ def products_floor(hidden: Tensor, weight: Tensor, forward: int, backward: int) 
 # --- problems ------------------------------------------------------------------------------------
 
 
-def slack_of(dtype: torch.dtype) -> float:
-    return 0.0 if dtype == torch.float32 else HALF_SLACK
+def slack_of(dtype: torch.dtype, in_float32: float = 0.0) -> float:
+    return in_float32 if dtype == torch.float32 else HALF_SLACK
 
 
 def made_problem(
@@ -203,7 +205,9 @@ def mean_problem(
     """Forward and backward of the mean over the rows that count."""
     data = hidden, weight, target = layer_data(shape, dtype, ignored, device)
     counted = int((target != IGNORED).sum())
-    others = linear_rivals.contenders(rivals, linear_rivals.MEANS, [data], slack_of(dtype))
+    others = linear_rivals.contenders(
+        rivals, linear_rivals.MEANS, [data], slack_of(dtype, ORDER_SLACK)
+    )
     floor = products_floor(hidden, weight, counted, counted)
     # A number of the hidden state's gradient is about one of the head over the count.
     unit = SPREAD / math.sqrt(shape[1]) / counted
@@ -237,7 +241,9 @@ def statistics_problem(
     layer = hidden, weight, _ = layer_data(shape, dtype, 0.0, device)
     rows = shape[0]
     data = (*layer, *upstream_data(rows, without, device))
-    others = linear_rivals.contenders(rivals, linear_rivals.STATISTICS, [data], slack_of(dtype))
+    others = linear_rivals.contenders(
+        rivals, linear_rivals.STATISTICS, [data], slack_of(dtype, ORDER_SLACK)
+    )
     floor = products_floor(hidden, weight, rows, rows - round(without * rows))
     unit = SPREAD / math.sqrt(shape[1])
     return made_problem(data, calls, others, true_statistics, floor, unit)

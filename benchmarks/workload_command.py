@@ -175,11 +175,11 @@ def measured(every: list[Workload], wanted: argparse.Namespace) -> Iterator[list
 
 def run(wanted: argparse.Namespace) -> None:
     check(wanted)
+    measure.prepare(wanted)
     if wanted.list:
         print("\n".join(list_lines(wanted.device, wanted.threads)))
         return
     every = chosen(wanted)
-    measure.prepare(wanted)
     measure.print_setting(wanted)
     rows: list[dict] = []
     path = csv_path(wanted)

@@ -25,6 +25,7 @@ from .harness import Contender, Problem
 from .linear_truth import head_truth
 from .rivals import Library
 
+FEWEST_CHUNK_ROWS = 8
 TRL_LOGITS = "TRL selective_log_softmax"
 OWN_LOGITS, ONE_SWEEP = "ours of logits", "ours in one sweep"
 
@@ -35,6 +36,14 @@ def ours_of_logits(hidden, weight, target):
     return mle.masked_cross_entropy(F.linear(hidden, weight), target)
 
 
+def few_rows_text(shape: tuple) -> str:
+    """PyTorch's chunked form cuts any number of rows into about V / D chunks: a workload scaled to
+    few rows has it multiply them one by one, which says nothing about the model's shape."""
+    rows, width, classes = shape
+    chunk = math.ceil(rows / math.ceil(classes / width))
+    return "" if chunk >= FEWEST_CHUNK_ROWS else f"it would take {chunk} of these rows at a time"
+
+
 def head_problem(shape: tuple, dtype: torch.dtype, ignored: float, device: str) -> Problem:
     calls = {"ours": linear.ours, OWN_LOGITS: ours_of_logits, "eager": linear.eager}
     if dtype != torch.float32:
@@ -42,7 +51,12 @@ def head_problem(shape: tuple, dtype: torch.dtype, ignored: float, device: str) 
     calls["compile"] = compiled(linear.eager)
     names = tuple(linear_rivals.MEANS)
     problem = linear.mean_problem(shape, dtype, ignored, device, calls, names)
-    return replace(problem, truth=head_truth)
+    why = few_rows_text(shape)
+    contenders = [
+        replace(one, skip=why) if why and one.name == linear_rivals.TORCH and not one.skip else one
+        for one in problem.contenders
+    ]
+    return replace(problem, contenders=contenders, truth=head_truth)
 
 
 # --- logits --------------------------------------------------------------------------------------
@@ -66,7 +80,7 @@ def logits_problem(shape: tuple, dtype: torch.dtype, ignored: float, device: str
     problem = cross_entropy_problems.train_problem(shape, dtype, ignored, device)
     ours, *others = problem.contenders
     sweep = Contender(ONE_SWEEP, cross_entropy_problems.ours_in_forward, ours.inputs)
-    slack = linear.slack_of(dtype)
+    slack = linear.slack_of(dtype, linear.ORDER_SLACK)
     trl = linear_rivals.contenders(tuple(LOGITS), LOGITS, ours.inputs, slack)
     kernels = rivals.contenders(*ours.inputs[0])
     return replace(problem, contenders=[ours, sweep, *others, *trl, *kernels])
@@ -165,7 +179,7 @@ def policy_problem(shape: tuple, dtype: torch.dtype, device: str) -> Problem:
     forms = {OWN_LOGITS: own_logits, "eager": plain_statistics}
     calls |= {name: of_completions(shape, form) for name, form in forms.items()}
     calls["compile"] = compiled(calls["eager"])
-    slack = linear.slack_of(dtype)
+    slack = linear.slack_of(dtype, linear.ORDER_SLACK)
     others = [
         replace(one, call=of_completions(shape, one.call)) if not one.skip else one
         for one in linear_rivals.contenders(tuple(POLICIES), POLICIES, [data], slack)

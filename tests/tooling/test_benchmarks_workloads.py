@@ -100,6 +100,18 @@ def test_the_truth_of_a_large_head_is_the_reference(classes):
     torch.testing.assert_close(head, expected[1].float(), rtol=1e-6, atol=1e-12)
 
 
+def test_pytorchs_chunked_form_is_left_out_where_it_would_multiply_row_by_row(monkeypatch):
+    chunked = rivals.Library((), lambda: linear_problems.eager)  # of a PyTorch that has it
+    monkeypatch.setattr(linear_rivals, "MEANS", {linear_rivals.TORCH: chunked})
+
+    def skip(*shape):
+        problem = workload_problems.head_problem(shape, torch.float32, 0.0, "cpu")
+        return next(one.skip for one in problem.contenders if one.name == linear_rivals.TORCH)
+
+    assert skip(64, 10, 1000) == "it would take 1 of these rows at a time"
+    assert skip(800, 10, 1000) == ""
+
+
 def test_a_batch_for_reinforcement_learning():
     hidden, weight, target, mask, advantages = workload_problems.policy_data(
         (5, 3, 10, 4, 30), torch.float32, "cpu"
