@@ -15,7 +15,7 @@ import functools
 import gc
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,10 @@ def watched_trainer() -> type:
     return WatchedTrainer
 
 
-def norms_of(gradients: list[Tensor | None]) -> Tensor:
-    return torch.stack([gradient.norm() for gradient in gradients])
+def norms_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Added up in float64: in float32 that of a large head is right to four digits alone."""
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in gradients]
+    return torch.stack(norms)
 
 
 def rows_of(batch: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -113,7 +115,7 @@ def true_step(model: torch.nn.Module, names: list[str], *inputs: Tensor) -> tupl
     *weights, ids, mask, labels = inputs
     leaves = [weight.detach().requires_grad_(True) for weight in weights]
     loss = reference(model, names, *leaves, ids, mask, labels)
-    return loss.detach(), norms_of(list(torch.autograd.grad(loss, leaves)))
+    return loss.detach(), norms_of(torch.autograd.grad(loss, leaves))
 
 
 def trainer_problem(

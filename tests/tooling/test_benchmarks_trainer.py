@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # benchmarks/ is never installed; at the end of the path, so that an installed library wins.
@@ -62,3 +63,9 @@ def test_the_first_step_and_the_start_are_not_timed(problem, monkeypatch):
     begin, middle, _ = harness.timed_call(one, harness.HostClock(), 0)
     assert len(steps) == 1 + trainer_problem.STEPS == 1 + one.steps
     assert steps[:2] == [None, None] and steps[2] == begin < middle
+
+
+def test_the_norm_of_a_large_gradient_has_all_its_digits():
+    gradient = torch.full((1 << 24,), 0.1)
+    (norm,) = trainer_problem.norms_of([gradient])
+    assert norm.item() == pytest.approx(gradient[0].item() * 4096, rel=1e-9)
