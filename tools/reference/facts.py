@@ -264,6 +264,15 @@ PADDING = Family(
     limits=("Not for models that are sharded over ranks.",),
     room="diagnostics",
 )
+REPORT = Family(
+    "What is installed here?",
+    counts="Nothing of yours: versions, the library and each operator's way.",
+    formula="None.",
+    equivalent="``torch.__config__.show()`` and ``torch.utils.collect_env``, of PyTorch.",
+    accuracy="It says what it finds, and where it finds nothing that this is so.",
+    traffic="A call of each operator on a few numbers.",
+    room="build",
+)
 TRAINERS = Family(
     "Where people train",
     counts="Labels of -100 do not count; ``MaskLabels`` puts the mask into them.",

@@ -23,6 +23,7 @@ from .facts import (
     PIPELINE,
     RANKS,
     REPETITION,
+    REPORT,
     ROWS,
     SHARDS,
     SQUARES,
@@ -84,6 +85,7 @@ NAMES: dict[str, dict[str, Family]] = {
         "create_unified_loss": replace(WHOLE, formula="That of ``UnifiedLoss``."),
         "HiddenStateMTPLoss": HEADS,
         "check_padding": PADDING,
+        "show_config": REPORT,
     },
     "masked_loss_ext.unified": {
         "UnifiedLoss": WHOLE,
