@@ -265,6 +265,6 @@ def test_an_error_of_the_file_system_while_loading(monkeypatch):
     def fails(library):
         raise PermissionError(13, "Permission denied", str(library))
 
-    monkeypatch.setattr(loading, "_load", lambda: fails(Path("/a/library")))
+    monkeypatch.setattr(loading, "_load", lambda _: fails(Path("/a/library")))
     text = refusal(ImportError, loading.load)
     assert text == "masked_loss_ext: /a/library: Permission denied"

@@ -68,7 +68,7 @@ MUTANTS = [
         "out = torch::stable::narrow(out, 0, 0, h.size(0));",
     ),
     Mutant(
-        "csrc/linear_cross_entropy/call.h",
+        "csrc/linear_cross_entropy/flow.h",
         "linear",
         "a row into which only the gradient of its entropy flows gets none",
         "entry<A>(q.grad_entropy, row) != 0 || entry<A>(q.grad_log_prob, row) != 0;",
