@@ -270,7 +270,9 @@ REPORT = Family(
     formula="None.",
     equivalent="``torch.__config__.show()`` and ``torch.utils.collect_env``, of PyTorch.",
     accuracy="It says what it finds, and where it finds nothing that this is so.",
-    traffic="A call of each operator on a few numbers.",
+    traffic="None of yours: no operator is called. It asks for the versions of compiler, ninja and "
+    "nvcc, which takes a part of a second.",
+    limits=("It says how each operator would go, not what a call took.",),
     room="build",
 )
 TRAINERS = Family(
