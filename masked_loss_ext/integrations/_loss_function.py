@@ -21,7 +21,7 @@ _OPTIONS = [
 
 
 def use_causal_lm_loss(model: Model, **options: Any) -> Model:
-    r"""Have a causal language model take its own loss from its logits by :func:`causal_lm_loss`.
+    r"""Have a causal language model take its own loss from its logits by ``causal_lm_loss``.
 
     Returns ``model`` itself. ``model(input_ids=..., labels=labels).loss`` is then, in training and
     evaluation alike,
@@ -37,7 +37,7 @@ def use_causal_lm_loss(model: Model, **options: Any) -> Model:
         outputs.loss = causal_lm_loss(outputs, labels, num_items_in_batch)
 
     ``model.loss_function = ForCausalLMLoss`` undoes it. Where no label counts the loss is 0 (the
-    model's own: NaN). See :func:`logit_free` for a loss that makes no logits at all.
+    model's own: NaN). See ``logit_free`` for a loss that makes no logits at all.
 
     This is the place of ``ForCausalLMLoss`` that transformers has for everyone: its KernelConfig
     (``use_kernels=True``) knows a layer of that name, but up to 5.23 no model has it, and none of

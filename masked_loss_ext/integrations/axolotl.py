@@ -38,8 +38,8 @@ class MaskedLossArgs(BaseModel):
 
 
 class MaskedLossPlugin(BasePlugin):
-    """The model's own loss by :func:`logit_free` (``masked_loss: logit_free``, the default) or
-    :func:`use_causal_lm_loss` (``logits``), with ``masked_loss_options`` as its keywords.
+    """The model's own loss by ``logit_free`` (``masked_loss: logit_free``, the default) or
+    ``use_causal_lm_loss`` (``logits``), with ``masked_loss_options`` as its keywords.
 
     What counts is what axolotl's labels say, -100 at prompts and padding. The loss of a step is the
     mean over the tokens of its whole accumulation window, over all ranks: axolotl's trainer gives

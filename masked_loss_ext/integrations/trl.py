@@ -2,7 +2,7 @@
 """The trainers of TRL on ``linear_row_statistics``: SFTTrainer, GRPOTrainer, RLOOTrainer.
 
 Each of them gives its model a head that makes log-probabilities and entropies without logits, and
-builds its loss of these. :func:`use_masked_head` puts another such head in its place:
+builds its loss of these. ``use_masked_head`` puts another such head in its place:
 
     trainer = GRPOTrainer(model=model, args=args, reward_funcs=reward, train_dataset=dataset)
     use_masked_head(trainer)

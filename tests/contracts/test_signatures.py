@@ -25,7 +25,7 @@ UNUSED = {
     )},
     ("MaskedLossPlugin.post_trainer_create", "cfg"): "axolotl calls its plugins with all it has",
     ("TokenMean.on_train_batch_start", "*"): "Lightning calls its callbacks with all it has",
-    ("LinearCrossEntropyLoss.__call__", "*"): "torchtitan hands its losses further inputs: docstring",
+    ("LinearCrossEntropyLoss.__call__", "*"): "torchtitan hands it more inputs: docstring",
     ("AuxiliaryFreeMoEBalancer.forward", "expert_outputs"): "said so in the docstring",
     ("Component.needs", "rows"): "a component that needs nothing of the read",
     ("Component.term", "call"): "each component has its own",
