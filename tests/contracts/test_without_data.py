@@ -23,7 +23,9 @@ FAILS = {("packed_attention_2", "meta"): "FlexAttention has no kernel for meta t
 
 
 def test_every_public_name_is_called_here():
-    assert set(CALLS) | set(READS) == set(mle.__all__) and not set(CALLS) & set(READS)
+    without_tensors = {"show_config"}
+    assert set(CALLS) | set(READS) == set(mle.__all__) - without_tensors
+    assert not set(CALLS) & set(READS)
     called = {type(case.make()) for case in CASES} | {unified.create_unified_loss}
     assert called == {getattr(unified, name) for name in unified.__all__}
 
