@@ -34,10 +34,11 @@ def train(wanted, regions: list, nested: bool) -> Tokenizer:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     for _ in common.progress(wanted.steps, "nested dropout" if nested else "no dropout"):
         batch = draw(source, CROPS, 3)
-        layout = batch.layout(None)
         if nested:  # what is dropped takes no part in the whole network
             keep_k = mle.sample_keep_k(REGISTERS, CROPS, "pow2", generator=generator)
             layout = batch.layout(keep_k).compact(bucket=PAD_TO).layout
+        else:
+            layout = batch.layout(None)
         loss = reconstruction_loss(model, batch, layout)
         optimizer.zero_grad()
         loss.backward()
